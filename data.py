@@ -1,0 +1,304 @@
+"""From files to tensors: folder layouts, the split, the uint8 cache, random crops, and the DIV2K download."""
+
+import hashlib
+import math
+import os
+import shutil
+import stat
+import time
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from filelock import FileLock
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from utils import UserError, load, save
+
+RESIZE, CROP = 256, 224
+EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
+LAYOUTS = (("DIV2K_train_HR", "DIV2K_valid_HR"), ("train", "test"))  # folders of train + val, and of test
+DIV2K_ROOT = "data/DIV2K"
+DIV2K = (  # url, md5, bytes (None: as the server says)
+    (
+        "https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_train_HR.zip",
+        "bdc2d9338d4e574fe81bf7d158758658",
+        3_530_603_713,
+    ),
+    ("https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_valid_HR.zip", "9fcdda83005c5e5997799b69f955ff88", None),
+)
+# The colour photographs inside scikit-image, each in one split only; the stereo pair stays together.
+SAMPLE = {
+    "train": (
+        "astronaut.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "retina.jpg",
+    ),
+    "val": ("chelsea.png",),
+    "test": ("coffee.png", "rocket.jpg"),
+}
+
+
+class Images(NamedTuple):
+    """One split in memory."""
+
+    pixels: torch.Tensor  # uint8 (N, 256, 256, 3)
+    names: list
+
+
+def resolve(data):
+    """The data to use for `--data`: `sample`, or a folder that is there.
+
+    None stands for DIV2K under data/DIV2K if it is there, else for the sample, and says so. Raises
+    UserError for a folder that is not there.
+    """
+    if data is None:
+        if Path(DIV2K_ROOT).is_dir():
+            return DIV2K_ROOT
+        print(
+            f"*** No --data and no {DIV2K_ROOT}: using the embedded SAMPLE, nine photographs cut into tiles. ***\n"
+            "*** For the study's data: --download (3.7 GB), or --data FOLDER with train/ and test/.        ***"
+        )
+        return "sample"
+    if data != "sample" and not Path(data).is_dir():
+        raise UserError(
+            f"--data {data}: no such folder; give one with train/ and test/ or the two DIV2K folders, or `sample`"
+        )
+    return str(data)
+
+
+def load_split(data, split, cache=None):
+    """Images of `split` (train, val or test) of `data`, a value that `resolve` returned.
+
+    A folder's train and val are 80 and 20 % of its training images, by a permutation with seed 42
+    (spec of the study: 640/160 of DIV2K's 800). Raises UserError for a folder of another layout, too
+    few images, or an image that can't be read. cache: folder of the uint8 cache.
+    """
+    if data == "sample":
+        return sample_tiles(split)
+    for train, test in LAYOUTS:
+        folder = Path(data, test if split == "test" else train)
+        if folder.is_dir():
+            break
+    else:
+        wanted = " or ".join(f"{train}/ and {test}/" for train, test in LAYOUTS)
+        raise UserError(f"--data {data}: has no folder for the {split} images; expected {wanted}")
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+    if len(files) < (1 if split == "test" else 2):
+        few = "at least 1 is needed" if split == "test" else "at least 2 are needed, for training and validation"
+        raise UserError(f"{folder}: {len(files)} images ({' '.join(sorted(EXTENSIONS))}); {few}")
+    pixels = cached_pixels(folder, files, cache)
+    names = [file.name for file in files]
+    if split == "test":
+        return Images(pixels, names)
+    order = np.random.RandomState(42).permutation(len(files))
+    cut = min(max(int(0.8 * len(files)), 1), len(files) - 1)
+    order = order[:cut] if split == "train" else order[cut:]
+    return Images(pixels[torch.from_numpy(order)], [names[i] for i in order])
+
+
+def read_image(path):
+    """The image file at `path` as an RGB PIL image, upright, 8 bits a channel, whatever its mode.
+
+    Raises UserError, naming the file, for one that is damaged, no image, or absurdly large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
+            with Image.open(path) as image:
+                image.load()
+                if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+                    image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # every Pillow plugin has its own kinds
+        raise UserError(f"{path}: not an image that can be read ({error}); replace or remove it") from None
+
+
+def decode(path):
+    """The image at `path`, resized (bilinear, antialiased as Pillow's always is), as a uint8 array (256, 256, 3)."""
+    return np.asarray(read_image(path).resize((RESIZE, RESIZE), Image.Resampling.BILINEAR))
+
+
+def cached_pixels(folder, files, cache=None):
+    """Pixels (N, 256, 256, 3) of `files`, all in `folder`, decoded once and kept in one file under `cache`.
+
+    The file is used as long as every image has the name, size and modification time that it had.
+    """
+    cache = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "feature-inversion"))
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.pt"
+    manifest = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    with FileLock(path.with_suffix(".lock")):  # a second run waits, then finds the cache
+        if path.exists():
+            try:
+                stored = load(path, "image cache", mmap=True)
+                if stored["files"] == manifest:
+                    return stored["pixels"]
+            except (UserError, KeyError, TypeError) as error:
+                print(f"{error}; decoding again")
+        pixels = torch.empty(len(files), RESIZE, RESIZE, 3, dtype=torch.uint8)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            decoded = pool.map(decode, files)
+            try:
+                for i, image in enumerate(tqdm(decoded, f"Decoding {folder}", len(files), unit="image", disable=None)):
+                    pixels[i] = torch.from_numpy(image.copy())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        save({"files": manifest, "pixels": pixels}, path)
+        return pixels
+
+
+def sample_tiles(split):
+    """256×256 tiles of scikit-image's own photographs: at full, half and quarter size, and of the whole short side."""
+    import skimage  # here, since only the sample needs it
+
+    folder = Path(skimage.__file__).parent / "data"
+    tiles, names = [], []
+    for name in SAMPLE[split]:
+        photo = read_image(folder / name)
+        short = min(photo.size)
+        for side in sorted({short, short // 2, short // 4, RESIZE}, reverse=True):
+            if side < RESIZE:
+                continue
+            width, height = (max(RESIZE, round(length * side / short)) for length in photo.size)
+            scaled = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
+            for top in even_steps(height):
+                for left in even_steps(width):
+                    tiles.append(torch.from_numpy(scaled[top : top + RESIZE, left : left + RESIZE].copy()))
+                    names.append(f"{Path(name).stem}-{side}-{top}-{left}")
+    return Images(torch.stack(tiles), names)
+
+
+def even_steps(length):
+    """Offsets of the fewest 256-pixel tiles that cover `length` pixels, evenly spaced."""
+    return [int(offset) for offset in np.linspace(0, length - RESIZE, math.ceil(length / RESIZE))]
+
+
+def crops(pixels, index, tops, lefts, flips):
+    """Batched crops: uint8 pixels (N, 256, 256, 3) → float (B, 3, 224, 224) in [0, 1], channels last.
+
+    index, tops, lefts: int64 (B,); flips: bool (B,), mirrored left to right.
+    """
+    span = torch.arange(CROP, device=pixels.device)
+    rows = tops[:, None] + span
+    columns = lefts[:, None] + torch.where(flips[:, None], CROP - 1 - span, span)
+    batch = pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, 224, 224, 3)
+    return batch.permute(0, 3, 1, 2).float().div_(255)
+
+
+def center_crops(pixels):
+    """The central 224×224 of uint8 pixels (B, 256, 256, 3) → float (B, 3, 224, 224) in [0, 1], channels last."""
+    offset = (RESIZE - CROP) // 2
+    batch = pixels[:, offset : offset + CROP, offset : offset + CROP]
+    return batch.permute(0, 3, 1, 2).float().div_(255)
+
+
+def epoch_plan(count, seed, epoch):
+    """Order, top, left and flip of the `count` images of an epoch: (seed, epoch) decides, so it can be resumed."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    order = torch.randperm(count, generator=generator)
+    tops, lefts = torch.randint(0, RESIZE - CROP + 1, (2, count), generator=generator)
+    flips = torch.rand(count, generator=generator) < 0.5
+    return order, tops, lefts, flips
+
+
+# --- The DIV2K download --------------------------------------------------------------------------------
+
+
+def download_div2k(root, archives=None):
+    """Download, verify and unpack DIV2K into `root`; what is already there is not fetched again.
+
+    An interrupted download goes on where it stopped. Raises UserError when the server can't be reached
+    or what it sends is not the archive.
+    """
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    for url, md5, size in archives or DIV2K:
+        name = url.rsplit("/", 1)[1]
+        if (root / Path(name).stem).is_dir():
+            print(f"{root / Path(name).stem} is there")
+            continue
+        with FileLock(root / f".{name}.lock"):
+            if not (root / name).exists():
+                fetch(url, root / name, md5, size)
+            unpack(root / name, root)
+            (root / name).unlink()
+
+
+def fetch(url, path, md5, size=None, attempts=5):
+    """Download `url` to `path` through `path`.part, resuming up to `attempts` times, and check size and MD5."""
+    part = path.with_name(f"{path.name}.part")
+    for attempt in range(attempts):
+        have = part.stat().st_size if part.exists() else 0
+        if have and have == size:
+            break
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                if response.status != 206:  # the server sends all of it again
+                    have = 0
+                total = have + int(response.headers["Content-Length"])
+                if size and total != size:
+                    raise UserError(f"{url}: {total} bytes there, {size} expected")
+                with open(part, "ab" if have else "wb") as file:
+                    with tqdm(
+                        None, path.name, total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, disable=None
+                    ) as bar:
+                        while chunk := response.read(1 << 20):
+                            file.write(chunk)
+                            bar.update(len(chunk))
+            if part.stat().st_size == total:
+                break
+            reason = f"connection closed after {part.stat().st_size} of {total} bytes"
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # nothing is left to send: what we have is whole or wrong
+                break
+            reason = f"HTTP {error.code} {error.reason}"
+        except (OSError, ValueError) as error:
+            reason = str(error)
+        if attempt < attempts - 1:
+            time.sleep(attempt)
+    else:
+        raise UserError(f"{url}: {reason}; run again to go on from {part}")
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(part, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != md5:
+        part.unlink()
+        raise UserError(f"{url}: MD5 {digest.hexdigest()}, expected {md5}; deleted, run again")
+    os.replace(part, path)
+
+
+def unpack(path, root):
+    """Unpack the zip at `path` so that its one folder, named like it, appears in `root` whole or not at all.
+
+    Raises UserError for members that are absolute, climb out with `..`, or are links.
+    """
+    target = root / path.stem
+    temporary = root / f".{path.stem}.unpacking"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                parts = member.filename.replace("\\", "/").split("/")
+                if parts[0] != path.stem or ".." in parts or stat.S_ISLNK(member.external_attr >> 16):
+                    raise UserError(f"{path}: unsafe member {member.filename!r}; nothing was unpacked")
+            for member in tqdm(archive.infolist(), f"Unpacking {path.name}", unit="file", disable=None):
+                archive.extract(member, temporary)
+        os.replace(temporary / path.stem, target)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path}: cannot be unpacked ({error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,501 @@
+"""Train a decoder to invert the features of a frozen encoder.
+
+  python train.py                                            the study's headline: VGG16 block1, tconv decoder
+  python train.py --config configs/sample.yaml               two minutes on two cores, embedded photographs
+  python train.py --layer block3 --data FOLDER --out runs/block3 --resume
+
+Writes best.pt, last.pt, config.yaml, history.csv and curves.png to --out. Several GPUs or hosts:
+torchrun --nproc_per_node=N train.py … Evaluate with: python evaluate.py --ckpt runs/best.pt
+"""
+
+import argparse
+import csv
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+
+import yaml
+
+from utils import (
+    DECODERS,
+    LAYERS,
+    Parser,
+    UserError,
+    check_layer,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    run,
+)
+
+# Flags that say how to run, not what: they are not part of a run's configuration.
+NOT_CONFIG = ("config", "resume", "overwrite", "download", "quiet")
+MAY_DIFFER = ("out", "cache", "device")  # between a run and its resumption
+
+
+def make_parser():
+    """The flags; each is also a key of the YAML file, with `_` for `-`."""
+    layers = "; ".join(f"{encoder}: {names[0]}…{names[-1]}" for encoder, names in LAYERS.items())
+    parser = Parser(__doc__)
+    what = parser.add_argument_group("what is inverted, and by what")
+    what.add_argument("--encoder", choices=list(LAYERS), default="vgg16", help="frozen network")
+    what.add_argument("--layer", default="block1", help=f"where its features are taken ({layers})")
+    what.add_argument("--weights", default="imagenet", help="`imagenet`; `random`, the control; or a state-dict file")
+    what.add_argument("--decoder", choices=DECODERS, default="tconv", help="trained network")
+    what.add_argument("--width", type=positive_int, help="the decoder's main number of channels (None: its own)")
+    images = parser.add_argument_group("images")
+    images.add_argument("--data", help="folder of DIV2K or with train/ and test/; `sample`; None: DIV2K if there")
+    images.add_argument("--download", action="store_true", help="first fetch DIV2K (3.7 GB) into --data")
+    images.add_argument("--cache", help="folder of decoded images (None: ~/.cache/feature-inversion)")
+    how = parser.add_argument_group("training (defaults: the study's)")
+    how.add_argument("--epochs", type=positive_int, default=30, help="at most")
+    how.add_argument("--batch-size", type=positive_int, default=4, help="images a step, per process")
+    how.add_argument("--lr", type=positive_float, default=1e-4, help="Adam's learning rate; onecycle: the highest")
+    how.add_argument("--schedule", choices=["plateau", "onecycle"], default="plateau", help="of the learning rate")
+    how.add_argument("--patience", type=positive_int, default=15, help="epochs without a better validation loss")
+    how.add_argument("--mse-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
+    how.add_argument("--lpips-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
+    how.add_argument("--seed", type=int, default=42, help="of initialisation, order, crops and flips")
+    running = parser.add_argument_group("running")
+    running.add_argument("--config", help="YAML file with values of these flags; the command line wins")
+    running.add_argument("--out", default="runs", help="folder of this run")
+    running.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
+    running.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    running.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    running.add_argument(
+        "--deterministic", action=argparse.BooleanOptionalAction, default=True, help="repeatable on CUDA too, slower"
+    )
+    running.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def parse_args(argv=None):
+    """Command line over YAML file over defaults → argparse.Namespace. Raises UserError."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.config:
+        parser.set_defaults(**read_config(args.config, parser))
+        args = parser.parse_args(argv)
+    check_layer(args.encoder, args.layer)
+    if not args.mse_weight and not args.lpips_weight:
+        raise UserError("--mse-weight 0 --lpips-weight 0: nothing to minimise; give at least one a positive weight")
+    return args
+
+
+def read_config(path, parser):
+    """Values of the YAML file at `path`, each checked like the flag of its name. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError, ValueError) as error:
+        raise UserError(f"--config {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: is {type(values).__name__}, should be lines of `key: value`")
+    flags = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    config = {}
+    for key, value in values.items():
+        if key not in flags:
+            raise UserError(f"--config {path}: unknown key {key!r}; the keys are {', '.join(flags)}")
+        flag, expected = flags[key], "a text or number"
+        try:
+            if isinstance(flag.default, bool):
+                expected = "true or false"
+                if not isinstance(value, bool):
+                    raise ValueError
+            elif value is None:
+                expected = "a value"
+                if flag.default is not None:
+                    raise ValueError
+            elif isinstance(value, (dict, list, bool)):
+                raise ValueError
+            else:
+                value = (flag.type or str)(str(value))
+                expected = f"one of {', '.join(flag.choices or [])}"
+                if flag.choices and value not in flag.choices:
+                    raise ValueError
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--config {path}: {key}: {error}") from None
+        except ValueError:
+            raise UserError(f"--config {path}: {key}: {value!r} is not {expected}") from None
+        config[key] = value
+    return config
+
+
+if __name__ == "__main__":
+    ARGS = run(parse_args)  # before torch is imported, so that --help and a mistyped flag answer at once
+
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from matplotlib.figure import Figure
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from tqdm import tqdm
+
+import data
+from models import LPIPS, build_model, count_parameters, feature_shape
+from utils import PROTOCOL, atomic, load, make_folder, save, select_device, write_text
+
+COLUMNS = ("loss", "mse", "lpips", "psnr")  # the per-image terms that an epoch averages
+
+
+class Interrupted(Exception):
+    """SIGINT, SIGTERM or SIGUSR1 (SLURM's pre-emption) arrived; the step that was running is done."""
+
+
+class Signals:
+    """Remembers the first of the stopping signals; the second one ends the process at once."""
+
+    def __init__(self, device):
+        self.received, self.device = 0, device
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        if self.received:
+            os._exit(128 + number)
+        self.received = number
+
+    def check(self):
+        """Raise Interrupted if any process has received a signal."""
+        received = self.received
+        if dist.is_initialized():
+            flag = torch.tensor(received, device=self.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            received = int(flag)
+        if received:
+            self.received = received
+            raise Interrupted
+
+
+def terms(images, target, config, lpips):
+    """Per-image terms (4, B) of the loss, as COLUMNS: the loss itself, MSE, LPIPS (NaN: not asked for) and PSNR in dB.
+
+    images, target: (B, 3, 224, 224) in [0, 1]. A term with weight zero takes no part in the gradient
+    (paper 3.3.2), and LPIPS is then not computed.
+    """
+    mse = ((images if config["mse_weight"] else images.detach()) - target).square().mean((1, 2, 3))
+    distance = lpips(images, target) if config["lpips_weight"] else torch.full_like(mse, math.nan)
+    loss = config["mse_weight"] * mse if config["mse_weight"] else 0
+    if config["lpips_weight"]:
+        loss = loss + config["lpips_weight"] * distance
+    psnr = -10 * torch.log10(mse.detach().clamp_min(1e-10))
+    return torch.stack([loss, mse, distance, psnr])
+
+
+def check_finite(losses, epoch, step):
+    """Raise UserError if one of `losses`, the last ones up to `step`, is not finite."""
+    bad = (~torch.isfinite(torch.stack(losses))).nonzero()
+    if len(bad):
+        step = step - len(losses) + 1 + int(bad[0])
+        raise UserError(
+            f"the loss is not finite in epoch {epoch + 1}, step {step + 1}; try a smaller --lr. "
+            "best.pt and last.pt are those of the epochs before"
+        )
+
+
+def averages(sums):
+    """Per-image averages of `sums` (5,), the summed COLUMNS and the number of images, over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return dict(zip(COLUMNS, (sums[:4] / sums[4]).tolist(), strict=True))
+
+
+class Run:
+    """One training: what is trained, with what, and how far it has come.
+
+    config: the values of the flags, a dictionary. Raises UserError for what the user can put right.
+    """
+
+    def __init__(self, config, device, rank=0, world=1, quiet=False):
+        self.config, self.device, self.rank, self.world = config, device, rank, world
+        self.bars = True if quiet or rank else None  # tqdm's `disable`: None is off where there is no terminal
+        self.out = Path(config["out"])
+        self.images = {name: data.load_split(config["data"], name, config["cache"]) for name in ("train", "val")}
+        count, size = len(self.images["train"].names), config["batch_size"]
+        if size * world > count:
+            raise UserError(f"--batch-size {size} × {world} processes: more than the {count} training images")
+        self.steps = math.ceil(count / (size * world))
+        names = ("encoder", "layer", "decoder", "weights", "width", "seed")
+        self.encoder, self.decoder = (m.to(device) for m in build_model(**{name: config[name] for name in names}))
+        self.lpips = LPIPS().to(device) if config["lpips_weight"] else None
+        self.model = self.decoder
+        if world > 1:
+            if device.type == "cuda":
+                self.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.decoder)
+            self.model = torch.nn.parallel.DistributedDataParallel(self.decoder)
+        self.optimizer = torch.optim.Adam(self.decoder.parameters(), lr=config["lr"])
+        if config["schedule"] == "plateau":
+            self.scheduler = ReduceLROnPlateau(self.optimizer, factor=0.5, patience=5, min_lr=1e-7)
+        else:  # warm-up and annealing, a step at a time
+            total = config["epochs"] * self.steps
+            self.scheduler = OneCycleLR(self.optimizer, config["lr"], total, cycle_momentum=False)
+        # How far it has come; `step`, `sums` and `seconds` are of the epoch that is running.
+        self.epoch = self.step = self.bad_epochs = 0
+        self.sums, self.seconds = torch.zeros(5, dtype=torch.float64, device=device), 0.0
+        self.best_epoch, self.best_loss = 0, math.inf
+        self.history = []
+
+    def describe(self):
+        """What will happen, in three lines."""
+        c, shape = self.config, " × ".join(map(str, feature_shape(self.encoder)))
+        train, val = (len(self.images[name].names) for name in ("train", "val"))
+        return (
+            f"{c['encoder']} {c['layer']}, {c['weights']} weights: features {shape}\n"
+            f"{c['decoder']} decoder: {count_parameters(self.decoder):,} trainable parameters\n"
+            f"{c['data']}: {train} training and {val} validation images, {self.steps} steps an epoch, "
+            f"{self.world} × {self.device}, to {self.out}"
+        )
+
+    PROGRESS = ("epoch", "step", "bad_epochs", "seconds", "best_epoch", "best_loss", "history")
+
+    def save_last(self):
+        """Write last.pt, from which `restore` goes on bit for bit."""
+        if self.rank == 0:
+            state = {name: getattr(self, name) for name in ("config", "sums", *self.PROGRESS)}
+            for name in ("decoder", "optimizer", "scheduler"):
+                state[name] = getattr(self, name).state_dict()
+            save(state, self.out / "last.pt")
+
+    def restore(self):
+        """Go on from last.pt. Raises UserError if its configuration is another one."""
+        path = self.out / "last.pt"
+        state = load(path)
+        try:
+            for key, value in self.config.items():
+                if key not in MAY_DIFFER and state["config"][key] != value:
+                    raise UserError(
+                        f"--resume: {key} is {value!r}, the run in {self.out} has {state['config'][key]!r}; "
+                        "give the same, or another --out"
+                    )
+            for name in ("decoder", "optimizer", "scheduler"):
+                getattr(self, name).load_state_dict(state[name])
+            for name in self.PROGRESS:
+                setattr(self, name, state[name])
+            self.sums = state["sums"].to(self.device)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(f"{path}: not the last.pt of such a run ({error})") from None
+
+    def train_epoch(self, signals):
+        """Train to the end of the epoch; per-image averages of its terms."""
+        size, images = self.config["batch_size"], self.images["train"]
+        plan = data.epoch_plan(len(images.names), self.config["seed"], self.epoch)
+        total = self.steps * size * self.world
+        if self.world > 1:  # every process takes as many steps, so the last ones wrap around
+            plan = [part[torch.arange(total) % len(part)] for part in plan]
+        self.model.train()
+        start, losses = time.perf_counter() - self.seconds, []
+        title = f"Epoch {self.epoch + 1}/{self.config['epochs']}"
+        with tqdm(None, title, self.steps, initial=self.step, unit="step", leave=False, disable=self.bars) as bar:
+            while self.step < self.steps:
+                first = (self.step * self.world + self.rank) * size
+                batch = data.crops(images.pixels, *(part[first : first + size] for part in plan))
+                batch = batch.to(self.device, non_blocking=True)
+                values = terms(self.model(self.encoder(batch)), batch, self.config, self.lpips)
+                loss = values[0].mean()
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                if self.config["schedule"] == "onecycle":
+                    self.scheduler.step()
+                self.sums[:4] += values.detach().sum(1)
+                self.sums[4] += len(batch)
+                losses.append(loss.detach())
+                self.step += 1
+                bar.update()
+                self.seconds = time.perf_counter() - start
+                if len(losses) == 20 or self.step == self.steps or signals.received:  # each look waits for a GPU
+                    check_finite(losses, self.epoch, self.step - 1)
+                    bar.set_postfix(loss=f"{losses[-1]:.4f}")
+                    losses.clear()
+                signals.check()
+        return averages(self.sums.clone())
+
+    @torch.no_grad()
+    def validate(self, signals):
+        """Per-image averages of the terms over the validation images, each measured by one process."""
+        self.decoder.eval()
+        pixels, size = self.images["val"].pixels[self.rank :: self.world], self.config["batch_size"]
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        for part in tqdm(pixels.split(size), "Validation", unit="step", leave=False, disable=self.bars):
+            batch = data.center_crops(part).to(self.device, non_blocking=True)
+            sums[:4] += terms(self.decoder(self.encoder(batch)), batch, self.config, self.lpips).sum(1)
+            sums[4] += len(batch)
+            if self.world == 1:  # several processes may have unequal numbers of batches
+                signals.check()
+        return averages(sums)
+
+    def end_epoch(self, train, val):
+        """Schedule, keep the best, write the files and the epoch's line; True if training should stop."""
+        lr = self.optimizer.param_groups[0]["lr"]
+        if not math.isfinite(val["loss"]):
+            raise UserError(
+                f"the validation loss of epoch {self.epoch + 1} is {val['loss']}; try a smaller --lr. "
+                "best.pt and last.pt are those of the epochs before"
+            )
+        if self.config["schedule"] == "plateau":
+            self.scheduler.step(val["loss"])
+        self.epoch += 1
+        row = {"epoch": self.epoch}
+        row |= {f"train_{name}": train[name] for name in COLUMNS} | {f"val_{name}": val[name] for name in COLUMNS}
+        row |= {"lr": lr, "seconds": round(self.seconds, 2)}
+        row["images_per_second"] = round(len(self.images["train"].names) / max(self.seconds, 1e-9), 2)
+        self.history.append(row)
+        better = val["loss"] < self.best_loss
+        self.bad_epochs = 0 if better else self.bad_epochs + 1
+        if better:
+            self.best_epoch, self.best_loss = self.epoch, val["loss"]
+        self.step, self.seconds = 0, 0.0
+        self.sums.zero_()
+        if self.rank == 0:
+            if better:
+                self.save_best()
+            write_history(self.history, self.out / "history.csv")
+            draw_curves(self.history, self.out / "curves.png")
+            print(epoch_line(row, self.config["epochs"], better), flush=True)
+        self.save_last()  # last, so that whatever was interrupted before is done again
+        return self.finished()
+
+    def finished(self):
+        return self.epoch >= self.config["epochs"] or self.bad_epochs >= self.config["patience"]
+
+    def save_best(self):
+        """Write best.pt: the decoder and what rebuilds it, nothing of the encoder."""
+        packages = ("torch", "torchvision", "timm", "lpips", "numpy")
+        state = {
+            "decoder": self.decoder.state_dict(),
+            "config": self.config,
+            "protocol": PROTOCOL,
+            "epoch": self.epoch,
+            "val_loss": self.best_loss,
+            "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
+        }
+        save(state, self.out / "best.pt")
+
+    def fit(self, signals):
+        """Train until the epochs are over or the validation loss has stopped falling."""
+        while not self.finished():
+            try:
+                train = self.train_epoch(signals)
+                val = self.validate(signals)
+            except Interrupted:
+                self.save_last()
+                raise
+            self.end_epoch(train, val)
+
+
+def epoch_line(row, epochs, better):
+    """The line that an epoch prints."""
+    parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
+    for split in ("train", "val"):
+        values = {name: row[f"{split}_{name}"] for name in COLUMNS}
+        lpips = "–" if math.isnan(values["lpips"]) else f"{values['lpips']:.4f}"
+        parts.append(
+            f"{split} loss {values['loss']:.4f} mse {values['mse']:.4f} lpips {lpips} psnr {values['psnr']:.2f}"
+        )
+    parts.append(f"lr {row['lr']:.1e}")
+    parts.append(f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s{'  best' if better else ''}")
+    return " | ".join(parts)
+
+
+def write_history(history, path):
+    """One CSV row an epoch; the LPIPS columns are empty where it took no part in the loss."""
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, history[0])
+        writer.writeheader()
+        for row in history:
+            writer.writerow({key: "" if value != value else value for key, value in row.items()})
+
+
+def draw_curves(history, path):
+    """Loss, PSNR and learning rate over the epochs, as a picture."""
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axis, name, label in zip(
+        figure.subplots(1, 3), ("loss", "psnr", "lr"), ("loss", "PSNR (dB)", "learning rate"), strict=True
+    ):
+        for key in ("lr",) if name == "lr" else (f"train_{name}", f"val_{name}"):
+            axis.plot(epochs, [row[key] for row in history], ".-", label=key.replace("_", " "))
+        axis.set(xlabel="epoch", ylabel=label, yscale="linear" if name == "psnr" else "log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+
+
+def claim(out, resume, overwrite):
+    """Make the folder of the run and lock it. Raises UserError if it is in use or holds a run that must not be lost."""
+    out = make_folder(out)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)  # the kernel frees it when the process ends, however it ends
+    except Timeout:
+        raise UserError(f"--out {out}: another training is writing there; choose another --out") from None
+    if (out / "best.pt").exists() or (out / "last.pt").exists():
+        if not resume and not overwrite:
+            raise UserError(f"--out {out}: holds a run; --resume goes on, --overwrite replaces; or another --out")
+    for leftover in out.glob(".*.tmp*"):  # of a process that was killed while it wrote
+        leftover.unlink()
+    return lock
+
+
+def start_processes(device):
+    """Join the processes that torchrun started, if it did: (rank, number of processes, device of this one)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    return int(os.environ.get("RANK", 0)), world, device
+
+
+def train(args):
+    """Train as `args` (a Namespace of the flags) say, and write the run's files."""
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.manual_seed(args.seed)
+    rank, world, device = start_processes(select_device(args.device))
+    if args.download:
+        args.data = args.data or data.DIV2K_ROOT
+        data.download_div2k(args.data)
+    config = {key: value for key, value in vars(args).items() if key not in NOT_CONFIG}
+    config["data"] = data.resolve(args.data)
+    lock = claim(args.out, args.resume, args.overwrite) if rank == 0 else None
+
+    job = Run(config, device, rank, world, args.quiet)
+    print(job.describe())
+    if args.resume and (job.out / "last.pt").exists():
+        job.restore()
+        print(f"{'finished' if job.finished() else 'resumed'} after epoch {job.epoch}, step {job.step}")
+    elif rank == 0:
+        for name in ("best.pt", "last.pt", "history.csv", "curves.png"):
+            (job.out / name).unlink(missing_ok=True)
+    if rank == 0:
+        write_text(job.out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    signals = Signals(device)
+    try:
+        job.fit(signals)
+    except Interrupted:
+        again = shlex.join([*sys.argv, *([] if args.resume else ["--resume"])])
+        print(f"stopped in epoch {job.epoch + 1} after step {job.step}; go on with: python {again}")
+        sys.exit(128 + signals.received)
+    finally:
+        if lock:
+            lock.release()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print(f"best: epoch {job.best_epoch}, validation loss {job.best_loss:.4f}, in {job.out / 'best.pt'}")
+
+
+if __name__ == "__main__":
+    run(lambda: train(ARGS))
