@@ -225,15 +225,6 @@ def feature_shape(encoder):
 # --- Decoders ----------------------------------------------------------------------------------------
 
 
-def kaiming_(module):
-    """Kaiming initialisation (paper 3.3.4) of every convolution and linear layer in `module`, biases zero."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-
-
 class TransposedConv(nn.Module):
     """The study's primary decoder (paper 3.2.1): features (B, C, H, W) → images (B, 3, 224, 224) in [0, 1].
 
@@ -263,8 +254,9 @@ BUILDERS = {"tconv": TransposedConv}
 
 
 def build_decoder(decoder, shape, width=None, seed=42):
-    """Decoder `decoder` for features of `shape` (C, H, W), Kaiming-initialised from `seed`.
+    """Decoder `decoder` for features of `shape` (C, H, W), initialised from `seed`.
 
+    Kaiming initialisation (paper 3.3.4) is PyTorch's own of convolutions and linear layers: uniform, a = √5.
     width: the decoder's main number of channels, its own default where None. Raises UserError for an
     unknown name or a width that is too small.
     """
@@ -273,7 +265,6 @@ def build_decoder(decoder, shape, width=None, seed=42):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = BUILDERS[decoder](shape, width) if width else BUILDERS[decoder](shape)
-        kaiming_(net)
     return net.to(memory_format=torch.channels_last)
 
 

@@ -149,12 +149,18 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Remembers the first of the stopping signals; the second one ends the process at once."""
+    """Within `with`: remembers the first of the stopping signals; the second one ends the process at once."""
 
     def __init__(self, device):
         self.received, self.device = 0, device
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self.handle)
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def handle(self, number, frame):
         if self.received:
@@ -484,7 +490,8 @@ def train(args):
         write_text(job.out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     signals = Signals(device)
     try:
-        job.fit(signals)
+        with signals:
+            job.fit(signals)
     except Interrupted:
         again = shlex.join([*sys.argv, *([] if args.resume else ["--resume"])])
         print(f"stopped in epoch {job.epoch + 1} after step {job.step}; go on with: python {again}")

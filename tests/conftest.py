@@ -1,0 +1,104 @@
+"""Small real photographs, and a way to run a script in this process as its command line would."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import data
+import evaluate
+import train
+import utils
+
+NATURAL = REPOSITORY.parent / "shared" / "data" / "natural"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Every test's image cache is a temporary folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A folder with 10 training and 3 test photographs in the train/ + test/ layout; not to be changed."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("photos")
+    tiles = {split: data.sample_tiles(split) for split in ("train", "test")}
+    for split, count, suffix in (("train", 10, "png"), ("test", 3, "jpg")):
+        (root / split).mkdir()
+        pixels = tiles[split].pixels
+        for i in range(count):
+            tile = pixels[i * len(pixels) // count]
+            Image.fromarray(tile.numpy()).save(root / split / f"{i:02}.{suffix}")
+    return root
+
+
+@pytest.fixture
+def own_photos(photos, tmp_path):
+    """A copy of `photos` that a test may change."""
+    return Path(shutil.copytree(photos, tmp_path / "own_photos"))
+
+
+@pytest.fixture
+def run_train():
+    """Run train.py with these flags, here: the exit status, 0 if it ended well."""
+
+    def call(*flags):
+        return status(lambda: train.train(train.parse_args([str(flag) for flag in flags])))
+
+    return call
+
+
+@pytest.fixture
+def run_evaluate():
+    """Run evaluate.py with these flags, here: the exit status, 0 if it ended well."""
+
+    def call(*flags):
+        return status(lambda: evaluate.evaluate(evaluate.make_parser().parse_args([str(flag) for flag in flags])))
+
+    return call
+
+
+def status(main):
+    try:
+        utils.run(main)
+    except SystemExit as exit:
+        return exit.code
+    return 0
+
+
+@pytest.fixture
+def error_line(capsys):
+    """The one line on stderr that a failed command left, without its `error: `; nothing else may be there."""
+
+    def read():
+        lines = [line for line in capsys.readouterr().err.splitlines() if line]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0].removeprefix("error: ")
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def trained(photos, tmp_path_factory):
+    """The folder of a short real training on `photos`; not to be changed."""
+    out = tmp_path_factory.mktemp("trained")
+    flags = ["--data", photos, "--out", out, "--epochs", 2, "--lr", 2e-3, "--quiet"]
+    train.train(train.parse_args([str(flag) for flag in flags]))
+    return out
+
+
+@pytest.fixture(scope="session")
+def checkpoint(trained):
+    return torch.load(trained / "best.pt", weights_only=True)

