@@ -1,20 +1,18 @@
 """Small real photographs, and a way to run a script in this process as its command line would."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-REPOSITORY = Path(__file__).parent.parent
-sys.path.insert(0, str(REPOSITORY))
+from PIL import Image
 
 import data
 import evaluate
 import train
 import utils
 
+REPOSITORY = Path(__file__).parent.parent
 NATURAL = REPOSITORY.parent / "shared" / "data" / "natural"
 
 
@@ -30,8 +28,6 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """A folder with 10 training and 3 test photographs in the train/ + test/ layout; not to be changed."""
-    from PIL import Image
-
     root = tmp_path_factory.mktemp("photos")
     tiles = {split: data.sample_tiles(split) for split in ("train", "test")}
     for split, count, suffix in (("train", 10, "png"), ("test", 3, "jpg")):

@@ -1,0 +1,310 @@
+"""Files to tensors: layouts, split, cache, odd and bad images, crops, and the DIV2K download."""
+
+import hashlib
+import http.server
+import io
+import os
+import stat
+import threading
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import NATURAL
+from PIL import Image
+from torchvision.transforms import functional as tv
+
+import data
+from utils import UserError
+
+
+def test_natural_split_is_640_160_100():
+    if not NATURAL.is_dir():
+        pytest.skip(f"{NATURAL} is not here")
+    splits = {split: data.load_split(str(NATURAL), split) for split in ("train", "val", "test")}
+    assert [len(s.names) for s in splits.values()] == [640, 160, 100]
+    assert all(s.pixels.shape == (len(s.names), 256, 256, 3) for s in splits.values())
+    assert not set(splits["train"].names) & set(splits["val"].names)
+    # the picture of a name is that file's, decoded and resized by torchvision
+    for name in splits["val"].names[:3]:
+        with Image.open(NATURAL / "train" / name) as image:
+            expected = tv.resize(image.convert("RGB"), [256, 256], antialias=True)
+        assert np.array_equal(splits["val"].pixels[splits["val"].names.index(name)], np.asarray(expected))
+
+
+def test_split_is_the_seed_42_permutation(photos):
+    train, val = (data.load_split(str(photos), split).names for split in ("train", "val"))
+    # numpy's RandomState(42).permutation(10), a stream that numpy guarantees for ever
+    order = [8, 1, 5, 0, 7, 2, 9, 4, 3, 6]
+    assert train == [f"{i:02}.png" for i in order[:8]]
+    assert val == [f"{i:02}.png" for i in order[8:]]
+
+
+def test_div2k_layout(photos, tmp_path):
+    (tmp_path / "DIV2K_train_HR").symlink_to(photos / "train")
+    (tmp_path / "DIV2K_valid_HR").symlink_to(photos / "test")
+    counts = [len(data.load_split(str(tmp_path), split).names) for split in ("train", "val", "test")]
+    assert counts == [8, 2, 3]
+
+
+def test_sample_has_no_photograph_in_two_splits():
+    splits = {split: data.load_split("sample", split) for split in ("train", "val", "test")}
+    photographs = {split: {name.split("-")[0] for name in s.names} for split, s in splits.items()}
+    photographs["train"] = {name.replace("_left", "").replace("_right", "") for name in photographs["train"]}
+    assert len(set.union(*photographs.values())) == sum(map(len, photographs.values()))
+    assert len(splits["train"].names) >= 90 and len(splits["test"].names) >= 8
+    scales = {tuple(name.split("-")[:2]) for name in splits["train"].names}
+    assert len(scales) > len(photographs["train"])  # more than one scale
+    for split in splits.values():
+        assert split.pixels.shape == (len(split.names), 256, 256, 3) and split.pixels.dtype == torch.uint8
+
+
+# --- cache ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the files that were decoded."""
+    names, real = [], data.decode
+    monkeypatch.setattr(data, "decode", lambda path: names.append(path.name) or real(path))
+    return names
+
+
+def test_cache_is_rebuilt_when_a_file_changes_and_only_then(own_photos, decoded, tmp_path):
+    def load():
+        decoded.clear()
+        return data.load_split(str(own_photos), "test", tmp_path / "cache").pixels.clone()
+
+    first = load()
+    assert len(decoded) == 3
+    assert torch.equal(load(), first) and decoded == []
+    changed = own_photos / "test" / "01.jpg"
+    Image.new("RGB", (300, 300), "red").save(changed)
+    second = load()
+    assert decoded and (second[1, :, :, 0] > 250).all() and torch.equal(second[0], first[0])
+    load()
+    assert decoded == []
+    changed.unlink()
+    assert len(load()) == 2 and decoded
+    before = changed.with_name("00.jpg").stat()
+    os.utime(changed.with_name("00.jpg"), ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    load()
+    assert decoded
+
+
+def test_damaged_cache_is_built_again(own_photos, decoded, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    good = data.load_split(str(own_photos), "test", cache).pixels.clone()
+    (path,) = cache.glob("*.pt")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit of one pixel
+    path.write_bytes(content)
+    decoded.clear()
+    assert torch.equal(data.load_split(str(own_photos), "test", cache).pixels, good)
+    assert len(decoded) == 3 and "decoding again" in capsys.readouterr().out
+
+
+# --- odd and bad images ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA", "I;16"])
+@pytest.mark.parametrize("suffix", ["png", "tif", "jpg"])
+def test_any_mode_is_converted(photos, tmp_path, mode, suffix):
+    if (suffix, mode) in {("png", "CMYK"), *(("jpg", m) for m in ("P", "RGBA", "1", "LA", "I;16"))}:
+        pytest.skip("no such file can be written")
+    with Image.open(photos / "test" / "00.jpg") as image:
+        rgb = image.convert("RGB")
+    grey = np.asarray(rgb.convert("L"))
+    if mode == "I;16":
+        odd = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        odd = rgb.quantize() if mode == "P" else rgb.convert(mode)
+    odd.save(tmp_path / f"odd.{suffix}")
+    result = data.decode(tmp_path / f"odd.{suffix}")
+    assert result.shape == (256, 256, 3) and result.dtype == np.uint8
+    reference = rgb if mode in ("P", "RGBA", "CMYK") else Image.fromarray(grey).convert("RGB")
+    error = result.astype(float) - np.asarray(reference.resize((256, 256), Image.Resampling.BILINEAR))
+    assert abs(error.mean()) < 5 and (mode == "1" or np.abs(error).mean() < 4)  # one bit keeps only the mean
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (40, 20), "black")
+    image.paste("white", (0, 0, 20, 20))  # the left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90° clockwise: left becomes top
+    image.save(tmp_path / "turned.png", exif=exif)
+    result = np.asarray(data.read_image(tmp_path / "turned.png"))
+    assert result.shape == (40, 20, 3) and result[5].mean() == 255 and result[35].mean() == 0
+
+
+def bomb():
+    """A PNG of a few bytes that declares 60,000 × 60,000 pixels."""
+    content = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(content, "png")
+    content = bytearray(content.getvalue())
+    content[16:24] = (60_000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "zero bytes", "text", "bomb"])
+def test_bad_image_is_named(own_photos, damage):
+    bad = own_photos / "train" / "04.png"
+    content = bad.read_bytes()
+    bad.write_bytes(
+        {"truncated": content[: len(content) // 2], "zero bytes": b"", "text": b"not an image", "bomb": bomb()}[damage]
+    )
+    with pytest.raises(UserError, match="04.png: not an image that can be read"):
+        data.load_split(str(own_photos), "train")
+
+
+def test_files_that_are_no_images_are_ignored(own_photos):
+    for name in (".hidden.png", "notes.txt", "Thumbs.db"):
+        (own_photos / "test" / name).write_bytes(b"x")
+    (own_photos / "test" / "00.jpg").rename(own_photos / "test" / "00.JPEG")
+    assert data.load_split(str(own_photos), "test").names == ["00.JPEG", "01.jpg", "02.jpg"]
+
+
+# --- crops -----------------------------------------------------------------------------------------------
+
+
+def test_crops_are_torchvisions():
+    pixels = torch.randint(0, 256, (5, 256, 256, 3), dtype=torch.uint8)
+    index, tops, lefts = torch.tensor([3, 0, 4]), torch.tensor([0, 32, 7]), torch.tensor([5, 0, 32])
+    flips = torch.tensor([False, True, True])
+    batch = data.crops(pixels, index, tops, lefts, flips)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    for i in range(3):
+        expected = tv.crop(pixels[index[i]].permute(2, 0, 1), int(tops[i]), int(lefts[i]), 224, 224)
+        expected = tv.hflip(expected) if flips[i] else expected
+        assert torch.equal(batch[i], expected.float() / 255)
+    expected = tv.center_crop(pixels.permute(0, 3, 1, 2), [224, 224]).float() / 255
+    assert torch.equal(data.center_crops(pixels), expected)
+
+
+def test_epoch_plan_uses_every_image_once_and_every_crop():
+    order, tops, lefts, flips = data.epoch_plan(5000, seed=42, epoch=3)
+    assert sorted(order.tolist()) == list(range(5000))
+    assert sorted(set(tops.tolist())) == sorted(set(lefts.tolist())) == list(range(33))
+    assert 0.47 < flips.float().mean() < 0.53
+    assert all(torch.equal(a, b) for a, b in zip(data.epoch_plan(50, 1, 2), data.epoch_plan(50, 1, 2), strict=True))
+    assert not torch.equal(data.epoch_plan(50, 1, 2)[0], data.epoch_plan(50, 1, 3)[0])
+
+
+# --- the DIV2K download ----------------------------------------------------------------------------------
+
+
+class CuttingServer(http.server.BaseHTTPRequestHandler):
+    """Serves `archive` and hangs up half-way through the first answers; honours Range."""
+
+    archive, cuts, requests = b"", 0, []
+
+    def do_GET(self):
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        type(self).requests.append(start)
+        if start >= len(self.archive):
+            self.send_error(416)
+            return
+        body = self.archive[start:]
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if type(self).cuts:
+            type(self).cuts -= 1
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def zipped(names, link=None):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in names:
+            archive.writestr(name, os.urandom(50_000))
+        if link:
+            member = zipfile.ZipInfo(link)
+            member.external_attr = (stat.S_IFLNK | 0o777) << 16
+            archive.writestr(member, "/etc/passwd")
+    return content.getvalue()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Serve an archive; returns its entry for `download_div2k`."""
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    servers = []
+
+    def start(archive, cuts=0, md5=None, size=None):
+        handler = type("Handler", (CuttingServer,), {"archive": archive, "cuts": cuts, "requests": []})
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        url = f"http://127.0.0.1:{server.server_port}/DIV2K_valid_HR.zip"
+        return (url, md5 or hashlib.md5(archive).hexdigest(), size or len(archive)), handler
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+def test_download_resumes_where_the_connection_was_cut(serve, tmp_path):
+    archive = zipped(["DIV2K_valid_HR/0801.png", "DIV2K_valid_HR/0802.png"])
+    entry, handler = serve(archive, cuts=2)
+    data.download_div2k(tmp_path, [entry])
+    assert handler.requests == [0, len(archive) // 2, len(archive) // 2 + (len(archive) + 1) // 4]
+    with zipfile.ZipFile(io.BytesIO(archive)) as expected:
+        for name in expected.namelist():
+            assert (tmp_path / name).read_bytes() == expected.read(name)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["DIV2K_valid_HR"]
+    data.download_div2k(tmp_path, [entry])  # nothing to do
+    assert len(handler.requests) == 3
+
+
+def test_download_goes_on_in_a_later_run(serve, tmp_path):
+    archive = zipped(["DIV2K_valid_HR/0801.png"])
+    entry, handler = serve(archive, cuts=9)
+    with pytest.raises(UserError, match="run again to go on"):
+        data.download_div2k(tmp_path, [entry])
+    had = (tmp_path / "DIV2K_valid_HR.zip.part").stat().st_size
+    assert 0 < had < len(archive)
+    handler.cuts = 0
+    handler.requests.clear()
+    data.download_div2k(tmp_path, [entry])
+    assert handler.requests == [had] and (tmp_path / "DIV2K_valid_HR" / "0801.png").stat().st_size == 50_000
+
+
+def test_download_checks_size_and_md5(serve, tmp_path):
+    archive = zipped(["DIV2K_valid_HR/0801.png"])
+    entry, _ = serve(archive, size=len(archive) + 1)
+    with pytest.raises(UserError, match=f"{len(archive)} bytes there, {len(archive) + 1} expected"):
+        data.download_div2k(tmp_path, [entry])
+    entry, _ = serve(archive, md5="0" * 32)
+    with pytest.raises(UserError, match="MD5"):
+        data.download_div2k(tmp_path, [entry])
+    assert not [p for p in tmp_path.iterdir() if p.name[0] != "."]
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/evil.png", "DIV2K_valid_HR/../../evil.png", "other/evil.png"])
+def test_unsafe_archive_is_refused(serve, tmp_path, name):
+    entry, _ = serve(zipped(["DIV2K_valid_HR/0801.png", name]))
+    with pytest.raises(UserError, match="unsafe member"):
+        data.download_div2k(tmp_path / "root", [entry])
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_link_in_an_archive_is_refused(serve, tmp_path):
+    entry, _ = serve(zipped(["DIV2K_valid_HR/0801.png"], link="DIV2K_valid_HR/0802.png"))
+    with pytest.raises(UserError, match="unsafe member 'DIV2K_valid_HR/0802.png'"):
+        data.download_div2k(tmp_path, [entry])
+    assert not list(tmp_path.rglob("*.png"))
+
+
+def test_unreachable_server_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    with pytest.raises(UserError, match="127.0.0.1:9"):
+        data.download_div2k(tmp_path, [("http://127.0.0.1:9/DIV2K_valid_HR.zip", "0" * 32, 1)])

@@ -1,0 +1,172 @@
+"""What evaluate.py measures, against scikit-image, the lpips package and hand calculations, and what it writes."""
+
+import csv
+import json
+import math
+import pickle
+import shutil
+import warnings
+
+import lpips as lpips_package
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import data
+import evaluate
+from models import imagenet_weights
+
+
+@pytest.fixture(scope="module")
+def measured(trained, photos):
+    """(values, encoder, decoder, pixels) of the trained checkpoint on the test photographs."""
+    encoder, decoder, _ = evaluate.load_model(trained / "best.pt")
+    pixels = data.load_split(str(photos), "test").pixels
+    values, milliseconds = evaluate.evaluate_model(encoder, decoder, pixels, batch_size=2)
+    assert milliseconds > 0
+    return values, encoder, decoder, pixels
+
+
+@pytest.fixture(scope="module")
+def pairs(measured):
+    """(image, reconstruction) as float64 arrays (224, 224, 3), computed one at a time."""
+    _, encoder, decoder, pixels = measured
+    images = pixels[:, 16:240, 16:240].permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        outputs = torch.cat([decoder(encoder(image[None])) for image in images]).clamp(0, 1)
+    pairs = zip(images, outputs, strict=True)
+    return [tuple(picture.permute(1, 2, 0).double().numpy() for picture in pair) for pair in pairs]
+
+
+def test_psnr_is_scikit_images(measured, pairs):
+    expected = [peak_signal_noise_ratio(x, y, data_range=1) for x, y in pairs]
+    assert measured[0]["psnr"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_psnr_by_hand():
+    a = torch.zeros(2, 3, 8, 8)
+    b = torch.stack([torch.full((3, 8, 8), 0.1), torch.full((3, 8, 8), 0.5)])
+    assert evaluate.psnr(a, b).tolist() == pytest.approx([20, 20 * math.log10(2)], abs=1e-4)
+    assert evaluate.psnr(a, a).tolist() == [100, 100]
+
+
+def test_ssim_is_wang_2004(measured, pairs):
+    """Against the formula written out: Gaussian window of 11 and σ 1.5, population covariance, borders left out."""
+    from scipy.ndimage import correlate1d
+
+    window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    window /= window.sum()
+
+    def blur(a):
+        return correlate1d(correlate1d(a, window, axis=0), window, axis=1)
+
+    expected = []
+    for x, y in pairs:
+        mx, my = blur(x), blur(y)
+        vx, vy, cov = blur(x * x) - mx**2, blur(y * y) - my**2, blur(x * y) - mx * my
+        values = (2 * mx * my + 0.01**2) * (2 * cov + 0.03**2)
+        values /= (mx**2 + my**2 + 0.01**2) * (vx + vy + 0.03**2)
+        expected.append(values[5:-5, 5:-5].mean())
+    assert measured[0]["ssim"] == pytest.approx(expected, abs=1e-5)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+    skimage = [structural_similarity(x, y, channel_axis=2, **options) for x, y in pairs]
+    assert measured[0]["ssim"] == pytest.approx(skimage, abs=1e-5)
+
+
+def test_lpips_is_the_packages(measured, pairs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    state, places = imagenet_weights("alexnet"), {key.split(".", 1)[1]: key for key in net.net.state_dict()}
+    net.net.load_state_dict({places[key[9:]]: state[key] for key in state if key.startswith("features.")})
+    with torch.no_grad():
+        x, y = (torch.tensor(np.stack(part)).permute(0, 3, 1, 2).float() for part in zip(*pairs, strict=True))
+        expected = net(x, y, normalize=True).flatten().tolist()
+    assert measured[0]["lpips"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_result_does_not_depend_on_the_batch_size(measured, batch_size):
+    values, encoder, decoder, pixels = measured
+    again, _ = evaluate.evaluate_model(encoder, decoder, pixels, batch_size)
+    for name in values:
+        assert again[name] == pytest.approx(values[name], abs=1e-4)
+
+
+def test_files_and_table(measured, trained, photos, tmp_path, run_evaluate, capsys):
+    shutil.copy(trained / "best.pt", tmp_path)
+    assert run_evaluate("--ckpt", tmp_path / "best.pt") == 0  # data, encoder and decoder come from the checkpoint
+    screen = capsys.readouterr().out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    values = measured[0]
+    for name in ("psnr", "ssim", "lpips"):
+        expected = {"mean": values[name].mean(), "std": values[name].std(), "min": values[name].min()}
+        expected["max"] = values[name].max()
+        assert metrics[name] == pytest.approx(expected, abs=1e-4)
+        assert f"{metrics[name]['mean']:.4f} ±" in screen and f"{metrics[name]['max']:.4f}" in screen
+    assert (metrics["images"], metrics["data"], metrics["protocol"]) == (3, str(photos), "documented")
+    assert (metrics["weights"], metrics["config"]["layer"]) == ("imagenet", "block1") and metrics["ms_per_image"] > 0
+    with open(tmp_path / "per_image.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image"] for row in rows] == ["00.jpg", "01.jpg", "02.jpg"]
+    assert [float(row["psnr"]) for row in rows] == pytest.approx(values["psnr"].tolist(), abs=1e-3)
+    for name in ("reconstructions.png", "histograms.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_other_data_and_folder(trained, photos, own_photos, tmp_path, run_evaluate):
+    (own_photos / "test" / "00.jpg").unlink()
+    assert run_evaluate("--ckpt", trained / "best.pt", "--data", own_photos, "--out", tmp_path / "results") == 0
+    metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    assert (metrics["images"], metrics["data"]) == (2, str(own_photos))
+
+
+def test_data_folder_that_is_gone(checkpoint, photos, tmp_path, run_evaluate, error_line):
+    config = checkpoint["config"] | {"data": str(tmp_path / "gone")}
+    torch.save(checkpoint | {"config": config}, tmp_path / "best.pt")
+    assert run_evaluate("--ckpt", tmp_path / "best.pt") == 2
+    assert "gone" in (line := error_line()) and "--data" in line
+    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--data", photos) == 0
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("owned", "w"))
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "truncated", "empty", "text", "pickle", "evil", "other", "no keys", "flipped"]
+)
+def test_bad_checkpoint(kind, trained, tmp_path, monkeypatch, run_evaluate, error_line):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "bad.pt"
+    good = bytearray((trained / "best.pt").read_bytes())
+    if kind == "truncated":
+        path.write_bytes(good[:5000])
+    elif kind == "flipped":
+        good[len(good) // 2] ^= 1
+        path.write_bytes(good)
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("best.pt")
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Evil()))
+    elif kind == "evil":
+        torch.save({"decoder": Evil()}, path)
+    elif kind == "other":
+        torch.save([1, 2], path)
+    elif kind == "no keys":
+        torch.save({"model": torch.zeros(2)}, path)
+    assert run_evaluate("--ckpt", path) == 2
+    assert "bad.pt: " in error_line()
+    assert not (tmp_path / "owned").exists()
+
+
+def test_checkpoint_whose_weights_do_not_fit(checkpoint, tmp_path, run_evaluate, error_line):
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"width": 8}}, tmp_path / "best.pt")
+    assert run_evaluate("--ckpt", tmp_path / "best.pt") == 2
+    assert "size mismatch" in error_line()
