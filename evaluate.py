@@ -2,13 +2,16 @@
 
   python evaluate.py --ckpt runs/best.pt
   python evaluate.py --ckpt runs/best.pt --data FOLDER --out results
+  python evaluate.py --ckpt runs/best.pt --images holiday.jpg pictures/      your own pictures
+  python evaluate.py --results runs                                          the fifteen, side by side
 
 The checkpoint knows its encoder, layer, decoder and data. Writes metrics.json, per_image.csv,
-reconstructions.png and histograms.png beside it, or to --out.
+reconstructions.png and histograms.png beside it, or to --out; --images writes to images/ there.
 """
 
 import csv
 import json
+import math
 from pathlib import Path
 
 from utils import PROTOCOL, Parser, UserError, positive_int, run
@@ -19,11 +22,13 @@ def make_parser():
     parser = Parser(__doc__)
     parser.add_argument("--ckpt", default="runs/best.pt", help="checkpoint that train.py wrote")
     parser.add_argument("--data", help="folder whose test images to use, or `sample` (None: the training's)")
+    parser.add_argument("--images", nargs="+", metavar="PATH", help="instead: reconstruct these pictures and folders")
+    parser.add_argument("--results", metavar="RUNS", help="instead: table and chart of the experiments in this folder")
     parser.add_argument("--out", help="folder for the results (None: the checkpoint's)")
     parser.add_argument(
         "--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it"
     )
-    parser.add_argument("--cache", help="folder of decoded images (None: ~/.cache/feature-inversion)")
+    parser.add_argument("--cache", help="folder of decoded images (None: the training's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
@@ -37,14 +42,34 @@ import time
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
 import data
-from models import LPIPS, build_model
+from models import IMAGE_SIZE, LPIPS, build_model, count_parameters
 from utils import atomic, load, make_folder, select_device, write_text
 
 METRICS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}
+# What the study published: PSNR, SSIM, LPIPS, parameters, training minutes; 05 and 15 are from its public
+# repository, the rest from its text.
+PUBLISHED = {
+    "01_vgg16_block1_tconv": (17.35, 0.560, 0.398, "34K", 70),
+    "02_vgg16_block2_tconv": (16.89, 0.512, 0.452, None, None),
+    "03_vgg16_block3_tconv": (15.12, 0.421, 0.587, "75K", None),
+    "04_vgg16_block4_tconv": (13.76, 0.334, 0.724, None, None),
+    "05_vgg16_block5_tconv": (12.26, 0.269, None, None, None),
+    "06_vgg16_block1_attention": (16.92, 0.531, None, "12M", 180),
+    "07_vgg16_block1_wavelet": (16.78, 0.524, None, "8M", 140),
+    "08_vgg16_block1_frequency": (16.54, 0.518, None, "35M", 220),
+    "09_vgg16_block1_tconv_mse": (17.12, 0.541, 0.445, "34K", None),
+    "10_vgg16_block1_tconv_lpips": (16.43, 0.538, 0.372, "34K", None),
+    "11_resnet34_layer1_tconv": (16.82, 0.506, 0.461, "50K", None),
+    "12_resnet34_layer2_tconv": (15.43, 0.428, 0.573, None, None),
+    "13_vit_small_block0_tconv": (14.67, 0.412, 0.621, None, None),
+    "14_vit_small_block1_tconv": (14.29, 0.389, 0.658, None, None),
+    "15_resnet34_layer1_attention": (13.53, 0.376, 0.282, None, None),
+}
 
 
 def load_model(path):
@@ -161,20 +186,142 @@ def write_per_image(names, values, path):
         writer.writerows(zip(names, *(values[name].tolist() for name in METRICS), strict=True))
 
 
+def picture_files(paths):
+    """The image files that `paths` name or that lie in the folders among them. Raises UserError."""
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in data.EXTENSIONS and p.name[0] != ".")
+            if not found:
+                raise UserError(f"--images {path}: no images in this folder ({' '.join(sorted(data.EXTENSIONS))})")
+            files += found
+        elif path.exists():
+            files.append(path)
+        else:
+            raise UserError(f"--images {path}: no such file or folder")
+    return files
+
+
+@torch.no_grad()
+def reconstruct_pictures(encoder, decoder, files, out, bars=None):
+    """Write original | reconstruction | 5× difference of each file, its central square at 224×224, to `out`."""
+    device = next(decoder.parameters()).device
+    pictures = [(file, data.read_image(file)) for file in files]  # a bad one is an error before anything is written
+    for number, (file, picture) in enumerate(tqdm(pictures, "Reconstructing", unit="image", disable=bars)):
+        square = ImageOps.fit(picture, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+        image = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].to(device).float() / 255
+        output = decoder(encoder(image)).clamp(0, 1)
+        strip = torch.cat([image, output, (5 * (image - output).abs()).clamp(0, 1)], dim=3)[0]
+        name = file.stem if [f.stem for f in files].count(file.stem) == 1 else f"{file.stem}-{number + 1}"
+        strip = (255 * strip).round().byte().permute(1, 2, 0).cpu().numpy()
+        with atomic(out / f"{name}.png") as temporary:
+            Image.fromarray(strip).save(temporary)
+        print(f"{file}: {psnr(output, image).item():.2f} dB, {out / f'{name}.png'}")
+
+
+def result_rows(runs):
+    """A dictionary for each of the fifteen experiments, from its folder in `runs`: what is there, or why not."""
+    rows = []
+    for name, published in PUBLISHED.items():
+        folder, row = Path(runs, name), {"experiment": name}
+        row |= dict(zip(("published_psnr", "published_ssim", "published_lpips"), published, strict=False))
+        row |= {"published_parameters": published[3], "published_minutes": published[4], "note": "not run"}
+        if (folder / "metrics.json").exists():
+            metrics = json.loads((folder / "metrics.json").read_text())
+            row |= {
+                f"{metric}{end}": metrics[metric][key]
+                for metric in METRICS
+                for key, end in (("mean", ""), ("std", "_std"))
+            }
+            row |= {key: metrics[key] for key in ("parameters", "ms_per_image", "epoch", "data", "protocol", "weights")}
+            with open(folder / "history.csv", newline="") as file:
+                row["minutes"] = sum(float(epoch["seconds"]) for epoch in csv.DictReader(file)) / 60
+            row["note"] = "random weights (control)" if metrics["weights"] == "random" else ""
+        elif (folder / "error.txt").exists():
+            lines = (folder / "error.txt").read_text().strip().splitlines()
+            row["note"] = f"failed: {lines[-1] if lines else 'no message'}"
+        elif (folder / "last.pt").exists():
+            row["note"] = "not finished"
+        rows.append(row)
+    return rows
+
+
+def write_results(runs):
+    """Published and measured, side by side: results.md, results.csv and results.png in the folder `runs`."""
+    runs = Path(runs)
+    if not runs.is_dir():
+        raise UserError(f"--results {runs}: no such folder; run_all.sh fills it")
+    rows = result_rows(runs)
+    columns = dict.fromkeys(key for row in rows for key in row if key != "note") | {"note": None}
+    with atomic(runs / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    protocols = sorted({row["protocol"] for row in rows if "protocol" in row})
+    sources = sorted({row["data"] for row in rows if "data" in row})
+    lines = [f"Measured under protocol {', '.join(protocols) or '–'} on {', '.join(sources) or '–'}; each cell: "
+             "published → measured. Times: minutes of training, milliseconds an image of inference.", ""]  # fmt: skip
+    lines.append("| experiment | PSNR (dB) ↑ | SSIM ↑ | LPIPS ↓ | parameters | training | inference | note |")
+    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        cells = [
+            f"{cell(row[f'published_{m}'], d)} → {cell(row.get(m), d)}" for m, d in zip(METRICS, (2, 3, 3), strict=True)
+        ]
+        cells.append(f"{row['published_parameters'] or '–'} → {cell(row.get('parameters'), 0)}")
+        cells.append(f"{cell(row['published_minutes'], 0)} → {cell(row.get('minutes'), 1)}")
+        cells += [f"12–15 → {cell(row.get('ms_per_image'), 1)}", row["note"].replace("|", "/")]
+        lines.append(f"| {row['experiment']} | {' | '.join(cells)} |")
+    write_text(runs / "results.md", "\n".join(lines) + "\n")
+    draw_results(rows, runs / "results.png")
+    print("\n".join(lines))
+
+
+def cell(value, digits):
+    """A number of a table, `–` where there is none."""
+    return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def draw_results(rows, path):
+    """Published and measured metrics of the experiments as bars."""
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    places = np.arange(len(rows))
+    for axis, (metric, label) in zip(figure.subplots(1, 3, sharey=True), METRICS.items(), strict=True):
+        for shift, prefix in ((-0.2, "published"), (0.2, "measured")):
+            key = metric if prefix == "measured" else f"published_{metric}"
+            values = [math.nan if row.get(key) is None else row[key] for row in rows]
+            axis.barh(places + shift, values, 0.4, label=prefix)
+        axis.set(xlabel=label, yticks=places, yticklabels=[row["experiment"] for row in rows])
+        axis.invert_yaxis()
+        axis.legend()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=100)
+
+
 def evaluate(args):
-    """Evaluate the checkpoint that `args` (a Namespace of the flags) name, print the table and write the files."""
+    """Do what `args` (a Namespace of the flags) ask for."""
+    if args.results:
+        return write_results(args.results)
     device, bars = select_device(args.device), True if args.quiet else None
     encoder, decoder, checkpoint = load_model(args.ckpt)
+    encoder, decoder = encoder.to(device), decoder.to(device)
+    out = args.out or Path(args.ckpt).parent
+    if args.images:
+        files = picture_files(args.images)
+        return reconstruct_pictures(encoder, decoder, files, make_folder(Path(out, "images")), bars)
+    return evaluate_checkpoint(encoder, decoder, checkpoint, make_folder(out), args, bars)
+
+
+def evaluate_checkpoint(encoder, decoder, checkpoint, out, args, bars):
+    """Measure a checkpoint on its test images, print the table and write the files to `out`."""
     config = checkpoint["config"]
     source = data.resolve(args.data or config["data"])
-    images = data.load_split(source, "test", args.cache)
-    out = make_folder(args.out or Path(args.ckpt).parent)
-    encoder, decoder = encoder.to(device), decoder.to(device)
+    images = data.load_split(source, "test", args.cache or config["cache"])
     values, milliseconds = evaluate_model(encoder, decoder, images.pixels, args.batch_size, bars)
 
     metrics = {name: summary(values[name]) for name in METRICS}
     about = {"images": len(images.names), "ms_per_image": milliseconds, "data": source, "protocol": PROTOCOL}
-    about |= {"weights": config["weights"], "epoch": checkpoint["epoch"], "config": config}
+    about |= {"weights": config["weights"], "parameters": count_parameters(decoder), "epoch": checkpoint["epoch"]}
+    about |= {"config": config}
     write_per_image(images.names, values, out / "per_image.csv")
     draw_reconstructions(encoder, decoder, images, values, out / "reconstructions.png")
     draw_histograms(values, out / "histograms.png")
@@ -186,7 +333,7 @@ def evaluate(args):
     for name, label in METRICS.items():
         s = metrics[name]
         print(f"{label:<12}{s['mean']:>9.4f} ±{s['std']:>7.4f}{s['min']:>10.4f}{s['max']:>10.4f}")
-    print(f"{milliseconds:.1f} ms an image on {device}; results in {out}")
+    print(f"{milliseconds:.1f} ms an image on {args.device}; results in {out}")
 
 
 if __name__ == "__main__":
