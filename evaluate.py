@@ -41,6 +41,7 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 from skimage.metrics import structural_similarity
@@ -48,7 +49,7 @@ from tqdm import tqdm
 
 import data
 from models import IMAGE_SIZE, LPIPS, build_model, count_parameters
-from utils import atomic, load, make_folder, select_device, write_text
+from utils import atomic, load, make_folder, select_device, start_processes, write_text
 
 METRICS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}
 # What the study published: PSNR, SSIM, LPIPS, parameters, training minutes; 05 and 15 are from its public
@@ -301,23 +302,39 @@ def evaluate(args):
     """Do what `args` (a Namespace of the flags) ask for."""
     if args.results:
         return write_results(args.results)
-    device, bars = select_device(args.device), True if args.quiet else None
+    rank, world, device = start_processes(select_device(args.device))
+    bars = True if args.quiet or rank else None
     encoder, decoder, checkpoint = load_model(args.ckpt)
     encoder, decoder = encoder.to(device), decoder.to(device)
     out = args.out or Path(args.ckpt).parent
     if args.images:
         files = picture_files(args.images)
         return reconstruct_pictures(encoder, decoder, files, make_folder(Path(out, "images")), bars)
-    return evaluate_checkpoint(encoder, decoder, checkpoint, make_folder(out), args, bars)
-
-
-def evaluate_checkpoint(encoder, decoder, checkpoint, out, args, bars):
-    """Measure a checkpoint on its test images, print the table and write the files to `out`."""
     config = checkpoint["config"]
     source = data.resolve(args.data or config["data"])
     images = data.load_split(source, "test", args.cache or config["cache"])
-    values, milliseconds = evaluate_model(encoder, decoder, images.pixels, args.batch_size, bars)
+    out = make_folder(out)
+    values, milliseconds = evaluate_model(encoder, decoder, images.pixels[rank::world], args.batch_size, bars)
+    if world > 1:
+        values, milliseconds = gather(values, milliseconds, len(images.names))
+    if rank == 0:
+        report(encoder, decoder, checkpoint, source, images, values, milliseconds, out)
 
+
+def gather(values, milliseconds, count):
+    """Put together what each process measured; process r has images r, r + world, …"""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (values, milliseconds))
+    whole = {name: np.empty(count) for name in METRICS}
+    for rank, (part, _) in enumerate(parts):
+        for name in METRICS:
+            whole[name][rank :: len(parts)] = part[name]
+    return whole, sum(part[1] for part in parts) / len(parts)
+
+
+def report(encoder, decoder, checkpoint, source, images, values, milliseconds, out):
+    """Print the table of a measured checkpoint and write its files to the folder `out`."""
+    config = checkpoint["config"]
     metrics = {name: summary(values[name]) for name in METRICS}
     about = {"images": len(images.names), "ms_per_image": milliseconds, "data": source, "protocol": PROTOCOL}
     about |= {"weights": config["weights"], "parameters": count_parameters(decoder), "epoch": checkpoint["epoch"]}
@@ -333,7 +350,7 @@ def evaluate_checkpoint(encoder, decoder, checkpoint, out, args, bars):
     for name, label in METRICS.items():
         s = metrics[name]
         print(f"{label:<12}{s['mean']:>9.4f} ±{s['std']:>7.4f}{s['min']:>10.4f}{s['max']:>10.4f}")
-    print(f"{milliseconds:.1f} ms an image on {args.device}; results in {out}")
+    print(f"{milliseconds:.1f} ms an image on {next(decoder.parameters()).device}; results in {out}")
 
 
 if __name__ == "__main__":

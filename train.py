@@ -12,6 +12,7 @@ import argparse
 import csv
 import math
 import os
+import reprlib
 import shlex
 import signal
 import sys
@@ -29,6 +30,7 @@ from utils import (
     positive_float,
     positive_int,
     run,
+    seed_number,
 )
 
 # Flags that say how to run, not what: they are not part of a run's configuration.
@@ -58,7 +60,7 @@ def make_parser():
     how.add_argument("--patience", type=positive_int, default=15, help="epochs without a better validation loss")
     how.add_argument("--mse-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
     how.add_argument("--lpips-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
-    how.add_argument("--seed", type=int, default=42, help="of initialisation, order, crops and flips")
+    how.add_argument("--seed", type=seed_number, default=42, help="of initialisation, order, crops and flips")
     running = parser.add_argument_group("running")
     running.add_argument("--config", help="YAML file with values of these flags; the command line wins")
     running.add_argument("--out", default="runs", help="folder of this run")
@@ -119,7 +121,7 @@ def read_config(path, parser):
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--config {path}: {key}: {error}") from None
         except ValueError:
-            raise UserError(f"--config {path}: {key}: {value!r} is not {expected}") from None
+            raise UserError(f"--config {path}: {key}: {reprlib.repr(value)} is not {expected}") from None
         config[key] = value
     return config
 
@@ -139,7 +141,7 @@ from tqdm import tqdm
 
 import data
 from models import LPIPS, build_model, count_parameters, feature_shape
-from utils import PROTOCOL, atomic, load, make_folder, save, select_device, write_text
+from utils import PROTOCOL, atomic, load, make_folder, save, select_device, start_processes, write_text
 
 COLUMNS = ("loss", "mse", "lpips", "psnr")  # the per-image terms that an epoch averages
 
@@ -325,6 +327,9 @@ class Run:
     @torch.no_grad()
     def validate(self, signals):
         """Per-image averages of the terms over the validation images, each measured by one process."""
+        if self.world > 1 and self.device.type == "cpu":  # gloo: batch norm's statistics are those of process 0
+            for buffer in self.decoder.buffers():
+                dist.broadcast(buffer, 0)
         self.decoder.eval()
         pixels, size = self.images["val"].pixels[self.rank :: self.world], self.config["batch_size"]
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
@@ -450,19 +455,6 @@ def claim(out, resume, overwrite):
     return lock
 
 
-def start_processes(device):
-    """Join the processes that torchrun started, if it did: (rank, number of processes, device of this one)."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    return int(os.environ.get("RANK", 0)), world, device
-
-
 def train(args):
     """Train as `args` (a Namespace of the flags) say, and write the run's files."""
     if args.deterministic:
@@ -502,6 +494,7 @@ def train(args):
         if dist.is_initialized():
             dist.destroy_process_group()
     print(f"best: epoch {job.best_epoch}, validation loss {job.best_loss:.4f}, in {job.out / 'best.pt'}")
+    return job
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ Nothing heavy is imported here, so that `--help` and a mistyped flag answer at o
 """
 
 import argparse
+import io
 import os
+import re
 import sys
 import zipfile
 from contextlib import contextmanager
@@ -43,6 +45,10 @@ def positive_int(text):
     return at_least(int, text, 1)
 
 
+def seed_number(text):
+    return at_least(int, text, 0, 2**32)
+
+
 def positive_float(text):
     return at_least(float, text, 5e-324)
 
@@ -51,15 +57,15 @@ def non_negative_float(text):
     return at_least(float, text, 0)
 
 
-def at_least(kind, text, minimum):
-    """`text` as an int or float that is finite and at least `minimum`; else argparse's own error, with the value."""
+def at_least(kind, text, minimum, limit=float("inf")):
+    """`text` as an int or float from `minimum` to below `limit`; else argparse's own error, with the value."""
     try:
         value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-    if not minimum <= value < float("inf"):
+    if not minimum <= value < limit:
         bound = "positive" if minimum else "zero or positive"
-        raise argparse.ArgumentTypeError(f"{text} is not {bound}")
+        raise argparse.ArgumentTypeError(f"{text} is not {bound}{f' and below {limit}' if value >= limit else ''}")
     return value
 
 
@@ -80,12 +86,10 @@ def run(main):
     except OSError as error:  # disk full, no permission, a folder where a file should be
         name = f"{error.filename}: " if error.filename else ""
         sys.exit(fail(f"{name}{error.strerror or error}"))
-    except MemoryError:
-        sys.exit(fail("out of memory; a smaller --batch-size needs less"))
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        sys.exit(fail(f"out of memory; a smaller --batch-size needs less ({str(error).splitlines()[0]})"))
+        sys.exit(fail(f"out of memory; a smaller --batch-size or --width needs less ({str(error)[:80]})"))
 
 
 def fail(message):
@@ -131,8 +135,10 @@ def save(state, path):
     """torch.save `state` (tensors and primitives) to `path`, whole or not at all."""
     import torch
 
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     with atomic(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load(path, what="checkpoint", mmap=False):
@@ -173,3 +179,22 @@ def select_device(name):
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     return device
+
+
+def start_processes(device):
+    """Join the processes that torchrun started, if it did: (rank, number of processes, device of this one).
+
+    NCCL on CUDA, gloo on the CPU. Only the first process prints.
+    """
+    import torch
+    import torch.distributed as dist
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+    return int(os.environ.get("RANK", 0)), world, device

@@ -1,0 +1,244 @@
+"""Nothing is lost: interruption, resumption, locks, full disks, several processes."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from test_train import history, job_for, parse, untimed
+
+import data
+import train
+import utils
+
+
+def same_run(a, b):
+    """Whether two folders hold bit-identical weights, optimiser, schedule and history."""
+
+    def equal(x, y):
+        if torch.is_tensor(x):
+            return torch.equal(x, y)
+        if isinstance(x, dict):
+            return x.keys() == y.keys() and all(equal(x[key], y[key]) for key in x)
+        if isinstance(x, (list, tuple)):
+            return len(x) == len(y) and all(map(equal, x, y))
+        return x == y or x != x and y != y
+
+    for name in ("best.pt", "last.pt"):
+        x, y = (torch.load(folder / name, weights_only=True) for folder in (a, b))
+        for state in (x, y):
+            state["config"].pop("out")
+            for row in state.pop("history", []):
+                row.pop("seconds"), row.pop("images_per_second")
+        if not equal(x, y):
+            return False
+    return untimed(history(a)) == untimed(history(b))
+
+
+@pytest.fixture(scope="module", params=["plateau", "onecycle"])
+def whole(request, photos, tmp_path_factory):
+    """(flags, folder) of a run of 3 epochs, 3 steps each, in one go."""
+    out = tmp_path_factory.mktemp("whole")
+    flags = ["--data", photos, "--epochs", 3, "--batch-size", 3, "--lr", 1e-3, "--schedule", request.param]
+    flags += ["--width", 8, "--quiet"]
+    train.train(parse(*flags, "--out", out))
+    return flags, out
+
+
+@pytest.mark.parametrize("moment", ["step", "validation", "epoch", "saving"])
+def test_interrupted_and_resumed_is_bit_identical(whole, tmp_path, monkeypatch, capsys, moment):
+    flags, expected = whole
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, flags), "--out", str(tmp_path)])
+
+    def interrupt_in(owner, name, call):
+        real, calls = getattr(owner, name), []
+
+        def wrapped(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    if moment == "step":
+        interrupt_in(data, "crops", 5)  # the second step of epoch 2
+    elif moment == "validation":
+        interrupt_in(data, "center_crops", 2)
+    elif moment == "epoch":
+        interrupt_in(train, "draw_curves", 2)
+    else:
+        interrupt_in(utils.os, "replace", 4)
+    with pytest.raises(SystemExit) as stopped:
+        train.train(parse(*flags, "--out", tmp_path))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "go on with: python train.py" in capsys.readouterr().out
+    monkeypatch.undo()
+    train.train(parse(*flags, "--out", tmp_path, "--resume"))
+    assert same_run(tmp_path, expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signal_saves_and_says_how_to_go_on(photos, tmp_path, number):
+    command = [sys.executable, "train.py", "--data", photos, "--out", tmp_path, "--epochs", "500", "--width", "8"]
+    process = subprocess.Popen(map(str, command), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert any(line.startswith("epoch") for line in process.stdout)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "--epochs 500 --width 8 --resume" in output
+    state = utils.load(tmp_path / "last.pt")
+    assert state["epoch"] >= 1 and state["config"]["width"] == 8
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, capsys):
+    flags, out = whole
+    before = {name: (out / name).read_bytes() for name in ("best.pt", "last.pt", "history.csv")}
+    train.train(parse(*flags, "--out", out, "--resume"))
+    assert "finished after epoch 3" in capsys.readouterr().out
+    assert before == {name: (out / name).read_bytes() for name in before}
+
+
+def test_resume_with_another_configuration_names_the_key(whole, run_train, error_line):
+    flags, out = whole
+    assert run_train(*flags, "--out", out, "--resume", "--lr", 2e-3) == 2
+    assert "lr is 0.002" in (line := error_line()) and "0.001" in line
+
+
+def test_overwrite_replaces_a_run(trained, photos, tmp_path, run_train):
+    (tmp_path / "best.pt").write_bytes((trained / "best.pt").read_bytes())
+    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--overwrite") == 0
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["config"]["width"] == 8
+
+
+def test_resume_without_a_run_starts_one(photos, tmp_path, run_train):
+    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--resume") == 0
+    assert (tmp_path / "best.pt").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "other"])
+def test_damaged_last_is_an_error(whole, tmp_path, run_train, error_line, damage):
+    flags, out = whole
+    content = (out / "last.pt").read_bytes()
+    if damage == "truncated":
+        (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
+    else:
+        torch.save({"config": {}}, tmp_path / "last.pt")
+    assert run_train(*flags, "--out", tmp_path, "--resume") == 2
+    assert "last.pt: not " in error_line()
+
+
+# --- locks and full disks --------------------------------------------------------------------------------
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_killed_one_does_not_block(photos, tmp_path):
+    command = [sys.executable, "train.py", "--data", photos, "--out", tmp_path, "--epochs", "500", "--width", "8"]
+    command = [str(part) for part in command]
+    first = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    assert any(line.startswith("epoch") for line in first.stdout)
+    second = subprocess.run([*command, "--resume"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 2 and "another training is writing there" in second.stderr
+    first.kill()
+    first.wait()
+    lock = train.claim(tmp_path, resume=True, overwrite=False)
+    lock.release()
+
+
+def test_two_processes_build_one_cache(own_photos, tmp_path):
+    code = (
+        "import data; from pathlib import Path; real = data.decode\n"
+        "data.decode = lambda path: print(path.name) or real(path)\n"
+        f"print(data.load_split({str(own_photos)!r}, 'test', {str(tmp_path / 'cache')!r}).pixels.sum())"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0].split() for process in both]
+    assert outputs[0][-1] == outputs[1][-1]
+    assert sum(output.count("00.jpg") for output in outputs) == 1  # decoded by one of them
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 20 kB: what a full disk is like."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_full_disk_is_an_error_that_leaves_the_run_good(whole, tmp_path, small_files, run_train, error_line):
+    flags, out = whole
+    assert run_train(*flags, "--out", tmp_path) == 2
+    assert "best.pt" in (line := error_line()) and "File too large" in line
+    assert [path.name for path in tmp_path.iterdir() if path.suffix not in (".lock", ".yaml")] == [".lock"]
+
+
+def test_full_disk_keeps_the_previous_file(tmp_path, small_files):
+    utils.save({"a": torch.zeros(10)}, tmp_path / "a.pt")
+    with pytest.raises(OSError, match="too large"):
+        utils.save({"a": torch.zeros(10_000)}, tmp_path / "a.pt")
+    assert len(utils.load(tmp_path / "a.pt")["a"]) == 10
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+# --- several processes -----------------------------------------------------------------------------------
+
+
+def test_two_gloo_processes(photos, tmp_path):
+    """Both end with the same parameters; validation and test measure what one process measures."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        "import sys, torch, train\n"
+        "job = train.train(train.parse_args(sys.argv[1:]))\n"
+        f"torch.save([job.decoder.state_dict(), job.history], f'{tmp_path}/rank{{job.rank}}.pt')\n"
+    )
+    flags = ["--data", photos, "--out", tmp_path / "run", "--epochs", 2, "--batch-size", 2, "--lr", 1e-3, "--width", 8]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29511"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    command = [str(part) for part in [*launch, script, *flags]]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1/2") == 1  # the first process speaks
+    (a, rows), (b, other_rows) = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in other_rows]
+
+    job = job_for(photos, tmp_path / "run", width=8)
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    job.decoder.load_state_dict(state["decoder"])
+    val = job.validate(train.Signals(job.device))
+    for name in train.COLUMNS:
+        assert rows[-1][f"val_{name}"] == pytest.approx(val[name], abs=1e-5)
+
+    results = []
+    for prefix, out in ((launch, "two"), ([sys.executable], "one")):
+        flags = ["evaluate.py", "--ckpt", tmp_path / "run" / "best.pt", "--out", tmp_path / out]
+        command = [str(part) for part in [*prefix, *flags]]
+        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, timeout=300)
+        results.append(json.loads((tmp_path / out / "metrics.json").read_text()))
+    assert results[0]["images"] == results[1]["images"] == 3
+    for name in ("psnr", "ssim", "lpips"):
+        assert results[0][name] == pytest.approx(results[1][name], abs=1e-5)
+
+
+def test_second_signal_ends_at_once(photos, tmp_path):
+    code = (
+        "import os, signal, time, torch, train\n"
+        "with train.Signals(torch.device('cpu')):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "still here\n")
+    assert time.monotonic() - start < 50
