@@ -116,6 +116,8 @@ def read_image(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
             with Image.open(path) as image:
+                image.verify()  # a PNG's checksums, which decoding alone does not look at
+            with Image.open(path) as image:
                 image.load()
                 if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
                     image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))

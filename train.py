@@ -76,11 +76,10 @@ def make_parser():
 
 def parse_args(argv=None):
     """Command line over YAML file over defaults → argparse.Namespace. Raises UserError."""
-    parser = make_parser()
+    parser, argv = make_parser(), sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.config:
-        parser.set_defaults(**read_config(args.config, parser))
-        args = parser.parse_args(argv)
+        args = parser.parse_args([*read_config(args.config, parser), *argv])
     check_layer(args.encoder, args.layer)
     if not args.mse_weight and not args.lpips_weight:
         raise UserError("--mse-weight 0 --lpips-weight 0: nothing to minimise; give at least one a positive weight")
@@ -88,42 +87,32 @@ def parse_args(argv=None):
 
 
 def read_config(path, parser):
-    """Values of the YAML file at `path`, each checked like the flag of its name. Raises UserError."""
+    """The YAML file at `path` as command-line flags, checked like them. Raises UserError."""
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, OSError, RecursionError, ValueError) as error:
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: is {type(values).__name__}, should be lines of `key: value`")
-    flags = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    config = {}
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    flags = []
     for key, value in values.items():
-        if key not in flags:
-            raise UserError(f"--config {path}: unknown key {key!r}; the keys are {', '.join(flags)}")
-        flag, expected = flags[key], "a text or number"
-        try:
-            if isinstance(flag.default, bool):
-                expected = "true or false"
-                if not isinstance(value, bool):
-                    raise ValueError
-            elif value is None:
-                expected = "a value"
-                if flag.default is not None:
-                    raise ValueError
-            elif isinstance(value, (dict, list, bool)):
-                raise ValueError
-            else:
-                value = (flag.type or str)(str(value))
-                expected = f"one of {', '.join(flag.choices or [])}"
-                if flag.choices and value not in flag.choices:
-                    raise ValueError
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"--config {path}: {key}: {error}") from None
-        except ValueError:
-            raise UserError(f"--config {path}: {key}: {reprlib.repr(value)} is not {expected}") from None
-        config[key] = value
-    return config
+        if key not in actions:
+            raise UserError(f"--config {path}: unknown key {reprlib.repr(key)}; the keys are {', '.join(actions)}")
+        name, default = key.replace("_", "-"), actions[key].default
+        if isinstance(default, bool) and isinstance(value, bool):
+            flags += [f"--{name}"] if value else [f"--no-{name}"] if default else []
+        elif isinstance(value, (str, int, float)) and not isinstance(value, bool) and not isinstance(default, bool):
+            flags.append(f"--{name}={value}")
+        elif value is not None or default is not None:
+            kind = "true or false" if isinstance(default, bool) else "a number or a word"
+            raise UserError(f"--config {path}: {key}: {reprlib.repr(value)} should be {kind}")
+    try:
+        parser.parse_args(flags)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    return flags
 
 
 if __name__ == "__main__":
@@ -144,6 +133,7 @@ from models import LPIPS, build_model, count_parameters, feature_shape
 from utils import PROTOCOL, atomic, load, make_folder, save, select_device, start_processes, write_text
 
 COLUMNS = ("loss", "mse", "lpips", "psnr")  # the per-image terms that an epoch averages
+DIVERGED = "try a smaller --lr. best.pt and last.pt are those of the epochs before"
 
 
 class Interrupted(Exception):
@@ -201,10 +191,7 @@ def check_finite(losses, epoch, step):
     bad = (~torch.isfinite(torch.stack(losses))).nonzero()
     if len(bad):
         step = step - len(losses) + 1 + int(bad[0])
-        raise UserError(
-            f"the loss is not finite in epoch {epoch + 1}, step {step + 1}; try a smaller --lr. "
-            "best.pt and last.pt are those of the epochs before"
-        )
+        raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {step + 1}; {DIVERGED}")
 
 
 def averages(sums):
@@ -345,10 +332,7 @@ class Run:
         """Schedule, keep the best, write the files and the epoch's line; True if training should stop."""
         lr = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(val["loss"]):
-            raise UserError(
-                f"the validation loss of epoch {self.epoch + 1} is {val['loss']}; try a smaller --lr. "
-                "best.pt and last.pt are those of the epochs before"
-            )
+            raise UserError(f"the validation loss of epoch {self.epoch + 1} is {val['loss']}; {DIVERGED}")
         if self.config["schedule"] == "plateau":
             self.scheduler.step(val["loss"])
         self.epoch += 1

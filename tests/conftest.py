@@ -18,8 +18,9 @@ NATURAL = REPOSITORY.parent / "shared" / "data" / "natural"
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """Every test's image cache is a temporary folder."""
+    """Every test's image cache is a temporary folder; the weights are the user's own."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_HOME", str(Path(torch.hub.get_dir()).parent))
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder

@@ -8,37 +8,17 @@ import subprocess
 import sys
 import time
 
+import fuzz_inputs
+import kill_resume
 import pytest
 import torch
 from conftest import REPOSITORY
-from test_train import history, job_for, parse, untimed
+from kill_resume import read_run, same
+from test_train import job_for, parse
 
 import data
 import train
 import utils
-
-
-def same_run(a, b):
-    """Whether two folders hold bit-identical weights, optimiser, schedule and history."""
-
-    def equal(x, y):
-        if torch.is_tensor(x):
-            return torch.equal(x, y)
-        if isinstance(x, dict):
-            return x.keys() == y.keys() and all(equal(x[key], y[key]) for key in x)
-        if isinstance(x, (list, tuple)):
-            return len(x) == len(y) and all(map(equal, x, y))
-        return x == y or x != x and y != y
-
-    for name in ("best.pt", "last.pt"):
-        x, y = (torch.load(folder / name, weights_only=True) for folder in (a, b))
-        for state in (x, y):
-            state["config"].pop("out")
-            for row in state.pop("history", []):
-                row.pop("seconds"), row.pop("images_per_second")
-        if not equal(x, y):
-            return False
-    return untimed(history(a)) == untimed(history(b))
 
 
 @pytest.fixture(scope="module", params=["plateau", "onecycle"])
@@ -81,7 +61,7 @@ def test_interrupted_and_resumed_is_bit_identical(whole, tmp_path, monkeypatch, 
     assert "go on with: python train.py" in capsys.readouterr().out
     monkeypatch.undo()
     train.train(parse(*flags, "--out", tmp_path, "--resume"))
-    assert same_run(tmp_path, expected)
+    assert same(read_run(tmp_path), read_run(expected))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
@@ -132,6 +112,14 @@ def test_damaged_last_is_an_error(whole, tmp_path, run_train, error_line, damage
         torch.save({"config": {}}, tmp_path / "last.pt")
     assert run_train(*flags, "--out", tmp_path, "--resume") == 2
     assert "last.pt: not " in error_line()
+
+
+def test_killed_and_resumed_is_bit_identical():
+    assert kill_resume.check(runs=2) == 2
+
+
+def test_mutated_inputs():
+    assert fuzz_inputs.check(count=50) == 0
 
 
 # --- locks and full disks --------------------------------------------------------------------------------

@@ -1,0 +1,149 @@
+"""Feed mutated images, checkpoints, YAML files and cache files to the program: each must be refused with one
+clear error or give the right result, never a traceback, a hang or a wrong result.
+
+  python tests/fuzz_inputs.py --count 500
+"""
+
+import argparse
+import random
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+import data
+import evaluate
+import train
+from utils import UserError
+
+YAML = "encoder: vgg16\nlayer: block1\ndecoder: tconv\nepochs: 30\nlr: 1e-4\nmse_weight: 0.5\nwidth: null\nseed: 42\n"
+
+
+def mutate(content, draw):
+    """`content`, bytes, with bits flipped, a part cut out, doubled, zeroed or noised, or the end cut off."""
+    content = bytearray(content)
+    for _ in range(draw.choice((1, 1, 1, 2, 5))):
+        start = draw.randrange(len(content) or 1)
+        end = start + draw.choice((1, 4, 64, 1024))
+        kind = draw.randrange(7)
+        if kind <= 1 and content:
+            content[min(start, len(content) - 1)] ^= 1 << draw.randrange(8)
+        elif kind == 2:
+            del content[start:end]
+        elif kind == 3:
+            content[start:start] = content[start:end]
+        elif kind == 4:
+            content[start:end] = bytes(len(content[start:end]))
+        elif kind == 5:
+            content[start:end] = draw.randbytes(len(content[start:end]))
+        else:
+            del content[start:]
+    return bytes(content)
+
+
+def config_of(args):
+    return {key: value for key, value in vars(args).items() if key not in train.NOT_CONFIG}
+
+
+class Fuzzer:
+    """Good files of every kind in `folder`; each method tries one mutation: True if accepted, UserError if refused."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.tile = Image.fromarray(data.sample_tiles("test").pixels[0].numpy())
+        for split, count in (("train", 4), ("test", 1)):
+            (self.folder / split).mkdir()
+            for i in range(count):
+                self.tile.save(self.folder / split / f"{i}.png")
+        for name in ("good.png", "good.jpg", "good.tif", "good.webp"):
+            self.tile.save(self.folder / name)
+        args = train.parse_args(["--data", str(self.folder), "--out", str(self.folder), "--width", "4"])
+        self.job = train.Run(config_of(args), torch.device("cpu"), quiet=True)
+        self.job.best_loss, self.job.epoch = 0.5, 1
+        self.job.save_best()
+        self.job.save_last()
+        self.good = {name: (self.folder / name).read_bytes() for name in ("best.pt", "last.pt")}
+        self.weights = {key: value.clone() for key, value in self.job.decoder.state_dict().items()}
+
+    def same_weights(self, decoder):
+        return all(torch.equal(value, self.weights[key]) for key, value in decoder.state_dict().items())
+
+    def image(self, draw):
+        good = self.folder / draw.choice(("good.png", "good.png", "good.jpg", "good.tif", "good.webp"))
+        bad = self.folder / f"bad{good.suffix}"
+        bad.write_bytes(mutate(good.read_bytes(), draw))
+        pixels = data.decode(bad)
+        assert pixels.shape == (256, 256, 3) and pixels.dtype == np.uint8
+        if good.suffix == ".png":  # the other formats carry no checksum: what decodes can't be told from a picture
+            assert np.array_equal(pixels, np.asarray(self.tile)), "wrong pixels were accepted"
+
+    def checkpoint(self, draw):
+        (self.folder / "bad.pt").write_bytes(mutate(self.good["best.pt"], draw))
+        _, decoder, checkpoint = evaluate.load_model(self.folder / "bad.pt")
+        assert self.same_weights(decoder) and checkpoint["val_loss"] == 0.5, "wrong weights were accepted"
+
+    def last(self, draw):
+        (self.folder / "last.pt").write_bytes(mutate(self.good["last.pt"], draw))
+        self.job.restore()
+        assert self.same_weights(self.job.decoder) and self.job.epoch == 1, "a wrong state was accepted"
+
+    def config(self, draw):
+        (self.folder / "bad.yaml").write_bytes(content := mutate(YAML.encode(), draw))
+        args = train.parse_args(["--config", str(self.folder / "bad.yaml")])
+        values = yaml.safe_load(content)
+        assert args.epochs >= 1 and args.lr > 0 and args.mse_weight >= 0 and 0 <= args.seed < 2**32
+        assert all(str(getattr(args, key)) == str(values[key]) or float(getattr(args, key)) == float(values[key])
+                   for key in values), "a value was not taken as it stands"  # fmt: skip
+
+    def cache(self, draw):
+        cache = self.folder / "cache"
+        data.load_split(str(self.folder), "test", cache)
+        (file,) = cache.glob("*.pt")
+        file.write_bytes(mutate(file.read_bytes(), draw))
+        pixels = data.load_split(str(self.folder), "test", cache).pixels
+        assert np.array_equal(pixels[0], np.asarray(self.tile)), "wrong pixels were accepted"
+        file.unlink()
+
+
+def check(count, seed=0):
+    """Number of `count` mutated inputs that ended in a traceback, a hang or a wrong result."""
+
+    def hang(number, frame):
+        raise TimeoutError("more than 30 seconds")
+
+    signal.signal(signal.SIGALRM, hang)
+    draw, wrong, refused = random.Random(seed), 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        fuzzer = Fuzzer(folder)
+        tries = [fuzzer.image, fuzzer.checkpoint, fuzzer.last, fuzzer.config, fuzzer.cache]
+        for number in range(count):
+            state, kind = draw.getstate(), tries[number % len(tries)]
+            signal.alarm(30)
+            try:
+                kind(draw)
+            except UserError:
+                refused += 1
+            except BaseException as error:
+                wrong += 1
+                (saved := Path(f"fuzz-{kind.__name__}-{number}.txt")).write_text(f"{error!r}\n{state}")
+                print(f"{number}: {kind.__name__}: {type(error).__name__}: {error}; see {saved}", flush=True)
+            finally:
+                signal.alarm(0)
+    print(f"{count} mutated inputs: {refused} refused, {count - refused - wrong} right, {wrong} wrong")
+    return wrong
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    sys.exit(1 if check(args.count, args.seed) else 0)
