@@ -19,7 +19,7 @@ LAYERS = {
     "vit_small": [f"block{i}" for i in range(12)],
     "alexnet": [f"conv{i}" for i in range(1, 6)],
 }
-DECODERS = ["tconv"]
+DECODERS = ["tconv", "frequency", "wavelet", "attention"]
 PROTOCOL = "documented"  # the recipe that a number was measured with: README, "Protocol"
 
 

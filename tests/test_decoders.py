@@ -1,0 +1,123 @@
+"""The four decoders: their sizes, every shape they must take, gradients, and whether they can learn."""
+
+import pytest
+import skimage.data
+import torch
+import torch.nn.functional as F
+
+from models import BUILDERS, Encoder, MultiHeadAttention, TransformerBlock, build_decoder, count_parameters
+from utils import DECODERS
+
+SHAPES = [  # every distinct feature shape of every encoder's layers
+    *[(64, 112, 112), (128, 56, 56), (256, 28, 28), (512, 14, 14), (512, 7, 7)],  # VGG16
+    *[(64, 56, 56), (128, 28, 28), (256, 14, 14), (384, 14, 14)],  # ResNet34, ViT
+    *[(64, 27, 27), (192, 13, 13), (384, 13, 13), (256, 13, 13), (256, 6, 6)],  # AlexNet
+]
+
+
+def photographs(*names, size):
+    """Photographs of scikit-image: (B, 3, size, size) in [0, 1]."""
+    images = [torch.tensor(getattr(skimage.data, name)()).permute(2, 0, 1)[None] / 255 for name in names]
+    return torch.cat([F.interpolate(image, (size, size), mode="bilinear", antialias=True) for image in images])
+
+
+def psnr(decoder, features, images):
+    """Mean PSNR in eval mode."""
+    decoder.eval()
+    with torch.no_grad():
+        error = (decoder(features) - images).square().mean((1, 2, 3))
+    decoder.train()
+    return -10 * error.log10().mean().item()
+
+
+def test_names():
+    assert list(BUILDERS) == DECODERS
+
+
+@pytest.mark.parametrize(
+    ("decoder", "shape", "width", "published", "tolerance"),
+    [
+        ("tconv", (64, 112, 112), None, 33_731, 0),
+        ("frequency", (64, 112, 112), None, 35e6, 0.03),
+        ("wavelet", (64, 112, 112), None, 8e6, 0.03),
+        ("attention", (64, 112, 112), None, 12e6, 0.03),
+        ("tconv", (64, 56, 56), None, 50.2e3, 0.001),
+        ("tconv", (256, 28, 28), None, 689e3, 0.001),
+        ("tconv", (256, 28, 28), 16, 75e3, 0.03),
+    ],
+)
+def test_parameter_counts(decoder, shape, width, published, tolerance):
+    with torch.device("meta"):
+        count = count_parameters(build_decoder(decoder, shape, width))
+    assert count == pytest.approx(published, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_images_from_every_shape(decoder, shape):
+    net = build_decoder(decoder, shape, width=8)
+    with torch.no_grad():
+        images = net(10 * torch.rand(1, *shape))
+    assert images.shape == (1, 3, 224, 224)
+    assert 0 <= images.min() < images.max() <= 1
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("width", [1, 7, 50, 200])
+def test_any_width_works(decoder, width):
+    net = BUILDERS[decoder]((64, 14, 14), width, size=28)
+    assert net(torch.rand(2, 64, 14, 14)).shape == (2, 3, 28, 28)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("layer", ["block2", "block5"])
+def test_every_parameter_gets_a_gradient(decoder, layer):
+    """In float64, where a gradient of rounding errors alone is told from a small one."""
+    features = Encoder("vgg16", layer)(photographs("astronaut", size=224)).double()
+    net = build_decoder(decoder, tuple(features.shape[1:]), width=16).double()
+    target = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).double()
+    F.mse_loss(net(features), target).backward()
+    # The study's transposed convolutions have biases, which count among the 33,731, but BN takes them away.
+    idle = {f"{name}.{i}.bias" for name in ("upsample", "decode.upsample") for i in range(0, 15, 3)}
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 1e-10 or name in idle, (name, parameter.grad.abs().max())
+
+
+@pytest.mark.parametrize(("width", "heads"), [(16, 1), (128, 2)])
+def test_attention_is_softmax_of_products(width, heads):
+    torch.manual_seed(0)
+    attention = MultiHeadAttention(width)
+    x = 3 * torch.randn(2, 5 * 6, width)
+    outputs = []
+    for head in range(heads):
+        query, key, value = (
+            x @ attention.qkv.weight[(i * heads + head) * 64 : (i * heads + head + 1) * 64].T for i in range(3)
+        )
+        outputs.append((query @ key.transpose(1, 2) / 64**0.5).softmax(2) @ value)
+    expected = attention.out(torch.cat(outputs, 2))
+    torch.testing.assert_close(attention(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_keeps_no_matrix_of_all_pairs():
+    positions, saved = 56 * 56, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
+        TransformerBlock(16)(torch.rand(1, positions, 16))
+    assert saved and max(saved) < positions**2 / 10
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_decoder_overfits_four_photographs(decoder):
+    images = photographs("astronaut", "chelsea", "coffee", "rocket", size=56)
+    features = Encoder("vgg16", "block1")(images)  # (4, 64, 28, 28)
+    torch.manual_seed(0)
+    net = BUILDERS[decoder](tuple(features.shape[1:]), 32, size=56)
+    optimiser = torch.optim.Adam(net.parameters(), 3e-3)
+    for step in range(1, 151):
+        optimiser.zero_grad()
+        F.mse_loss(net(features), images).backward()
+        optimiser.step()
+        if step % 25 == 0 and psnr(net, features, images) >= 25:
+            break
+    print(f"{decoder}: {psnr(net, features, images):.2f} dB after {step} steps")
+    assert psnr(net, features, images) >= 25
