@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import torchvision
 from filelock import FileLock
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from utils import DECODERS, LAYERS, UserError, check_layer, load, save
 
@@ -596,3 +597,33 @@ def build_model(encoder="vgg16", layer="block1", decoder="tconv", weights="image
     check_layer(encoder, layer)
     encoder = Encoder(encoder, layer, weights, seed)
     return encoder, build_decoder(decoder, feature_shape(encoder), width, seed)
+
+
+def describe():
+    """Print every encoder and layer: feature shape, and each decoder's parameters and multiply-adds an image.
+
+    On the meta device: nothing is loaded or computed. Multiply-adds are those of encoder and decoder
+    together, half of what torch.utils.flop_counter counts.
+    """
+    print(f"{'encoder':<10}{'layer':<9}{'features':<15}{'encoder':>8}" + "".join(f"{name:>19}" for name in BUILDERS))
+    print(f"{'':<34}{'GMAC':>8}" + f"{'parameters   GMAC':>19}" * len(BUILDERS))
+    with torch.device("meta"):
+        images = torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+        for name, (build, cut) in ENCODERS.items():
+            for index, layer in enumerate(LAYERS[name]):
+                trunk = cut(build(), index).eval()
+                with FlopCounterMode(display=False) as encoding:
+                    z = trunk(images)
+                shape = tuple(z.shape[1:])
+                line = f"{name:<10}{layer:<9}{' × '.join(map(str, shape)):<15}{encoding.get_total_flops() / 2e9:>8.2f}"
+                for builder in BUILDERS.values():
+                    decoder = builder(shape).eval()
+                    with FlopCounterMode(display=False) as decoding:
+                        decoder(z)
+                    total = (encoding.get_total_flops() + decoding.get_total_flops()) / 2e9
+                    line += f"{count_parameters(decoder):>12,}{total:>7.2f}"
+                print(line)
+
+
+if __name__ == "__main__":
+    describe()

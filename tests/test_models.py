@@ -3,13 +3,17 @@
 import io
 import os
 import pickle
+import subprocess
+import sys
 import warnings
 
 import lpips as lpips_package
 import numpy as np
 import pytest
+import timm
 import torch
 import torchvision
+from conftest import REPOSITORY
 
 import models
 from models import LPIPS, Encoder, build_decoder, build_model, count_parameters, feature_shape
@@ -214,3 +218,73 @@ def test_unpickler_admits_numpy_arrays_alone(tmp_path):
     for evil in (os.system, eval, np.load, torch.Tensor):
         with pytest.raises(pickle.UnpicklingError, match="not allowed"):
             models.NumpyUnpickler(io.BytesIO(pickle.dumps(evil))).load()
+
+
+# --- the other encoders ------------------------------------------------------------------------------------
+
+
+def normalized(image, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
+    return (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+@pytest.fixture(scope="module")
+def random_networks(tmp_path_factory):
+    """torchvision's and timm's own networks with random weights, and files of those weights."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    networks = {
+        "resnet34": torchvision.models.resnet34(),
+        "alexnet": torchvision.models.alexnet(),
+        "vit_small": timm.create_model("vit_small_patch16_224"),
+    }
+    for buffer in networks["resnet34"].buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)  # batch norm's statistics must be loaded too
+    for name, net in networks.items():
+        torch.save(net.state_dict(), folder / f"{name}.pth")
+    return {name: (net.eval(), str(folder / f"{name}.pth")) for name, net in networks.items()}
+
+
+@pytest.mark.parametrize("layer", LAYERS["resnet34"])
+def test_resnet34_features_are_torchvisions(random_networks, image, layer):
+    net, file = random_networks["resnet34"]
+    expected = torchvision.models.feature_extraction.create_feature_extractor(net, [layer])(normalized(image))[layer]
+    encoder = Encoder("resnet34", layer, file)
+    torch.testing.assert_close(encoder(image), expected.detach(), rtol=1e-4, atol=1e-4)
+    assert len(encoder.trunk) == 4 + int(layer[-1])
+
+
+@pytest.mark.parametrize(("layer", "module"), zip(LAYERS["alexnet"], (2, 5, 7, 9, 12), strict=True))
+def test_alexnet_features_are_torchvisions(random_networks, image, layer, module):
+    net, file = random_networks["alexnet"]
+    taps = torchvision.models.feature_extraction.create_feature_extractor(net, [f"features.{module}"])
+    expected = taps(normalized(image))[f"features.{module}"].detach()
+    torch.testing.assert_close(Encoder("alexnet", layer, file)(image), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layer", LAYERS["vit_small"])
+def test_vit_features_are_timms(random_networks, image, layer):
+    net, file = random_networks["vit_small"]
+    index = int(layer.removeprefix("block"))
+    with torch.no_grad():
+        (expected,) = net.get_intermediate_layers(normalized(image, (0.5,) * 3, (0.5,) * 3), n=[index], reshape=True)
+    encoder = Encoder("vit_small", layer, file)
+    assert feature_shape(encoder) == (384, 14, 14)
+    torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
+    calls = []
+    for module in encoder.modules():
+        if isinstance(module, timm.models.vision_transformer.Block):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    encoder(image)
+    assert len(calls) == index + 1  # no block behind the layer is run
+
+
+def test_table_lists_every_encoder_layer_and_decoder():
+    done = subprocess.run([sys.executable, "models.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines[2:]] == [[name, layer] for name, layers in LAYERS.items() for layer in layers]
+    assert lines[2][2:7] == ["64", "×", "112", "×", "112"] and "33,731" in lines[2]
+    # VGG16 block1 by hand: two 3×3 convolutions at 224², and the decoder's two layers
+    encoder = (3 * 64 + 64 * 64) * 9 * 224**2
+    decoder = 64 * 32 * 16 * 112**2 + 32 * 3 * 9 * 224**2
+    assert lines[2][7] == f"{encoder / 1e9:.2f}" and lines[2][9] == f"{(encoder + decoder) / 1e9:.2f}"

@@ -1,0 +1,150 @@
+"""run_all.sh and the results table; reconstructing one's own pictures."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from PIL import Image
+
+import evaluate
+import train
+
+FLAGS = ["--weights", "random", "--epochs", "1", "--batch-size", "1", "--width", "8", "--quiet"]
+
+
+@pytest.fixture
+def grid(photos, tmp_path):
+    """Start run_all.sh on two training photographs, with a folder of results of its own."""
+    folder = tmp_path / "few"
+    for split, names in (("train", ("00.png", "05.png")), ("test", ("00.jpg",))):
+        (folder / split).mkdir(parents=True)
+        for name in names:
+            shutil.copy(photos / split / name, folder / split)
+
+    def start(only, *flags, **environment):
+        environment = os.environ | {"RUNS": str(tmp_path / "runs"), "ONLY": only} | environment
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        command = ["bash", "run_all.sh", "--data", str(folder), *FLAGS, *flags]
+        return subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return start
+
+
+def results(tmp_path):
+    with open(tmp_path / "runs" / "results.csv", newline="") as file:
+        return {row["experiment"]: row for row in csv.DictReader(file)}
+
+
+def test_grid_goes_on_past_a_failure_and_says_so(grid, tmp_path):
+    blocker = tmp_path / "runs" / "02_vgg16_block2_tconv" / "last.pt"
+    blocker.parent.mkdir(parents=True)
+    blocker.write_text("not a checkpoint")
+    process = grid("vgg16_block[12]_tconv")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 1
+    rows = results(tmp_path)
+    assert len(rows) == 15
+    good, bad = rows["01_vgg16_block1_tconv"], rows["02_vgg16_block2_tconv"]
+    assert float(good["published_psnr"]) == 17.35 and 5 < float(good["psnr"]) < 40 and good["parameters"] == "8419"
+    assert float(good["minutes"]) > 0 and "random weights" in good["note"]
+    assert bad["psnr"] == "" and "last.pt: not a checkpoint" in bad["note"]
+    assert rows["03_vgg16_block3_tconv"]["note"] == "not run"
+    table = (tmp_path / "runs" / "results.md").read_text()
+    assert f"17.35 → {float(good['psnr']):.2f}" in table and "protocol documented" in table
+    assert "02_vgg16_block2_tconv: failed" in output and table.splitlines()[-1] in output
+    with Image.open(tmp_path / "runs" / "results.png") as picture:
+        assert picture.width > 1000
+
+
+def test_grid_killed_half_way_goes_on(grid, tmp_path):
+    process = grid("vgg16_block[1]_tconv*", "--epochs", "3")
+    for line in process.stdout:
+        if line.startswith("best: "):  # the first experiment is trained; it or the second is interrupted
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        os.kill(int(child), signal.SIGKILL)
+    process.kill()
+    process.communicate()
+    process = grid("vgg16_block[1]_tconv*", "--epochs", "3")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    done = [name for name, row in results(tmp_path).items() if row["psnr"]]
+    assert done == ["01_vgg16_block1_tconv", "09_vgg16_block1_tconv_mse", "10_vgg16_block1_tconv_lpips"]
+    again = grid("vgg16_block[1]_tconv*")
+    assert again.communicate(timeout=60)[0].count(": done") == 3 and again.returncode == 0
+
+
+def test_array_task_picks_one(grid, tmp_path):
+    process = grid("*", SLURM_ARRAY_TASK_ID="11")
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert [name for name, row in results(tmp_path).items() if row["psnr"]] == ["11_resnet34_layer1_tconv"]
+
+
+def test_only_that_matches_nothing(grid):
+    process = grid("vgg19*")
+    assert "matches none" in process.communicate(timeout=60)[0] and process.returncode == 2
+
+
+def test_configs_are_the_fifteen_experiments():
+    names = [path.stem for path in sorted((REPOSITORY / "configs").glob("[0-9]*.yaml"))]
+    assert names == list(evaluate.PUBLISHED)
+    for name in names:
+        args = train.parse_args(["--config", str(REPOSITORY / "configs" / f"{name}.yaml")])
+        number, rest = name.split("_", 1)
+        assert rest.startswith(f"{args.encoder}_{args.layer}_{args.decoder}")
+        weights = {"mse": (1, 0), "lpips": (0, 1)}.get(name.rsplit("_", 1)[1], (0.5, 0.5))
+        assert (args.mse_weight, args.lpips_weight) == weights
+        assert (args.epochs, args.lr, args.batch_size) == (30, 1e-4, 4)
+
+
+# --- one's own pictures ----------------------------------------------------------------------------------
+
+
+def test_own_pictures(trained, tmp_path, run_evaluate, capsys):
+    (tmp_path / "dir").mkdir()
+    wide = Image.effect_mandelbrot((500, 90), (-2, -1, 1, 1), 20).convert("CMYK")
+    wide.save(tmp_path / "wide.jpg")
+    Image.new("LA", (7, 300), (128, 40)).save(tmp_path / "dir" / "thin.png")
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "dir" / "wide.png")
+    flags = [
+        "--ckpt",
+        trained / "best.pt",
+        "--out",
+        tmp_path / "out",
+        "--images",
+        tmp_path / "wide.jpg",
+        tmp_path / "dir",
+    ]
+    assert run_evaluate(*flags) == 0
+    files = sorted((tmp_path / "out" / "images").iterdir())
+    assert [file.name for file in files] == ["thin.png", "wide-1.png", "wide-3.png"]
+    assert capsys.readouterr().out.count(" dB, ") == 3
+    for file in files:
+        with Image.open(file) as picture:
+            assert picture.size == (3 * 224, 224)
+            original, output, difference = (part.astype(int) for part in np.split(np.asarray(picture), 3, axis=1))
+        expected = (5 * np.abs(original - output)).clip(0, 255)
+        assert np.abs(difference - expected).max() <= 6  # each was rounded to 8 bits on its own
+
+
+@pytest.mark.parametrize("kind", ["missing", "bad", "empty"])
+def test_bad_picture_is_named(trained, tmp_path, run_evaluate, error_line, kind):
+    path = tmp_path / ("folder" if kind == "empty" else "picture.png")
+    if kind == "bad":
+        path.write_text("no picture")
+    elif kind == "empty":
+        path.mkdir()
+    assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path / "out", "--images", path) == 2
+    assert path.name in error_line()
+    assert not list(tmp_path.glob("out/images/*"))
