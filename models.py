@@ -528,7 +528,8 @@ BUILDERS = {
 def build_decoder(decoder, shape, width=None, seed=42):
     """Decoder `decoder` for features of `shape` (C, H, W), initialised from `seed`.
 
-    Kaiming initialisation (paper 3.3.4) is PyTorch's own of convolutions and linear layers: uniform, a = √5.
+    Kaiming initialisation (paper 3.3.4) as PyTorch's own layers have it, uniform with a = √5, but from the
+    true fan-in of a transposed convolution too.
     width: the decoder's main number of channels, its own default where None. Raises UserError for an
     unknown name.
     """
@@ -537,6 +538,9 @@ def build_decoder(decoder, shape, width=None, seed=42):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = BUILDERS[decoder](shape, width) if width else BUILDERS[decoder](shape)
+        for layer in net.modules():
+            if isinstance(layer, nn.ConvTranspose2d):  # its weight is (in, out, k, k): "fan_out" counts what comes in
+                nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), mode="fan_out")
     return net.to(memory_format=torch.channels_last)
 
 
