@@ -14,7 +14,7 @@ import json
 import math
 from pathlib import Path
 
-from utils import PROTOCOL, Parser, UserError, positive_int, run
+from utils import PROTOCOL, RESULTS, Parser, UserError, positive_int, run
 
 
 def make_parser():
@@ -339,10 +339,11 @@ def report(encoder, decoder, checkpoint, source, images, values, milliseconds, o
     about = {"images": len(images.names), "ms_per_image": milliseconds, "data": source, "protocol": PROTOCOL}
     about |= {"weights": config["weights"], "parameters": count_parameters(decoder), "epoch": checkpoint["epoch"]}
     about |= {"config": config}
-    write_per_image(images.names, values, out / "per_image.csv")
-    draw_reconstructions(encoder, decoder, images, values, out / "reconstructions.png")
-    draw_histograms(values, out / "histograms.png")
-    write_text(out / "metrics.json", json.dumps(metrics | about, indent=2))
+    numbers, per_image, pictures, histograms = (out / name for name in RESULTS)
+    write_per_image(images.names, values, per_image)
+    draw_reconstructions(encoder, decoder, images, values, pictures)
+    draw_histograms(values, histograms)
+    write_text(numbers, json.dumps(metrics | about, indent=2))  # last: where it is, the others are
 
     print(f"{config['encoder']} {config['layer']} ({config['weights']} weights) + {config['decoder']}, epoch "
           f"{checkpoint['epoch']}; {len(images.names)} test images of {source}, protocol {PROTOCOL}")  # fmt: skip

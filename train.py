@@ -130,9 +130,10 @@ from tqdm import tqdm
 
 import data
 from models import LPIPS, build_model, count_parameters, feature_shape
-from utils import PROTOCOL, atomic, load, make_folder, save, select_device, start_processes, write_text
+from utils import PROTOCOL, RESULTS, atomic, load, make_folder, save, select_device, start_processes, write_text
 
 COLUMNS = ("loss", "mse", "lpips", "psnr")  # the per-image terms that an epoch averages
+FILES = ("best.pt", "last.pt", "history.csv", "curves.png")
 DIVERGED = "try a smaller --lr. best.pt and last.pt are those of the epochs before"
 
 
@@ -207,6 +208,8 @@ class Run:
     config: the values of the flags, a dictionary. Raises UserError for what the user can put right.
     """
 
+    PROGRESS = ("epoch", "step", "bad_epochs", "seconds", "best_epoch", "best_loss", "history")
+
     def __init__(self, config, device, rank=0, world=1, quiet=False):
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.bars = True if quiet or rank else None  # tqdm's `disable`: None is off where there is no terminal
@@ -246,8 +249,6 @@ class Run:
             f"{c['data']}: {train} training and {val} validation images, {self.steps} steps an epoch, "
             f"{self.world} × {self.device}, to {self.out}"
         )
-
-    PROGRESS = ("epoch", "step", "bad_epochs", "seconds", "best_epoch", "best_loss", "history")
 
     def save_last(self):
         """Write last.pt, from which `restore` goes on bit for bit."""
@@ -329,7 +330,7 @@ class Run:
         return averages(sums)
 
     def end_epoch(self, train, val):
-        """Schedule, keep the best, write the files and the epoch's line; True if training should stop."""
+        """Schedule, keep the best, write the files and the epoch's line."""
         lr = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(val["loss"]):
             raise UserError(f"the validation loss of epoch {self.epoch + 1} is {val['loss']}; {DIVERGED}")
@@ -354,7 +355,6 @@ class Run:
             draw_curves(self.history, self.out / "curves.png")
             print(epoch_line(row, self.config["epochs"], better), flush=True)
         self.save_last()  # last, so that whatever was interrupted before is done again
-        return self.finished()
 
     def finished(self):
         return self.epoch >= self.config["epochs"] or self.bad_epochs >= self.config["patience"]
@@ -460,7 +460,7 @@ def train(args):
         job.restore()
         print(f"{'finished' if job.finished() else 'resumed'} after epoch {job.epoch}, step {job.step}")
     elif rank == 0:
-        for name in ("best.pt", "last.pt", "history.csv", "curves.png"):
+        for name in (*FILES, *RESULTS):  # an evaluation of the run that was there is no longer true
             (job.out / name).unlink(missing_ok=True)
     if rank == 0:
         write_text(job.out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

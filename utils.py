@@ -20,6 +20,7 @@ LAYERS = {
     "alexnet": [f"conv{i}" for i in range(1, 6)],
 }
 DECODERS = ["tconv", "frequency", "wavelet", "attention"]
+RESULTS = ("metrics.json", "per_image.csv", "reconstructions.png", "histograms.png")  # files of an evaluation
 PROTOCOL = "documented"  # the recipe that a number was measured with: README, "Protocol"
 
 
@@ -108,6 +109,9 @@ def atomic(path):
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

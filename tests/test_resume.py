@@ -93,7 +93,9 @@ def test_resume_with_another_configuration_names_the_key(whole, run_train, error
 
 def test_overwrite_replaces_a_run(trained, photos, tmp_path, run_train):
     (tmp_path / "best.pt").write_bytes((trained / "best.pt").read_bytes())
+    (tmp_path / "metrics.json").write_text("{}")
     assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--overwrite") == 0
+    assert not (tmp_path / "metrics.json").exists()  # it was the old run's
     assert torch.load(tmp_path / "best.pt", weights_only=True)["config"]["width"] == 8
 
 
