@@ -81,7 +81,7 @@ def load_split(data, split, cache=None):
     """Images of `split` (train, val or test) of `data`, a value that `resolve` returned.
 
     A folder's train and val are 80 and 20 % of its training images, by a permutation with seed 42
-    (spec of the study: 640/160 of DIV2K's 800). Raises UserError for a folder of another layout, too
+    (paper 3.3.1: 640 and 160 of DIV2K's 800). Raises UserError for a folder of another layout, too
     few images, or an image that can't be read. cache: folder of the uint8 cache.
     """
     if data == "sample":

@@ -66,7 +66,7 @@ def test_grid_goes_on_past_a_failure_and_says_so(grid, tmp_path):
 
 
 def test_grid_killed_half_way_goes_on(grid, tmp_path):
-    process = grid("vgg16_block[1]_tconv*", "--epochs", "3")
+    process = grid("vgg16_block1_tconv_*", "--epochs", "3")
     for line in process.stdout:
         if line.startswith("best: "):  # the first experiment is trained; it or the second is interrupted
             break
@@ -75,13 +75,13 @@ def test_grid_killed_half_way_goes_on(grid, tmp_path):
         os.kill(int(child), signal.SIGKILL)
     process.kill()
     process.communicate()
-    process = grid("vgg16_block[1]_tconv*", "--epochs", "3")
+    process = grid("vgg16_block1_tconv_*", "--epochs", "3")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     done = [name for name, row in results(tmp_path).items() if row["psnr"]]
-    assert done == ["01_vgg16_block1_tconv", "09_vgg16_block1_tconv_mse", "10_vgg16_block1_tconv_lpips"]
-    again = grid("vgg16_block[1]_tconv*")
-    assert again.communicate(timeout=60)[0].count(": done") == 3 and again.returncode == 0
+    assert done == ["09_vgg16_block1_tconv_mse", "10_vgg16_block1_tconv_lpips"]
+    again = grid("vgg16_block1_tconv_*")
+    assert again.communicate(timeout=60)[0].count(": done") == 2 and again.returncode == 0
 
 
 def test_array_task_picks_one(grid, tmp_path):
