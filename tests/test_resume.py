@@ -35,13 +35,13 @@ def whole(photos, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "number", "owner", "name", "call"),
+    ("schedule", "moment"),  # the signal, and at which call of which function it arrives
     [
-        ("plateau", signal.SIGTERM, data, "crops", 5),  # in the second step of epoch 2
-        ("onecycle", signal.SIGINT, data, "crops", 2),
-        ("plateau", signal.SIGINT, data, "center_crops", 1),  # in the validation of epoch 1
-        ("plateau", signal.SIGUSR1, train, "draw_curves", 1),  # between the epochs
-        ("plateau", signal.SIGTERM, utils.os, "replace", 3),  # while a file is written
+        ("plateau", (signal.SIGTERM, data, "crops", 5)),  # in the second step of epoch 2
+        ("onecycle", (signal.SIGINT, data, "crops", 2)),
+        ("plateau", (signal.SIGINT, data, "center_crops", 1)),  # in the validation of epoch 1
+        ("plateau", (signal.SIGUSR1, train, "draw_curves", 1)),  # between the epochs
+        ("plateau", (signal.SIGTERM, utils.os, "replace", 3)),  # while a file is written
     ],
 )
 def test_interrupted_and_resumed_is_bit_identical(
