@@ -254,7 +254,7 @@ def test_resnet34_features_are_torchvisions(random_networks, image, layer):
     assert len(encoder.trunk) == 4 + int(layer[-1])
 
 
-@pytest.mark.parametrize(("layer", "module"), zip(LAYERS["alexnet"], (2, 5, 7, 9, 12), strict=True))
+@pytest.mark.parametrize(("layer", "module"), [*zip(LAYERS["alexnet"], (2, 5, 7, 9, 12), strict=True)])
 def test_alexnet_features_are_torchvisions(random_networks, image, layer, module):
     net, file = random_networks["alexnet"]
     taps = torchvision.models.feature_extraction.create_feature_extractor(net, [f"features.{module}"])

@@ -44,9 +44,8 @@ def whole(photos, tmp_path_factory):
         ("plateau", (signal.SIGTERM, utils.os, "replace", 3)),  # while a file is written
     ],
 )
-def test_interrupted_and_resumed_is_bit_identical(
-    whole, tmp_path, monkeypatch, capsys, schedule, number, owner, name, call
-):
+def test_interrupted_and_resumed_is_bit_identical(whole, tmp_path, monkeypatch, capsys, schedule, moment):
+    number, owner, name, call = moment
     flags, expected = whole[schedule]
     real, calls = getattr(owner, name), []
 
