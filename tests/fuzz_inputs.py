@@ -65,7 +65,8 @@ class Fuzzer:
                 self.tile.save(self.folder / split / f"{i}.png")
         for name in ("good.png", "good.jpg", "good.tif", "good.webp"):
             self.tile.save(self.folder / name)
-        args = train.parse_args(["--data", str(self.folder), "--out", str(self.folder), "--width", "4"])
+        flags = ["--data", str(self.folder), "--out", str(self.folder), "--width", "4", "--batch-size", "2"]
+        args = train.parse_args(flags)
         self.job = train.Run(config_of(args), torch.device("cpu"), quiet=True)
         self.job.best_loss, self.job.epoch = 0.5, 1
         self.job.save_best()
