@@ -14,8 +14,9 @@ from conftest import REPOSITORY
 from kill_resume import read_run, same
 
 import data
+import evaluate
 import train
-from models import LPIPS, Encoder
+from models import LPIPS, Encoder, build_model
 from utils import UserError
 
 
@@ -243,11 +244,14 @@ def test_epoch_line_has_everything(photos, tmp_path, run_train, capsys):
 
 
 def test_short_training_on_the_sample_gains_6_db(tmp_path, run_train):
-    flags = ("--data", "sample", "--out", tmp_path, "--epochs", 4, "--lr", 4e-3, "--schedule", "onecycle")
-    before = train.Run(vars(parse(*flags)), torch.device("cpu"), quiet=True)
-    untrained = before.validate(train.Signals(before.device))["psnr"]
-    assert run_train(*flags) == 0
-    assert max(float(row["val_psnr"]) for row in history(tmp_path)) >= untrained + 6
+    def psnr_of_unseen(decoder):
+        return evaluate.evaluate_model(encoder, decoder, test.pixels, bars=True)[0]["psnr"].mean()
+
+    test = data.load_split("sample", "test")
+    encoder, untrained = build_model()
+    assert run_train("--config", REPOSITORY / "configs" / "sample.yaml", "--epochs", 4, "--out", tmp_path) == 0
+    trained = evaluate.load_model(tmp_path / "best.pt")[1]
+    assert psnr_of_unseen(trained) >= psnr_of_unseen(untrained) + 6
 
 
 def test_without_data_the_sample_is_used_loudly(tmp_path, monkeypatch, capsys):
