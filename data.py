@@ -20,7 +20,7 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils import UserError, load, save
+from utils import IMAGENET_MEAN, IMAGENET_STD, UserError, load, save
 
 RESIZE, CROP = 256, 224
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
@@ -53,8 +53,9 @@ SAMPLE = {
 class Images(NamedTuple):
     """One split in memory."""
 
-    pixels: torch.Tensor  # uint8 (N, 256, 256, 3)
+    pixels: torch.Tensor  # uint8 (N, 256, 256, 3); or (P, 3), image after image, where their sizes differ
     names: list
+    sizes: torch.Tensor  # int64 (N, 2), heights and widths
 
 
 def resolve(data):
@@ -78,12 +79,13 @@ def resolve(data):
     return str(data)
 
 
-def load_split(data, split, cache=None):
+def load_split(data, split, cache=None, protocol="documented"):
     """Images of `split` (train, val or test) of `data`, a value that `resolve` returned.
 
     A folder's train and val are 80 and 20 % of its training images, by a permutation with seed 42
     (paper 3.3.1: 640 and 160 of DIV2K's 800). Raises UserError for a folder of another layout, too
-    few images, or an image that can't be read. cache: folder of the uint8 cache.
+    few images, or an image that can't be read. cache: folder of the uint8 cache. protocol: `published`
+    scales the shorter side to 256 and keeps the rest of a training image, `documented` squeezes all to 256×256.
     """
     if data == "sample":
         return sample_tiles(split)
@@ -98,14 +100,22 @@ def load_split(data, split, cache=None):
     if len(files) < (1 if split == "test" else 2):
         few = "at least 1 is needed" if split == "test" else "at least 2 are needed, for training and validation"
         raise UserError(f"{folder}: {len(files)} images ({' '.join(sorted(EXTENSIONS))}); {few}")
-    pixels = cached_pixels(folder, files, cache)
-    names = [file.name for file in files]
-    if split == "test":
-        return Images(pixels, names)
-    order = np.random.RandomState(42).permutation(len(files))
-    cut = min(max(int(0.8 * len(files)), 1), len(files) - 1)
-    order = order[:cut] if split == "train" else order[cut:]
-    return Images(pixels[torch.from_numpy(order)], [names[i] for i in order])
+    order = np.arange(len(files))
+    if split != "test":
+        order = np.random.RandomState(42).permutation(len(files))
+        cut = min(max(int(0.8 * len(files)), 1), len(files) - 1)
+        order = order[:cut] if split == "train" else order[cut:]
+    whole, names = cached_images(folder, files, cache, protocol), [files[i].name for i in order]
+    if split == "train" and protocol == "published":
+        sizes = torch.tensor([whole[i].shape[:2] for i in order])
+        return Images(torch.cat([whole[i].flatten(0, 1) for i in order]), names, sizes)
+    return squares([whole[i] for i in order], names)
+
+
+def squares(whole, names):
+    """Images of the central 256×256 of uint8 tensors (H, W, 3)."""
+    pixels = torch.stack([center(image[None], RESIZE)[0] for image in whole])
+    return Images(pixels, names, torch.full((len(names), 2), RESIZE))
 
 
 def read_image(path):
@@ -127,39 +137,44 @@ def read_image(path):
         raise UserError(f"{path}: not an image that can be read ({error}); replace or remove it") from None
 
 
-def decode(path):
-    """The image at `path`, resized (bilinear, antialiased as Pillow's always is), as a uint8 array (256, 256, 3)."""
-    return np.asarray(read_image(path).resize((RESIZE, RESIZE), Image.Resampling.BILINEAR))
+def decode(path, protocol="documented"):
+    """The image at `path`, resized (bilinear, antialiased as Pillow's always is), as a uint8 array.
+
+    `documented`: (256, 256, 3). `published`: the shorter side is 256, and the shape of the picture stays.
+    """
+    image = read_image(path)
+    short = min(image.size) if protocol == "published" else None
+    size = [RESIZE * side // (short or side) for side in image.size]
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
 
 
-def cached_pixels(folder, files, cache=None):
-    """Pixels (N, 256, 256, 3) of `files`, all in `folder`, decoded once and kept in one file under `cache`.
+def cached_images(folder, files, cache=None, protocol="documented"):
+    """`decode` of `files`, all in `folder`, as a list of uint8 tensors, done once and kept in a file under `cache`.
 
     The file is used as long as every image has the name, size and modification time that it had.
     """
     cache = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "feature-inversion"))
     cache.mkdir(parents=True, exist_ok=True)
-    path = cache / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]}.pt"
+    path = cache / f"{hashlib.sha256(f'{protocol} {folder.resolve()}'.encode()).hexdigest()[:16]}.pt"
     manifest = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
     with FileLock(path.with_suffix(".lock")):  # a second run waits, then finds the cache
         if path.exists():
             try:
                 stored = load(path, "image cache", mmap=True)
                 if stored["files"] == manifest:
-                    return stored["pixels"]
+                    return stored["images"]
             except (UserError, KeyError, TypeError) as error:
                 print(f"{error}; decoding again")
-        pixels = torch.empty(len(files), RESIZE, RESIZE, 3, dtype=torch.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            decoded = pool.map(decode, files)
+            decoded = pool.map(decode, files, [protocol] * len(files))
             try:
-                for i, image in enumerate(tqdm(decoded, f"Decoding {folder}", len(files), unit="image", disable=None)):
-                    pixels[i] = torch.from_numpy(image.copy())
+                bar = tqdm(decoded, f"Decoding {folder}", len(files), unit="image", disable=None)
+                images = [torch.from_numpy(image.copy()) for image in bar]
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        save({"files": manifest, "pixels": pixels}, path)
-        return pixels
+        save({"files": manifest, "images": images}, path)
+        return images
 
 
 def sample_tiles(split):
@@ -180,7 +195,7 @@ def sample_tiles(split):
                 for left in even_steps(width):
                     tiles.append(torch.from_numpy(scaled[top : top + RESIZE, left : left + RESIZE].copy()))
                     names.append(f"{Path(name).stem}-{side}-{top}-{left}")
-    return Images(torch.stack(tiles), names)
+    return squares(tiles, names)
 
 
 def even_steps(length):
@@ -188,32 +203,55 @@ def even_steps(length):
     return [int(offset) for offset in np.linspace(0, length - RESIZE, math.ceil(length / RESIZE))]
 
 
-def crops(pixels, index, tops, lefts, flips):
-    """Batched crops: uint8 pixels (N, 256, 256, 3) → float (B, 3, 224, 224) in [0, 1], channels last.
+def crops(images, index, tops, lefts, flips):
+    """Batched crops of Images → float (B, 3, 224, 224) in [0, 1], channels last.
 
     index, tops, lefts: int64 (B,); flips: bool (B,), mirrored left to right.
     """
-    span = torch.arange(CROP, device=pixels.device)
+    heights, widths = images.sizes.unbind(1)
+    starts = (heights * widths).cumsum(0) - heights * widths
+    span = torch.arange(CROP)
     rows = tops[:, None] + span
     columns = lefts[:, None] + torch.where(flips[:, None], CROP - 1 - span, span)
-    batch = pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, 224, 224, 3)
+    rows = starts[index, None] + rows * widths[index, None]  # (B, 224), where each begins
+    batch = images.pixels.view(-1, 3)[rows[:, :, None] + columns[:, None, :]]  # (B, 224, 224, 3)
     return batch.permute(0, 3, 1, 2).float().div_(255)
+
+
+def center(pixels, size):
+    """The central size×size of pixels (B, H, W, 3)."""
+    top, left = ((length - size) // 2 for length in pixels.shape[1:3])
+    return pixels[:, top : top + size, left : left + size]
 
 
 def center_crops(pixels):
-    """The central 224×224 of uint8 pixels (B, 256, 256, 3) → float (B, 3, 224, 224) in [0, 1], channels last."""
-    offset = (RESIZE - CROP) // 2
-    batch = pixels[:, offset : offset + CROP, offset : offset + CROP]
-    return batch.permute(0, 3, 1, 2).float().div_(255)
+    """The central 224×224 of uint8 pixels (B, H, W, 3) → float (B, 3, 224, 224) in [0, 1], channels last."""
+    return center(pixels, CROP).permute(0, 3, 1, 2).float().div_(255)
 
 
-def epoch_plan(count, seed, epoch):
-    """Order, top, left and flip of the `count` images of an epoch: (seed, epoch) decides, so it can be resumed."""
+def epoch_plan(sizes, seed, epoch):
+    """Order, top, left and flip in an epoch of images of `sizes` (N, 2); (seed, epoch) decides, for resumption."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    count, room = len(sizes), RESIZE - CROP + 1
     order = torch.randperm(count, generator=generator)
-    tops, lefts = torch.randint(0, RESIZE - CROP + 1, (2, count), generator=generator)
+    offsets = torch.randint(0, room, (2, count), generator=generator)
     flips = torch.rand(count, generator=generator) < 0.5
-    return order, tops, lefts, flips
+    # Along a side that is longer than 256 there is more room; what 256 leaves is drawn as it would be without.
+    part = torch.rand(2, count, generator=generator, dtype=torch.float64)
+    offsets = ((offsets + part) / room * (sizes[order].T - CROP + 1)).long()
+    return order, *offsets, flips
+
+
+def target(images, protocol="documented"):
+    """What a decoder's output for `images` (B, 3, H, W) in [0, 1] is held against in the loss.
+
+    `documented`: the images. `published`: ImageNet-normalised, about -2.1 to 2.6, which no sigmoid reaches; clipped
+    to [0, 1] it is also what the published metrics saw (README, "Protocol").
+    """
+    if protocol == "documented":
+        return images
+    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images - mean) / std
 
 
 # --- The DIV2K download --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import json
 import math
 from pathlib import Path
 
-from utils import PROTOCOL, RESULTS, Parser, UserError, positive_int, run
+from utils import RESULTS, Parser, UserError, positive_int, run
 
 
 def make_parser():
@@ -76,13 +76,11 @@ PUBLISHED = {
 def load_model(path):
     """(encoder, decoder, checkpoint) of the best.pt at `path`, on the CPU, in eval mode. Raises UserError."""
     checkpoint = load(path)
-    missing = {"decoder", "config", "protocol", "epoch", "val_loss"} - set(
-        checkpoint if type(checkpoint) is dict else ()
-    )
+    missing = {"decoder", "config", "epoch", "val_loss"} - set(checkpoint if type(checkpoint) is dict else ())
     if missing:
         raise UserError(f"{path}: not a best.pt of train.py (it has no {', '.join(sorted(missing))})")
     try:
-        names = ("encoder", "layer", "decoder", "weights", "width", "seed")
+        names = ("encoder", "layer", "decoder", "weights", "width", "seed", "protocol")
         encoder, decoder = build_model(**{name: checkpoint["config"][name] for name in names})
         decoder.load_state_dict(checkpoint["decoder"])
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -95,25 +93,23 @@ def psnr(images, target):
     return -10 * torch.log10((images - target).square().mean((1, 2, 3)).clamp_min(1e-10))
 
 
-def ssim(image, target):
-    """Structural similarity of two images (3, H, W) in [0, 1] as Wang et al. 2004 define it (paper 3.4.2)."""
-    return structural_similarity(
-        image.cpu().numpy(),
-        target.cpu().numpy(),
-        channel_axis=0,
-        data_range=1.0,
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-    )
+def ssim(image, target, protocol="documented"):
+    """Structural similarity of two images (3, H, W) in [0, 1] (paper 3.4.2).
+
+    `documented`: as Wang et al. 2004 define it, 11×11 Gaussian window. `published`: scikit-image's 7×7 uniform one.
+    """
+    window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    window = window if protocol == "documented" else {"win_size": 7}
+    return structural_similarity(image.cpu().numpy(), target.cpu().numpy(), channel_axis=0, data_range=1.0, **window)
 
 
 @torch.no_grad()
-def evaluate_model(encoder, decoder, pixels, batch_size=4, bars=None):
+def evaluate_model(encoder, decoder, pixels, batch_size=4, bars=None, protocol="documented"):
     """Reconstruct the central 224×224 of `pixels`, uint8 (N, 256, 256, 3), and measure each image.
 
     Returns {"psnr" (dB), "ssim", "lpips": float64 arrays (N,)} and the milliseconds an image that
-    encoder and decoder took together. The networks' device is used; bars: tqdm's `disable`.
+    encoder and decoder took together. The networks' device is used; bars: tqdm's `disable`; protocol: that of
+    the training.
     """
     device = next(decoder.parameters()).device
     lpips = LPIPS().to(device)
@@ -125,9 +121,10 @@ def evaluate_model(encoder, decoder, pixels, batch_size=4, bars=None):
             start = wait(device)
             output = decoder(encoder(batch)).clamp(0, 1)
             seconds += wait(device) - start
-            values["psnr"] += psnr(output, batch).tolist()
-            values["ssim"] += [ssim(*pair) for pair in zip(output, batch, strict=True)]
-            values["lpips"] += lpips(output, batch).tolist()
+            target = data.target(batch, protocol).clamp(0, 1)
+            values["psnr"] += psnr(output, target).tolist()
+            values["ssim"] += [ssim(*pair, protocol) for pair in zip(output, target, strict=True)]
+            values["lpips"] += lpips(output, target).tolist()
             bar.update(len(batch))
     return {name: np.array(value) for name, value in values.items()}, 1000 * seconds / len(pixels)
 
@@ -145,8 +142,8 @@ def summary(values):
 
 
 @torch.no_grad()
-def draw_reconstructions(encoder, decoder, images, values, path, columns=6):
-    """Original, reconstruction and 5× difference of `columns` test images, from the lowest to the highest PSNR."""
+def draw_reconstructions(encoder, decoder, images, values, path, protocol, columns=6):
+    """Target, reconstruction and 5× difference of `columns` test images, from the lowest to the highest PSNR."""
     order = np.argsort(values["psnr"])
     chosen = order[np.linspace(0, len(order) - 1, min(columns, len(order))).round().astype(int)]
     figure = Figure(figsize=(2.2 * len(chosen) + 0.4, 7.2), layout="constrained")
@@ -154,14 +151,15 @@ def draw_reconstructions(encoder, decoder, images, values, path, columns=6):
     device = next(decoder.parameters()).device
     for column, i in enumerate(chosen):
         image = data.center_crops(images.pixels[i : i + 1]).to(device)
-        output = decoder(encoder(image)).clamp(0, 1)
-        rows = (image, output, (5 * (image - output).abs()).clamp(0, 1))
+        output, target = decoder(encoder(image)).clamp(0, 1), data.target(image, protocol).clamp(0, 1)
+        rows = (target, output, (5 * (target - output).abs()).clamp(0, 1))
         for axis, picture in zip(axes[:, column], rows, strict=True):
             axis.imshow(picture[0].permute(1, 2, 0).cpu().numpy())
             axis.set(xticks=[], yticks=[])
         axes[0, column].set_title(images.names[i][:24], fontsize=8)
         axes[1, column].set_title(f"{values['psnr'][i]:.2f} dB", fontsize=8)
-    for axis, label in zip(axes[:, 0], ("original", "reconstruction", "5 × difference"), strict=True):
+    first = "original" if protocol == "documented" else "target, as measured"
+    for axis, label in zip(axes[:, 0], (first, "reconstruction", "5 × difference"), strict=True):
         axis.set_ylabel(label)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=100)
@@ -312,9 +310,10 @@ def evaluate(args):
         return reconstruct_pictures(encoder, decoder, files, make_folder(Path(out, "images")), bars)
     config = checkpoint["config"]
     source = data.resolve(args.data or config["data"])
-    images = data.load_split(source, "test", args.cache or config["cache"])
+    images = data.load_split(source, "test", args.cache or config["cache"], config["protocol"])
     out = make_folder(out)
-    values, milliseconds = evaluate_model(encoder, decoder, images.pixels[rank::world], args.batch_size, bars)
+    pixels = images.pixels[rank::world]
+    values, milliseconds = evaluate_model(encoder, decoder, pixels, args.batch_size, bars, config["protocol"])
     if world > 1:
         values, milliseconds = gather(values, milliseconds, len(images.names))
     if rank == 0:
@@ -336,17 +335,19 @@ def report(encoder, decoder, checkpoint, source, images, values, milliseconds, o
     """Print the table of a measured checkpoint and write its files to the folder `out`."""
     config = checkpoint["config"]
     metrics = {name: summary(values[name]) for name in METRICS}
-    about = {"images": len(images.names), "ms_per_image": milliseconds, "data": source, "protocol": PROTOCOL}
-    about |= {"weights": config["weights"], "parameters": count_parameters(decoder), "epoch": checkpoint["epoch"]}
-    about |= {"config": config}
+    about = {"images": len(images.names), "ms_per_image": milliseconds, "data": source}
+    about |= {name: config[name] for name in ("protocol", "weights")}
+    about |= {"parameters": count_parameters(decoder), "epoch": checkpoint["epoch"], "config": config}
     numbers, per_image, pictures, histograms = (out / name for name in RESULTS)
     write_per_image(images.names, values, per_image)
-    draw_reconstructions(encoder, decoder, images, values, pictures)
+    draw_reconstructions(encoder, decoder, images, values, pictures, config["protocol"])
     draw_histograms(values, histograms)
     write_text(numbers, json.dumps(metrics | about, indent=2))  # last: where it is, the others are
 
-    print(f"{config['encoder']} {config['layer']} ({config['weights']} weights) + {config['decoder']}, epoch "
-          f"{checkpoint['epoch']}; {len(images.names)} test images of {source}, protocol {PROTOCOL}")  # fmt: skip
+    print(
+        f"{config['encoder']} {config['layer']} ({config['weights']} weights) + {config['decoder']}, "
+        f"epoch {checkpoint['epoch']}, protocol {config['protocol']}; {len(images.names)} test images of {source}"
+    )
     print(f"{'':<12}{'mean ± std':>18}{'min':>10}{'max':>10}")
     for name, label in METRICS.items():
         s = metrics[name]

@@ -20,10 +20,9 @@ from filelock import FileLock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils import DECODERS, LAYERS, UserError, check_layer, load, save
+from utils import DECODERS, IMAGENET_MEAN, IMAGENET_STD, LAYERS, UserError, check_layer, load, save
 
 IMAGE_SIZE = 224
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # --- Where weights come from -------------------------------------------------------------------------
 
@@ -174,14 +173,18 @@ class Encoder(nn.Module):
     """A frozen network up to one layer: images (B, 3, 224, 224) in [0, 1] → features (B, C, H, W).
 
     encoder, layer: names in utils.LAYERS. weights: `imagenet`; `random`, torchvision's or timm's own
-    initialisation from `seed`, the control; or the path of a state dict. Always in eval mode, no
-    gradient (paper 3.1.3). Raises UserError for unknown names and weights that can't be had or don't fit.
+    initialisation from `seed`, the control; or the path of a state dict. protocol: `published` takes
+    ViT's features where the study's code did. Always in eval mode, no gradient (paper 3.1.3). Raises
+    UserError for unknown names and weights that can't be had or don't fit.
     """
 
-    def __init__(self, encoder="vgg16", layer="block1", weights="imagenet", seed=42):
+    def __init__(self, encoder="vgg16", layer="block1", weights="imagenet", seed=42, protocol="documented"):
         super().__init__()
         check_layer(encoder, layer)
         build, cut = ENCODERS[encoder]
+        depth = LAYERS[encoder].index(layer)
+        if protocol == "published" and encoder == "vit_small":  # stops a block early, and never for block0
+            depth = (depth - 1) % len(LAYERS[encoder])
         if weights == "random":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -190,8 +193,8 @@ class Encoder(nn.Module):
             with torch.device("meta"):  # no memory or time for the parts that are cut off
                 net = build()
             state = imagenet_weights(encoder) if weights == "imagenet" else load(weights, "file of weights")
-            load_trunk(net, cut(net, LAYERS[encoder].index(layer)), state, f"--weights {weights}")
-        self.trunk = cut(net, LAYERS[encoder].index(layer)).to(memory_format=torch.channels_last)
+            load_trunk(net, cut(net, depth), state, f"--weights {weights}")
+        self.trunk = cut(net, depth).to(memory_format=torch.channels_last)
         config = timm.get_pretrained_cfg("vit_small_patch16_224") if encoder == "vit_small" else None
         mean, std = (config.mean, config.std) if config else (IMAGENET_MEAN, IMAGENET_STD)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
@@ -598,10 +601,12 @@ class LPIPS(nn.Module):
         return distance
 
 
-def build_model(encoder="vgg16", layer="block1", decoder="tconv", weights="imagenet", width=None, seed=42):
+def build_model(
+    encoder="vgg16", layer="block1", decoder="tconv", weights="imagenet", width=None, seed=42, protocol="documented"
+):
     """An (encoder, decoder) pair: images in [0, 1] → features → images in [0, 1]. Raises UserError."""
     check_layer(encoder, layer)
-    encoder = Encoder(encoder, layer, weights, seed)
+    encoder = Encoder(encoder, layer, weights, seed, protocol)
     return encoder, build_decoder(decoder, feature_shape(encoder), width, seed)
 
 

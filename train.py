@@ -23,6 +23,7 @@ import yaml
 from utils import (
     DECODERS,
     LAYERS,
+    PROTOCOLS,
     Parser,
     UserError,
     check_layer,
@@ -60,6 +61,7 @@ def make_parser():
     how.add_argument("--patience", type=positive_int, default=15, help="epochs without a better validation loss")
     how.add_argument("--mse-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
     how.add_argument("--lpips-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
+    how.add_argument("--protocol", choices=PROTOCOLS, default="documented", help="published: the study's code")
     how.add_argument("--seed", type=seed_number, default=42, help="of initialisation, order, crops and flips")
     running = parser.add_argument_group("running")
     running.add_argument("--config", help="YAML file with values of these flags; the command line wins")
@@ -130,7 +132,7 @@ from tqdm import tqdm
 
 import data
 from models import LPIPS, build_model, count_parameters, feature_shape
-from utils import PROTOCOL, RESULTS, atomic, load, make_folder, save, select_device, start_processes, write_text
+from utils import RESULTS, atomic, load, make_folder, save, select_device, start_processes, write_text
 
 COLUMNS = ("loss", "mse", "lpips", "psnr")  # the per-image terms that an epoch averages
 FILES = ("best.pt", "last.pt", "history.csv", "curves.png")
@@ -172,19 +174,20 @@ class Signals:
             raise Interrupted
 
 
-def terms(images, target, config, lpips):
+def terms(output, images, config, lpips):
     """Per-image terms (4, B) of the loss, as COLUMNS: the loss itself, MSE, LPIPS (NaN: not asked for) and PSNR in dB.
 
-    images, target: (B, 3, 224, 224) in [0, 1]. A term with weight zero takes no part in the gradient
+    output, images: (B, 3, 224, 224) in [0, 1]. A term with weight zero takes no part in the gradient
     (paper 3.3.2), and LPIPS is then not computed.
     """
-    mse = ((images if config["mse_weight"] else images.detach()) - target).square().mean((1, 2, 3))
-    distance = lpips(images, target) if config["lpips_weight"] else torch.full_like(mse, math.nan)
+    target = data.target(images, config["protocol"])
+    mse = ((output if config["mse_weight"] else output.detach()) - target).square().mean((1, 2, 3))
+    distance = lpips(output, target) if config["lpips_weight"] else torch.full_like(mse, math.nan)
     loss = config["mse_weight"] * mse if config["mse_weight"] else 0
     if config["lpips_weight"]:
         loss = loss + config["lpips_weight"] * distance
-    psnr = -10 * torch.log10(mse.detach().clamp_min(1e-10))
-    return torch.stack([loss, mse, distance, psnr])
+    error = (output.detach() - target.clamp(0, 1)).square().mean((1, 2, 3))
+    return torch.stack([loss, mse, distance, -10 * torch.log10(error.clamp_min(1e-10))])
 
 
 def check_finite(losses, epoch, step):
@@ -214,12 +217,13 @@ class Run:
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.bars = True if quiet or rank else None  # tqdm's `disable`: None is off where there is no terminal
         self.out = Path(config["out"])
-        self.images = {name: data.load_split(config["data"], name, config["cache"]) for name in ("train", "val")}
+        source = config["data"], config["cache"], config["protocol"]
+        self.images = {name: data.load_split(source[0], name, *source[1:]) for name in ("train", "val")}
         count, size = len(self.images["train"].names), config["batch_size"]
         if size * world > count:
             raise UserError(f"--batch-size {size} × {world} processes: more than the {count} training images")
         self.steps = math.ceil(count / (size * world))
-        names = ("encoder", "layer", "decoder", "weights", "width", "seed")
+        names = ("encoder", "layer", "decoder", "weights", "width", "seed", "protocol")
         self.encoder, self.decoder = (m.to(device) for m in build_model(**{name: config[name] for name in names}))
         self.lpips = LPIPS().to(device) if config["lpips_weight"] else None
         self.model = self.decoder
@@ -229,7 +233,8 @@ class Run:
             self.model = torch.nn.parallel.DistributedDataParallel(self.decoder)
         self.optimizer = torch.optim.Adam(self.decoder.parameters(), lr=config["lr"])
         if config["schedule"] == "plateau":
-            self.scheduler = ReduceLROnPlateau(self.optimizer, factor=0.5, patience=5, min_lr=1e-7)
+            lowest = 1e-7 if config["protocol"] == "documented" else 1e-6
+            self.scheduler = ReduceLROnPlateau(self.optimizer, factor=0.5, patience=5, min_lr=lowest)
         else:  # warm-up and annealing, a step at a time
             total = config["epochs"] * self.steps
             self.scheduler = OneCycleLR(self.optimizer, config["lr"], total, cycle_momentum=False)
@@ -280,7 +285,7 @@ class Run:
     def train_epoch(self, signals):
         """Train to the end of the epoch; per-image averages of its terms."""
         size, images = self.config["batch_size"], self.images["train"]
-        plan = data.epoch_plan(len(images.names), self.config["seed"], self.epoch)
+        plan = data.epoch_plan(images.sizes, self.config["seed"], self.epoch)
         total = self.steps * size * self.world
         if self.world > 1:  # every process takes as many steps, so the last ones wrap around
             plan = [part[torch.arange(total) % len(part)] for part in plan]
@@ -290,7 +295,7 @@ class Run:
         with tqdm(None, title, self.steps, initial=self.step, unit="step", leave=False, disable=self.bars) as bar:
             while self.step < self.steps:
                 first = (self.step * self.world + self.rank) * size
-                batch = data.crops(images.pixels, *(part[first : first + size] for part in plan))
+                batch = data.crops(images, *(part[first : first + size] for part in plan))
                 batch = batch.to(self.device, non_blocking=True)
                 values = terms(self.model(self.encoder(batch)), batch, self.config, self.lpips)
                 loss = values[0].mean()
@@ -365,7 +370,6 @@ class Run:
         state = {
             "decoder": self.decoder.state_dict(),
             "config": self.config,
-            "protocol": PROTOCOL,
             "epoch": self.epoch,
             "val_loss": self.best_loss,
             "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},

@@ -21,7 +21,8 @@ LAYERS = {
 }
 DECODERS = ["tconv", "frequency", "wavelet", "attention"]
 RESULTS = ("metrics.json", "per_image.csv", "reconstructions.png", "histograms.png")  # files of an evaluation
-PROTOCOL = "documented"  # the recipe that a number was measured with: README, "Protocol"
+PROTOCOLS = ["documented", "published"]  # the recipe that a number was measured with: README, "Protocol"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class UserError(Exception):

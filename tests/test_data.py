@@ -68,7 +68,7 @@ def test_sample_has_no_photograph_in_two_splits():
 def decoded(monkeypatch):
     """The names of the files that were decoded."""
     names, real = [], data.decode
-    monkeypatch.setattr(data, "decode", lambda path: names.append(path.name) or real(path))
+    monkeypatch.setattr(data, "decode", lambda path, *rest: names.append(path.name) or real(path, *rest))
     return names
 
 
@@ -174,7 +174,7 @@ def test_crops_are_torchvisions():
     pixels = torch.randint(0, 256, (5, 256, 256, 3), dtype=torch.uint8)
     index, tops, lefts = torch.tensor([3, 0, 4]), torch.tensor([0, 32, 7]), torch.tensor([5, 0, 32])
     flips = torch.tensor([False, True, True])
-    batch = data.crops(pixels, index, tops, lefts, flips)
+    batch = data.crops(data.squares(pixels, list("abcde")), index, tops, lefts, flips)
     assert batch.is_contiguous(memory_format=torch.channels_last)
     for i in range(3):
         expected = tv.crop(pixels[index[i]].permute(2, 0, 1), int(tops[i]), int(lefts[i]), 224, 224)
@@ -184,13 +184,51 @@ def test_crops_are_torchvisions():
     assert torch.equal(data.center_crops(pixels), expected)
 
 
+def test_published_images_keep_their_shape(tmp_path):
+    """torchvision's Resize(256), random crops anywhere in it, and CenterCrop(224) for validation."""
+    photos = [Image.fromarray(p.numpy()) for p in data.sample_tiles("test").pixels[:5]]
+    (tmp_path / "train").mkdir()
+    for i, size in enumerate([(400, 300), (300, 411), (600, 200), (256, 256), (301, 300)]):
+        photos[i] = photos[i].resize(size)
+        photos[i].save(tmp_path / "train" / f"{i}.png")
+    resized = {f"{i}.png": torch.from_numpy(np.array(tv.resize(p, 256))).permute(2, 0, 1) for i, p in enumerate(photos)}
+    train, val = (data.load_split(str(tmp_path), split, protocol="published") for split in ("train", "val"))
+    assert (len(train.names), len(val.names)) == (4, 1)
+    expected = tv.center_crop(resized[val.names[0]], [224, 224])[None].float() / 255
+    assert torch.equal(data.center_crops(val.pixels), expected)
+    for epoch in range(20):
+        plan = data.epoch_plan(train.sizes, 42, epoch)
+        for i, top, left, flip, crop in zip(*plan, data.crops(train, *plan), strict=True):
+            expected = tv.crop(resized[train.names[i]], int(top), int(left), 224, 224)
+            assert (
+                expected.shape == (3, 224, 224) and top + 224 <= train.sizes[i, 0] and left + 224 <= train.sizes[i, 1]
+            )
+            assert torch.equal(crop, (tv.hflip(expected) if flip else expected) / 255)
+
+
+def test_epoch_plan_reaches_every_crop_of_a_wide_image():
+    _, tops, lefts, _ = data.epoch_plan(torch.tensor([[256, 300]]).expand(9000, 2), seed=1, epoch=0)
+    assert sorted(set(tops.tolist())) == list(range(33))
+    counts = torch.bincount(lefts)
+    assert len(counts) == 77 and counts.min() > 0.5 * 9000 / 77 and counts.max() < 1.6 * 9000 / 77
+
+
+def test_published_target_is_the_normalised_image():
+    images = torch.rand(2, 3, 8, 8)
+    expected = tv.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    torch.testing.assert_close(data.target(images, "published"), expected)
+    assert torch.equal(data.target(images), images)
+
+
 def test_epoch_plan_uses_every_image_once_and_every_crop():
-    order, tops, lefts, flips = data.epoch_plan(5000, seed=42, epoch=3)
+    squares = torch.full((5000, 2), 256)
+    order, tops, lefts, flips = data.epoch_plan(squares, seed=42, epoch=3)
     assert sorted(order.tolist()) == list(range(5000))
     assert sorted(set(tops.tolist())) == sorted(set(lefts.tolist())) == list(range(33))
     assert 0.47 < flips.float().mean() < 0.53
-    assert all(torch.equal(a, b) for a, b in zip(data.epoch_plan(50, 1, 2), data.epoch_plan(50, 1, 2), strict=True))
-    assert not torch.equal(data.epoch_plan(50, 1, 2)[0], data.epoch_plan(50, 1, 3)[0])
+    again = data.epoch_plan(squares, seed=42, epoch=3)
+    assert all(torch.equal(a, b) for a, b in zip((order, tops, lefts, flips), again, strict=True))
+    assert not torch.equal(data.epoch_plan(squares, 42, 4)[0], order)
 
 
 # --- the DIV2K download ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchvision.transforms import functional as tv
 
 import data
 import evaluate
@@ -115,6 +116,25 @@ def test_files_and_table(measured, trained, photos, tmp_path, run_evaluate, caps
     for name in ("reconstructions.png", "histograms.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_published_metrics(photos, tmp_path, run_train, run_evaluate):
+    """Against the normalised image clipped to [0, 1], and with scikit-image's own SSIM window."""
+    flags = ("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--protocol", "published")
+    assert run_train(*flags) == 0 and run_evaluate("--ckpt", tmp_path / "best.pt") == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["protocol"] == metrics["config"]["protocol"] == "published"
+    encoder, decoder, _ = evaluate.load_model(tmp_path / "best.pt")
+    with Image.open(photos / "test" / "00.jpg") as picture:
+        image = tv.center_crop(tv.to_tensor(picture.convert("RGB")), 224)[None]
+    target = tv.normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).clamp(0, 1)[0].numpy()
+    with torch.no_grad():
+        output = decoder(encoder(image))[0].numpy()
+    with open(tmp_path / "per_image.csv", newline="") as file:
+        row = next(csv.DictReader(file))
+    assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(target, output, data_range=1), abs=1e-3)
+    expected = structural_similarity(target, output, data_range=1, channel_axis=0)
+    assert float(row["ssim"]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_other_data_and_folder(trained, photos, own_photos, tmp_path, run_evaluate):

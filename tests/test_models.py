@@ -279,6 +279,13 @@ def test_vit_features_are_timms(random_networks, image, layer):
     assert len(calls) == index + 1  # no block behind the layer is run
 
 
+def test_published_vit_taps_are_one_block_off(random_networks, image):
+    file = random_networks["vit_small"][1]
+    for layer, index in (("block1", 0), ("block0", 11)):  # block0 never stops
+        encoder = Encoder("vit_small", layer, file, protocol="published")
+        assert torch.equal(encoder(image), Encoder("vit_small", f"block{index}", file)(image))
+
+
 def test_table_lists_every_encoder_layer_and_decoder():
     done = subprocess.run([sys.executable, "models.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]

@@ -144,7 +144,7 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_does_not_block(phot
 def test_two_processes_build_one_cache(own_photos, tmp_path):
     code = (
         "import data; from pathlib import Path; real = data.decode\n"
-        "data.decode = lambda path: print(path.name) or real(path)\n"
+        "data.decode = lambda path, *rest: print(path.name) or real(path, *rest)\n"
         f"print(data.load_split({str(own_photos)!r}, 'test', {str(tmp_path / 'cache')!r}).pixels.sum())"
     )
     both = [

@@ -12,6 +12,7 @@ import torch
 import yaml
 from conftest import REPOSITORY
 from kill_resume import read_run, same
+from skimage.metrics import peak_signal_noise_ratio
 
 import data
 import evaluate
@@ -168,26 +169,37 @@ def test_early_stop_plateau_and_best_epoch_on_made_up_losses(photos, tmp_path, m
 def test_terms_by_hand(photos):
     a, b = torch.rand(2, 2, 3, 224, 224)
     lpips = LPIPS()
-    config = {"mse_weight": 0.5, "lpips_weight": 0.5}
+    config = {"mse_weight": 0.5, "lpips_weight": 0.5, "protocol": "documented"}
     loss, mse, distance, psnr = train.terms(a, b, config, lpips)
     assert mse[1] == pytest.approx(float(((a[1] - b[1]) ** 2).sum() / 150_528), rel=1e-5)
     assert loss.tolist() == pytest.approx((0.5 * mse + 0.5 * distance).tolist())
     assert psnr[0] == pytest.approx(10 * math.log10(1 / float(mse[0])), rel=1e-5)
     a.requires_grad_()
-    loss, mse, distance, _ = train.terms(a, b, {"mse_weight": 1.0, "lpips_weight": 0}, None)
+    loss, mse, distance, _ = train.terms(a, b, config | {"mse_weight": 1.0, "lpips_weight": 0}, None)
     assert torch.equal(loss, mse) and distance.isnan().all()
-    loss, mse, distance, _ = train.terms(a, b, {"mse_weight": 0, "lpips_weight": 1.0}, lpips)
+    loss, mse, distance, _ = train.terms(a, b, config | {"mse_weight": 0, "lpips_weight": 1.0}, lpips)
     assert torch.equal(loss, distance) and not mse.isnan().any()
     grad = torch.autograd.grad(loss.sum(), a)[0]
     assert torch.allclose(grad, torch.autograd.grad(lpips(a, b).sum(), a)[0])
 
 
+def test_published_terms_by_hand():
+    output, images = torch.rand(2, 2, 3, 64, 64)
+    config = {"mse_weight": 0.5, "lpips_weight": 0, "protocol": "published"}
+    loss, mse, _, psnr = train.terms(output, images, config, None)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    target = ((images.permute(0, 2, 3, 1) - mean) / std).permute(0, 3, 1, 2)
+    assert mse.tolist() == pytest.approx(((output - target) ** 2).mean((1, 2, 3)).tolist()) and mse.min() > 0.5
+    assert torch.equal(loss, 0.5 * mse)
+    pairs = zip(output.numpy(), target.clip(0, 1).numpy(), strict=True)
+    expected = [peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]
+    assert psnr.tolist() == pytest.approx(expected, abs=1e-3)
+
+
 def test_pixel_target_is_in_0_1(photos, tmp_path, monkeypatch):
     targets = []
-    real = train.terms
-    monkeypatch.setattr(
-        train, "terms", lambda images, target, *rest: targets.append(target) or real(images, target, *rest)
-    )
+    real = data.target
+    monkeypatch.setattr(data, "target", lambda *args: targets.append(real(*args)) or targets[-1])
     job = job_for(photos, tmp_path, epochs=1)
     job.fit(train.Signals(job.device))
     assert len(targets) == 2 + 1  # two training steps and one of validation
