@@ -160,7 +160,7 @@ def cached_images(folder, files, cache=None, protocol="documented"):
     with FileLock(path.with_suffix(".lock")):  # a second run waits, then finds the cache
         if path.exists():
             try:
-                stored = load(path, "image cache", mmap=True)
+                stored = load(path, "cache of images", mmap=True)
                 if stored["files"] == manifest:
                     return stored["images"]
             except (UserError, KeyError, TypeError) as error:

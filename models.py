@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -77,7 +76,7 @@ def fetch_official(name):
     """The official weights of `name` from the torch or timm cache, downloaded if need be."""
     if name == "vit_small":
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails in the end is raised
-        return timm.create_model("vit_small_patch16_224", pretrained=True).state_dict()
+        return vit_small(pretrained=True).state_dict()
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the program
     try:
@@ -129,6 +128,12 @@ def check_first_values(state, name, source):
 # --- Encoders ----------------------------------------------------------------------------------------
 
 
+def vit_small(pretrained=False):
+    import timm  # here, because it takes a second and the other encoders don't need it
+
+    return timm.create_model("vit_small_patch16_224", pretrained=pretrained)
+
+
 class ViTTrunk(nn.Module):
     """The first blocks of a timm ViT: image → tokens without the class token, as a (B, 384, 14, 14) map."""
 
@@ -164,7 +169,7 @@ def alexnet_trunk(net, layer):
 ENCODERS = {
     "vgg16": (torchvision.models.vgg16, vgg16_trunk),
     "resnet34": (torchvision.models.resnet34, resnet34_trunk),
-    "vit_small": (lambda: timm.create_model("vit_small_patch16_224"), vit_small_trunk),
+    "vit_small": (vit_small, vit_small_trunk),
     "alexnet": (torchvision.models.alexnet, alexnet_trunk),
 }
 
@@ -195,8 +200,8 @@ class Encoder(nn.Module):
             state = imagenet_weights(encoder) if weights == "imagenet" else load(weights, "file of weights")
             load_trunk(net, cut(net, depth), state, f"--weights {weights}")
         self.trunk = cut(net, depth).to(memory_format=torch.channels_last)
-        config = timm.get_pretrained_cfg("vit_small_patch16_224") if encoder == "vit_small" else None
-        mean, std = (config.mean, config.std) if config else (IMAGENET_MEAN, IMAGENET_STD)
+        config = getattr(net, "pretrained_cfg", {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})  # timm's know their own
+        mean, std = config["mean"], config["std"]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
         self.requires_grad_(False)
