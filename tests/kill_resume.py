@@ -5,9 +5,10 @@ python tests/kill_resume.py --runs 50
 
 import argparse
 import csv
+import multiprocessing
 import os
 import random
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
@@ -20,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 import data
+import train
 
 TIMES = ("seconds", "images_per_second")
 
@@ -50,47 +52,54 @@ def read_run(folder):
     return contents
 
 
+def run(flags, log):
+    """What each process does: train.py with `flags`, printing to the file `log`."""
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    train.train(train.parse_args(flags))
+
+
 def check(runs, seed=0):
     """Number of `runs` killed and resumed trainings that end like the uninterrupted one."""
     draw, good = random.Random(seed), 0
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])  # so that each process is at work, and can be killed there, at once
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for split, count in (("train", 6), ("test", 1)):
             (folder / split).mkdir()
             for i, tile in enumerate(data.sample_tiles(split).pixels[:count]):
                 Image.fromarray(tile.numpy()).save(folder / split / f"{i}.png")
-        command = [sys.executable, "train.py", "--data", folder, "--cache", folder / "cache", "--epochs", 4]
-        command += ["--batch-size", 1, "--width", 8, "--lr", "1e-3", "--resume", "--quiet", "--out"]
-        command = [str(part) for part in command]
+        flags = ["--data", folder, "--cache", folder / "cache", "--epochs", 4, "--batch-size", 1, "--width", 8]
+        flags += ["--lr", "1e-3", "--resume", "--quiet", "--out"]
 
         def start(out):
-            return subprocess.Popen(
-                [*command, str(out)], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+            process = context.Process(target=run, args=([*map(str, flags), str(out)], folder / "log.txt"))
+            process.start()
+            return process, time.monotonic()
 
-        process, begin = start(folder / "whole"), time.monotonic()
-        process.stdout.readline()  # its first line: imports are over
-        first = time.monotonic() - begin
-        process.communicate()
-        length = time.monotonic() - begin - first
-        expected = read_run(folder / "whole")
-        for number in range(runs):
-            out, kills = folder / f"killed{number}", 0
-            process = start(out)
-            process.stdout.readline()
-            try:
-                process.wait(draw.uniform(0, length))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-                kills += 1
+        for out in ("first", "whole"):  # the first one also reads the images and starts the server
+            process, begin = start(folder / out)
+            process.join()
+            length = time.monotonic() - begin
+        expected, number = read_run(folder / "whole"), 0
+        while number < runs:
+            out = folder / f"killed{number}"
+            process, begin = start(out)
+            process.join(draw.uniform(0, length))
+            if process.exitcode is not None:  # it was faster than the first ones, so it was not killed
+                length = time.monotonic() - begin
+                shutil.rmtree(out)
+                continue
+            process.kill()
+            process.join()
+            number += 1
             epochs = sum(1 for _ in open(out / "history.csv")) - 1 if (out / "history.csv").exists() else 0
-            output = start(out).communicate(timeout=600)[0]
+            start(out)[0].join()
             equal = same(expected, read_run(out))
             leftovers = [path.name for path in out.iterdir() if ".tmp" in path.name]
             good += equal and not leftovers
-            print(f"{number + 1}/{runs}: {'killed' if kills else 'over'} after {epochs} epochs, "
-                  f"{'identical' if equal else 'DIFFERENT: ' + output}{leftovers or ''}", flush=True)  # fmt: skip
+            verdict = "identical" if equal else f"DIFFERENT: {(folder / 'log.txt').read_text()}"
+            print(f"{number}/{runs}: killed after {epochs} epochs, {verdict}{leftovers or ''}", flush=True)
     print(f"{good} of {runs} identical to the uninterrupted run")
     return good
 
