@@ -124,15 +124,13 @@ def read_image(path):
     Raises UserError, naming the file, for one that is damaged, no image, or absurdly large.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
-            with Image.open(path) as image:
-                image.verify()  # a PNG's checksums, which decoding alone does not look at
-            with Image.open(path) as image:
-                image.load()
-                if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
-                    image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-                return ImageOps.exif_transpose(image).convert("RGB")
+        with Image.open(path) as image:
+            image.verify()  # a PNG's checksums, which decoding alone does not look at
+        with Image.open(path) as image:
+            image.load()
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
+                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+            return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # every Pillow plugin has its own kinds
         raise UserError(f"{path}: not an image that can be read ({error}); replace or remove it") from None
 
@@ -165,7 +163,8 @@ def cached_images(folder, files, cache=None, protocol="documented"):
                     return stored["images"]
             except (UserError, KeyError, TypeError) as error:
                 print(f"{error}; decoding again")
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
             decoded = pool.map(decode, files, [protocol] * len(files))
             try:
                 bar = tqdm(decoded, f"Decoding {folder}", len(files), unit="image", disable=None)
@@ -267,18 +266,22 @@ def download_div2k(root, archives=None):
     root.mkdir(parents=True, exist_ok=True)
     for url, md5, size in archives or DIV2K:
         name = url.rsplit("/", 1)[1]
-        if (root / Path(name).stem).is_dir():
-            print(f"{root / Path(name).stem} is there")
-            continue
-        with FileLock(root / f".{name}.lock"):
-            if not (root / name).exists():
-                fetch(url, root / name, md5, size)
+        with FileLock(root / f".{name}.lock"):  # a second run waits for the first one's download
+            if (root / Path(name).stem).is_dir():
+                print(f"{root / Path(name).stem} is there")
+                continue
+            fetch(url, root / name, md5, size)
             unpack(root / name, root)
             (root / name).unlink()
 
 
 def fetch(url, path, md5, size=None, attempts=5):
-    """Download `url` to `path` through `path`.part, resuming up to `attempts` times, and check size and MD5."""
+    """Download `url` to `path` through `path`.part, resuming up to `attempts` times, and check size and MD5.
+
+    Nothing is fetched if `path` is there and has that MD5.
+    """
+    if path.exists() and md5_of(path) == md5:
+        return
     part = path.with_name(f"{path.name}.part")
     for attempt in range(attempts):
         have = part.stat().st_size if part.exists() else 0
@@ -289,6 +292,8 @@ def fetch(url, path, md5, size=None, attempts=5):
             with urllib.request.urlopen(request, timeout=30) as response:
                 if response.status != 206:  # the server sends all of it again
                     have = 0
+                if "Content-Length" not in response.headers:
+                    raise ValueError("the server does not say how long it is")
                 total = have + int(response.headers["Content-Length"])
                 if size and total != size:
                     raise UserError(f"{url}: {total} bytes there, {size} expected")
@@ -312,14 +317,18 @@ def fetch(url, path, md5, size=None, attempts=5):
             time.sleep(attempt)
     else:
         raise UserError(f"{url}: {reason}; run again to go on from {part}")
+    if (found := md5_of(part)) != md5:
+        part.unlink()
+        raise UserError(f"{url}: MD5 {found}, expected {md5}; deleted, run again")
+    os.replace(part, path)
+
+
+def md5_of(path):
     digest = hashlib.md5(usedforsecurity=False)
-    with open(part, "rb") as file:
+    with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    if digest.hexdigest() != md5:
-        part.unlink()
-        raise UserError(f"{url}: MD5 {digest.hexdigest()}, expected {md5}; deleted, run again")
-    os.replace(part, path)
+    return digest.hexdigest()
 
 
 def unpack(path, root):

@@ -91,12 +91,19 @@ def imagenet_weights(name):
     Raises UserError, saying what was tried and where a file can be put, when no source has them.
     """
     cache = Path(torch.hub.get_dir(), "checkpoints")
-    cache.mkdir(parents=True, exist_ok=True)
     features = cache / f"{name}-features.pth"
     official = cache / Path(OFFICIAL[name].url).name if name in OFFICIAL else None
-    with FileLock(cache / f".{name}.lock"):  # a second run waits for the first one's download
+
+    def cached_features():
         if name in PYPI_KEYS and features.exists() and not official.exists():
             return check_first_values(load(features, "file of weights"), name, features)
+
+    if state := cached_features():  # without a lock: the cache may be shared and read-only
+        return state
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f".{name}.lock"):  # a second run waits for the first one's download
+        if state := cached_features():
+            return state
         try:
             return check_first_values(fetch_official(name), name, official)
         except Exception as error:  # offline, refused, damaged: every library has its own
@@ -197,7 +204,7 @@ class Encoder(nn.Module):
         else:
             with torch.device("meta"):  # no memory or time for the parts that are cut off
                 net = build()
-            state = imagenet_weights(encoder) if weights == "imagenet" else load(weights, "file of weights")
+            state = imagenet_weights(encoder) if weights == "imagenet" else load_weights(weights)
             load_trunk(net, cut(net, depth), state, f"--weights {weights}")
         self.trunk = cut(net, depth).to(memory_format=torch.channels_last)
         config = getattr(net, "pretrained_cfg", {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})  # timm's know their own
@@ -215,16 +222,25 @@ class Encoder(nn.Module):
         return self.trunk((images - self.mean) / self.std)
 
 
+def load_weights(path):
+    """The state dict in the file at `path`. Raises UserError if there is none."""
+    state = load(path, "file of weights", legacy=True)
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise UserError(f"--weights {path}: not a state dict, which maps names to tensors")
+    return state
+
+
 def load_trunk(net, trunk, state, source):
     """Load into `net` the entries of `state` that `trunk` needs; raise UserError if one is missing or misshapen."""
     needed = {id(tensor) for tensor in [*trunk.parameters(), *trunk.buffers()]}
     own = {key: value for key, value in net.state_dict(keep_vars=True).items() if id(value) in needed}
+    state = {key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")} | state  # old files have none
     for key, tensor in own.items():
         if key not in state:
             raise UserError(f"{source}: has no {key}")
         if state[key].shape != tensor.shape:
             raise UserError(f"{source}: {key} is {tuple(state[key].shape)}, should be {tuple(tensor.shape)}")
-    net.load_state_dict({key: state[key] for key in own}, strict=False, assign=True)
+    net.load_state_dict({key: state[key].to(own[key].dtype) for key in own}, strict=False, assign=True)
 
 
 def feature_shape(encoder):

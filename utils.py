@@ -85,6 +85,8 @@ def run(main):
         return main()
     except UserError as error:
         sys.exit(fail(str(error)))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as error:  # disk full, no permission, a folder where a file should be
         name = f"{error.filename}: " if error.filename else ""
         sys.exit(fail(f"{name}{error.strerror or error}"))
@@ -120,7 +122,7 @@ def atomic(path):
 def write_text(path, text):
     """Write `text` to `path`, whole or not at all."""
     with atomic(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def make_folder(path):
@@ -146,19 +148,21 @@ def save(state, path):
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load(path, what="checkpoint", mmap=False):
+def load(path, what="checkpoint", mmap=False, legacy=False):
     """Load a file that `save` wrote, onto the CPU, running no code from it.
 
-    Every byte is checked against the archive's CRC-32. Raises UserError, naming `path` and `what`
-    it should have been, for a file that is missing, damaged or of another kind.
+    Every byte is checked against the archive's CRC-32; legacy: a file in PyTorch's format before 1.6, which is
+    no archive, is read too. Raises UserError, naming `path` and `what` it should have been, for a file that
+    is missing, damaged or of another kind.
     """
     import torch
 
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise UserError(f"{path}: damaged (CRC of {damaged} is wrong)")
+        if not legacy or zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"{path}: damaged (CRC of {damaged} is wrong)")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what}") from None
@@ -197,7 +201,7 @@ def start_processes(device):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            device = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if dist.get_rank():
