@@ -20,7 +20,15 @@ LAYERS = {
     "alexnet": [f"conv{i}" for i in range(1, 6)],
 }
 DECODERS = ["tconv", "frequency", "wavelet", "attention"]
-RESULTS = ("metrics.json", "per_image.csv", "reconstructions.png", "histograms.png")  # files of an evaluation
+TRACKERS = ["tensorboard", "wandb", "none"]
+METRICS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}
+RESULTS = (  # files of an evaluation
+    "metrics.json",
+    "per_image.csv",
+    "reconstructions.png",
+    "histograms.png",
+    "reconstructions.zip",
+)
 PROTOCOL = "documented"  # the recipe that a number was measured with: README, "Protocol"
 
 
@@ -39,7 +47,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults after each flag, the description as it is written."""
+    """Defaults after each flag that has one, the description as it is written."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def positive_int(text):
@@ -119,7 +130,7 @@ def atomic(path):
 def write_text(path, text):
     """Write `text` to `path`, whole or not at all."""
     with atomic(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def make_folder(path):
