@@ -3,34 +3,35 @@
   python evaluate.py --ckpt runs/best.pt
   python evaluate.py --ckpt runs/best.pt --data FOLDER --out results
   python evaluate.py --ckpt runs/best.pt --images holiday.jpg pictures/      your own pictures
-  python evaluate.py --results runs                                          the fifteen, side by side
+  python evaluate.py --report runs                                           the experiments, side by side
 
-The checkpoint knows its encoder, layer, decoder and data. Writes metrics.json, per_image.csv,
-reconstructions.png and histograms.png beside it, or to --out; --images writes to images/ there.
+The checkpoint knows its encoder, layer, decoder and data. Writes metrics.json, per_image.csv, reconstructions.png,
+reconstructions.zip and histograms.png beside it, or to --out; --images writes to images/ there, and --report writes
+report.html, a page to open in a browser, and results.md, .csv and .png to the folder of the experiments.
 """
 
 import csv
 import json
-import math
+import zipfile
 from pathlib import Path
 
-from utils import RESULTS, Parser, UserError, positive_int, run
+from utils import METRICS, RESULTS, Parser, UserError, positive_int, run
 
 
 def make_parser():
     """The flags."""
     parser = Parser(__doc__)
-    parser.add_argument("--ckpt", default="runs/best.pt", help="checkpoint that train.py wrote")
-    parser.add_argument("--data", help="folder whose test images to use, or `sample` (None: the training's)")
-    parser.add_argument("--images", nargs="+", metavar="PATH", help="instead: reconstruct these pictures and folders")
-    parser.add_argument("--results", metavar="RUNS", help="instead: table and chart of the experiments in this folder")
-    parser.add_argument("--out", help="folder for the results (None: the checkpoint's)")
-    parser.add_argument(
-        "--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it"
-    )
-    parser.add_argument("--cache", help="folder of decoded images (None: the training's)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    what = parser.add_argument_group("what to do")
+    what.add_argument("--ckpt", default="runs/best.pt", help="measure this checkpoint, which train.py wrote")
+    what.add_argument("--images", nargs="+", metavar="PATH", help="instead: reconstruct these pictures and folders")
+    what.add_argument("--report", metavar="RUNS", help="instead: the page and tables of the experiments in this folder")
+    how = parser.add_argument_group("how")
+    how.add_argument("--data", help="folder whose test images to use, or `sample` (default: the training's)")
+    how.add_argument("--out", help="folder for the results (default: the checkpoint's)")
+    how.add_argument("--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it")
+    how.add_argument("--cache", help="folder of decoded images (default: the training's)")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    how.add_argument("--quiet", action="store_true", help="no progress bars")
     return parser
 
 
@@ -48,29 +49,9 @@ from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
 import data
-from models import IMAGE_SIZE, LPIPS, build_model, count_parameters
+from models import IMAGE_SIZE, LPIPS, build_model, count_parameters, feature_shape
+from tracker import add_test_metrics
 from utils import atomic, load, make_folder, select_device, start_processes, write_text
-
-METRICS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}
-# What the study published: PSNR, SSIM, LPIPS, parameters, training minutes; 05 and 15 are from its public
-# repository, the rest from its text.
-PUBLISHED = {
-    "01_vgg16_block1_tconv": (17.35, 0.560, 0.398, "34K", 70),
-    "02_vgg16_block2_tconv": (16.89, 0.512, 0.452, None, None),
-    "03_vgg16_block3_tconv": (15.12, 0.421, 0.587, "75K", None),
-    "04_vgg16_block4_tconv": (13.76, 0.334, 0.724, None, None),
-    "05_vgg16_block5_tconv": (12.26, 0.269, None, None, None),
-    "06_vgg16_block1_attention": (16.92, 0.531, None, "12M", 180),
-    "07_vgg16_block1_wavelet": (16.78, 0.524, None, "8M", 140),
-    "08_vgg16_block1_frequency": (16.54, 0.518, None, "35M", 220),
-    "09_vgg16_block1_tconv_mse": (17.12, 0.541, 0.445, "34K", None),
-    "10_vgg16_block1_tconv_lpips": (16.43, 0.538, 0.372, "34K", None),
-    "11_resnet34_layer1_tconv": (16.82, 0.506, 0.461, "50K", None),
-    "12_resnet34_layer2_tconv": (15.43, 0.428, 0.573, None, None),
-    "13_vit_small_block0_tconv": (14.67, 0.412, 0.621, None, None),
-    "14_vit_small_block1_tconv": (14.29, 0.389, 0.658, None, None),
-    "15_resnet34_layer1_attention": (13.53, 0.376, 0.282, None, None),
-}
 
 
 def load_model(path):
@@ -142,16 +123,28 @@ def summary(values):
 
 
 @torch.no_grad()
+def reconstruct(encoder, decoder, pixels, protocol="documented"):
+    """The central 224×224 of one image, uint8 (256, 256, 3), as the metrics see it, and what comes back.
+
+    Two (1, 3, 224, 224) in [0, 1].
+    """
+    image = data.center_crops(pixels[None]).to(next(decoder.parameters()).device)
+    return data.target(image, protocol).clamp(0, 1), decoder(encoder(image)).clamp(0, 1)
+
+
+def to_image(picture):
+    """A picture (3, H, W) in [0, 1] as an 8-bit PIL image."""
+    return Image.fromarray((255 * picture).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
 def draw_reconstructions(encoder, decoder, images, values, path, protocol, columns=6):
     """Target, reconstruction and 5× difference of `columns` test images, from the lowest to the highest PSNR."""
     order = np.argsort(values["psnr"])
     chosen = order[np.linspace(0, len(order) - 1, min(columns, len(order))).round().astype(int)]
     figure = Figure(figsize=(2.2 * len(chosen) + 0.4, 7.2), layout="constrained")
     axes = figure.subplots(3, len(chosen), squeeze=False)
-    device = next(decoder.parameters()).device
     for column, i in enumerate(chosen):
-        image = data.center_crops(images.pixels[i : i + 1]).to(device)
-        output, target = decoder(encoder(image)).clamp(0, 1), data.target(image, protocol).clamp(0, 1)
+        target, output = reconstruct(encoder, decoder, images.pixels[i], protocol)
         rows = (target, output, (5 * (target - output).abs()).clamp(0, 1))
         for axis, picture in zip(axes[:, column], rows, strict=True):
             axis.imshow(picture[0].permute(1, 2, 0).cpu().numpy())
@@ -175,6 +168,19 @@ def draw_histograms(values, path):
         axis.legend()
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=100)
+
+
+def write_samples(encoder, decoder, pixels, path, count=24):
+    """A zip of `count` evenly spaced test images and their reconstructions as JPEGs, for the page (report.py).
+
+    The members are N-original.jpg and N-reconstruction.jpg, N being the image's row in per_image.csv, from 0.
+    """
+    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for i in np.linspace(0, len(pixels) - 1, min(count, len(pixels))).round().astype(int):
+            pair = reconstruct(encoder, decoder, pixels[i])
+            for kind, picture in zip(("original", "reconstruction"), pair, strict=True):
+                with archive.open(f"{i:05}-{kind}.jpg", "w") as file:  # with full colour, for 5× differences
+                    to_image(picture[0]).save(file, "JPEG", quality=90, subsampling=0)
 
 
 def write_per_image(names, values, path):
@@ -212,94 +218,17 @@ def reconstruct_pictures(encoder, decoder, files, out, bars=None):
         output = decoder(encoder(image)).clamp(0, 1)
         strip = torch.cat([image, output, (5 * (image - output).abs()).clamp(0, 1)], dim=3)[0]
         name = file.stem if [f.stem for f in files].count(file.stem) == 1 else f"{file.stem}-{number + 1}"
-        strip = (255 * strip).round().byte().permute(1, 2, 0).cpu().numpy()
         with atomic(out / f"{name}.png") as temporary:
-            Image.fromarray(strip).save(temporary)
+            to_image(strip).save(temporary)
         print(f"{file}: {psnr(output, image).item():.2f} dB, {out / f'{name}.png'}")
-
-
-def result_rows(runs):
-    """A dictionary for each of the fifteen experiments, from its folder in `runs`: what is there, or why not."""
-    rows = []
-    for name, published in PUBLISHED.items():
-        folder, row = Path(runs, name), {"experiment": name}
-        row |= dict(zip(("published_psnr", "published_ssim", "published_lpips"), published, strict=False))
-        row |= {"published_parameters": published[3], "published_minutes": published[4], "note": "not run"}
-        if (folder / "metrics.json").exists():
-            metrics = json.loads((folder / "metrics.json").read_text())
-            row |= {
-                f"{metric}{end}": metrics[metric][key]
-                for metric in METRICS
-                for key, end in (("mean", ""), ("std", "_std"))
-            }
-            row |= {key: metrics[key] for key in ("parameters", "ms_per_image", "epoch", "data", "protocol", "weights")}
-            with open(folder / "history.csv", newline="") as file:
-                row["minutes"] = sum(float(epoch["seconds"]) for epoch in csv.DictReader(file)) / 60
-            row["note"] = "random weights (control)" if metrics["weights"] == "random" else ""
-        elif (folder / "error.txt").exists():
-            lines = (folder / "error.txt").read_text().strip().splitlines()
-            row["note"] = f"failed: {lines[-1] if lines else 'no message'}"
-        elif (folder / "last.pt").exists():
-            row["note"] = "not finished"
-        rows.append(row)
-    return rows
-
-
-def write_results(runs):
-    """Published and measured, side by side: results.md, results.csv and results.png in the folder `runs`."""
-    runs = Path(runs)
-    if not runs.is_dir():
-        raise UserError(f"--results {runs}: no such folder; run_all.sh fills it")
-    rows = result_rows(runs)
-    columns = dict.fromkeys(key for row in rows for key in row if key != "note") | {"note": None}
-    with atomic(runs / "results.csv") as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    protocols = sorted({row["protocol"] for row in rows if "protocol" in row})
-    sources = sorted({row["data"] for row in rows if "data" in row})
-    lines = [f"Measured under protocol {', '.join(protocols) or '–'} on {', '.join(sources) or '–'}; each cell: "
-             "published → measured. Times: minutes of training, milliseconds an image of inference.", ""]  # fmt: skip
-    lines.append("| experiment | PSNR (dB) ↑ | SSIM ↑ | LPIPS ↓ | parameters | training | inference | note |")
-    lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for row in rows:
-        cells = [
-            f"{cell(row[f'published_{m}'], d)} → {cell(row.get(m), d)}" for m, d in zip(METRICS, (2, 3, 3), strict=True)
-        ]
-        cells.append(f"{row['published_parameters'] or '–'} → {cell(row.get('parameters'), 0)}")
-        cells.append(f"{cell(row['published_minutes'], 0)} → {cell(row.get('minutes'), 1)}")
-        cells += [f"12–15 → {cell(row.get('ms_per_image'), 1)}", row["note"].replace("|", "/")]
-        lines.append(f"| {row['experiment']} | {' | '.join(cells)} |")
-    write_text(runs / "results.md", "\n".join(lines) + "\n")
-    draw_results(rows, runs / "results.png")
-    print("\n".join(lines))
-
-
-def cell(value, digits):
-    """A number of a table, `–` where there is none."""
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def draw_results(rows, path):
-    """Published and measured metrics of the experiments as bars."""
-    figure = Figure(figsize=(14, 5), layout="constrained")
-    places = np.arange(len(rows))
-    for axis, (metric, label) in zip(figure.subplots(1, 3, sharey=True), METRICS.items(), strict=True):
-        for shift, prefix in ((-0.2, "published"), (0.2, "measured")):
-            key = metric if prefix == "measured" else f"published_{metric}"
-            values = [math.nan if row.get(key) is None else row[key] for row in rows]
-            axis.barh(places + shift, values, 0.4, label=prefix)
-        axis.set(xlabel=label, yticks=places, yticklabels=[row["experiment"] for row in rows])
-        axis.invert_yaxis()
-        axis.legend()
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=100)
 
 
 def evaluate(args):
     """Do what `args` (a Namespace of the flags) ask for."""
-    if args.results:
-        return write_results(args.results)
+    if args.report:
+        from report import write_report
+
+        return write_report(args.report)
     rank, world, device = start_processes(select_device(args.device))
     bars = True if args.quiet or rank else None
     encoder, decoder, checkpoint = load_model(args.ckpt)
@@ -317,7 +246,7 @@ def evaluate(args):
     if world > 1:
         values, milliseconds = gather(values, milliseconds, len(images.names))
     if rank == 0:
-        report(encoder, decoder, checkpoint, source, images, values, milliseconds, out)
+        write_evaluation(encoder, decoder, checkpoint, source, images, values, milliseconds, out)
 
 
 def gather(values, milliseconds, count):
@@ -331,18 +260,21 @@ def gather(values, milliseconds, count):
     return whole, sum(part[1] for part in parts) / len(parts)
 
 
-def report(encoder, decoder, checkpoint, source, images, values, milliseconds, out):
+def write_evaluation(encoder, decoder, checkpoint, source, images, values, milliseconds, out):
     """Print the table of a measured checkpoint and write its files to the folder `out`."""
     config = checkpoint["config"]
     metrics = {name: summary(values[name]) for name in METRICS}
     about = {"images": len(images.names), "ms_per_image": milliseconds, "data": source}
     about |= {name: config[name] for name in ("protocol", "weights")}
-    about |= {"parameters": count_parameters(decoder), "epoch": checkpoint["epoch"], "config": config}
-    numbers, per_image, pictures, histograms = (out / name for name in RESULTS)
+    about |= {"parameters": count_parameters(decoder), "epoch": checkpoint["epoch"]}
+    about |= {"features": feature_shape(encoder), "config": config}
+    numbers, per_image, pictures, histograms, samples = (out / name for name in RESULTS)
     write_per_image(images.names, values, per_image)
     draw_reconstructions(encoder, decoder, images, values, pictures, config["protocol"])
     draw_histograms(values, histograms)
+    write_samples(encoder, decoder, images.pixels, samples)
     write_text(numbers, json.dumps(metrics | about, indent=2))  # last: where it is, the others are
+    add_test_metrics(out, checkpoint["epoch"], {name: metrics[name]["mean"] for name in METRICS})
 
     print(
         f"{config['encoder']} {config['layer']} ({config['weights']} weights) + {config['decoder']}, "

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train and evaluate all fifteen experiments into runs/<name>/, then write runs/results.{md,csv,png}.
+# Train and evaluate all fifteen experiments into runs/<name>/, then write runs/report.html and runs/results.{md,csv,png}.
 #
 #   bash run_all.sh                                      everything that is not done yet
 #   bash run_all.sh --data sample --epochs 1             flags of train.py, passed to every run
@@ -16,24 +16,31 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   configs=("${configs[SLURM_ARRAY_TASK_ID - 1]:?SLURM_ARRAY_TASK_ID is 1 to ${#configs[@]}}")
 fi
 
-failed=0 matched=0 number=0 done_before=0 start=$SECONDS
+names=() todo=()
 for config in "${configs[@]}"; do
-  name=$(basename "$config" .yaml) number=$((number + 1))
+  name=$(basename "$config" .yaml)
   # shellcheck disable=SC2053  # ONLY is a pattern
   [[ ${name#*_} == ${ONLY:-*} || $name == ${ONLY:-*} ]] || continue
-  matched=1 out=$runs/$name
-  if [[ -f $out/metrics.json ]]; then
-    echo "=== $name ($number of ${#configs[@]}): done" && done_before=$number
-    continue
+  names+=("$name")
+  if [[ -f $runs/$name/metrics.json ]]; then
+    echo "=== $name: done"
+  else
+    todo+=("$name")
   fi
-  left=""
-  if ((number - done_before > 1)); then
-    left=", about $(((SECONDS - start) * (${#configs[@]} - number + 1) / (number - done_before - 1) / 60)) min left"
+done
+((${#names[@]})) || { echo "error: ONLY=$ONLY matches none of: ${configs[*]}" >&2 && exit 2; }
+
+failed=0 ran=0 left="" start=$SECONDS
+for name in ${todo[@]+"${todo[@]}"}; do # an empty array is an error in bash 4.3 and before
+  out=$runs/$name
+  if ((ran)); then
+    left=", about $(((SECONDS - start) * (${#todo[@]} - ran) / ran / 60)) min left for all"
   fi
-  echo "=== $name ($number of ${#configs[@]}$left)"
+  ran=$((ran + 1))
+  echo "=== $name (experiment $((${#names[@]} - ${#todo[@]} + ran)) of ${#names[@]}$left)"
   mkdir -p "$out"
   {
-    python train.py --config "$config" --out "$out" --resume "$@" && python evaluate.py --ckpt "$out/best.pt"
+    python train.py --config "configs/$name.yaml" --out "$out" --resume "$@" && python evaluate.py --ckpt "$out/best.pt"
   } 2> >(tee "$out/error.txt" >&2)
   status=$?
   if ((status > 128)); then
@@ -45,6 +52,5 @@ for config in "${configs[@]}"; do
     rm -f "$out/error.txt"
   fi
 done
-((matched)) || { echo "error: ONLY=$ONLY matches none of: ${configs[*]}" >&2 && exit 2; }
-python evaluate.py --results "$runs" || exit
+python evaluate.py --report "$runs" || exit
 exit $failed

@@ -4,12 +4,11 @@
   python train.py --config configs/sample.yaml               three minutes on two cores, embedded photographs
   python train.py --layer block3 --data FOLDER --out runs/block3 --resume
 
-Writes best.pt, last.pt, config.yaml, history.csv and curves.png to --out. Several GPUs or hosts:
-torchrun --nproc_per_node=N train.py … Evaluate with: python evaluate.py --ckpt runs/best.pt
+Writes best.pt, last.pt, config.yaml, history.csv, curves.png and TensorBoard's files to --out. Several GPUs or
+hosts: torchrun --nproc_per_node=N train.py … Watch: tensorboard --logdir runs. Next: python evaluate.py --help
 """
 
 import argparse
-import csv
 import math
 import os
 import reprlib
@@ -24,6 +23,7 @@ from utils import (
     DECODERS,
     LAYERS,
     PROTOCOLS,
+    TRACKERS,
     Parser,
     UserError,
     check_layer,
@@ -35,7 +35,7 @@ from utils import (
 )
 
 # Flags that say how to run, not what: they are not part of a run's configuration.
-NOT_CONFIG = ("config", "resume", "overwrite", "download", "quiet")
+NOT_CONFIG = ("config", "resume", "overwrite", "download", "tracker", "quiet")
 MAY_DIFFER = ("out", "cache", "device")  # between a run and its resumption
 
 
@@ -48,11 +48,11 @@ def make_parser():
     what.add_argument("--layer", default="block1", help=f"where its features are taken ({layers})")
     what.add_argument("--weights", default="imagenet", help="`imagenet`; `random`, the control; or a state-dict file")
     what.add_argument("--decoder", choices=DECODERS, default="tconv", help="trained network")
-    what.add_argument("--width", type=positive_int, help="the decoder's main number of channels (None: its own)")
+    what.add_argument("--width", type=positive_int, help="the decoder's main number of channels (default: its own)")
     images = parser.add_argument_group("images")
-    images.add_argument("--data", help="folder of DIV2K or with train/ and test/; `sample`; None: DIV2K if there")
+    images.add_argument("--data", help="folder of DIV2K or with train/ and test/; `sample` (default: DIV2K if there)")
     images.add_argument("--download", action="store_true", help="first fetch DIV2K (3.7 GB) into --data")
-    images.add_argument("--cache", help="folder of decoded images (None: ~/.cache/feature-inversion)")
+    images.add_argument("--cache", help="folder of decoded images (default: ~/.cache/feature-inversion)")
     how = parser.add_argument_group("training (defaults: the study's)")
     how.add_argument("--epochs", type=positive_int, default=30, help="at most")
     how.add_argument("--batch-size", type=positive_int, default=4, help="images a step, per process")
@@ -72,7 +72,8 @@ def make_parser():
     running.add_argument(
         "--deterministic", action=argparse.BooleanOptionalAction, default=True, help="repeatable on CUDA too, slower"
     )
-    running.add_argument("--quiet", action="store_true", help="no progress bars")
+    running.add_argument("--tracker", choices=TRACKERS, default="tensorboard", help="live curves; wandb: install it")
+    running.add_argument("--quiet", action="store_true", help="no progress: neither bars nor a line an epoch")
     return parser
 
 
@@ -126,15 +127,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
-from matplotlib.figure import Figure
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from tqdm import tqdm
 
 import data
 from models import LPIPS, build_model, count_parameters, feature_shape
-from utils import RESULTS, atomic, load, make_folder, save, select_device, start_processes, write_text
+from tracker import COLUMNS, EVENTS, Tracker, draw_curves, epoch_line, write_history
+from utils import RESULTS, load, make_folder, save, select_device, start_processes, write_text
 
-COLUMNS = ("loss", "mse", "lpips", "psnr")  # the per-image terms that an epoch averages
 FILES = ("best.pt", "last.pt", "history.csv", "curves.png")
 DIVERGED = "try a smaller --lr. best.pt and last.pt are those of the epochs before"
 
@@ -213,10 +213,11 @@ class Run:
 
     PROGRESS = ("epoch", "step", "bad_epochs", "seconds", "best_epoch", "best_loss", "history")
 
-    def __init__(self, config, device, rank=0, world=1, quiet=False):
+    def __init__(self, config, device, rank=0, world=1, quiet=False, tracker="none"):
         self.config, self.device, self.rank, self.world = config, device, rank, world
         self.bars = True if quiet or rank else None  # tqdm's `disable`: None is off where there is no terminal
         self.out = Path(config["out"])
+        self.tracker = Tracker("none" if rank else tracker, self.out, config)
         source = config["data"], config["cache"], config["protocol"]
         self.images = {name: data.load_split(source[0], name, *source[1:]) for name in ("train", "val")}
         count, size = len(self.images["train"].names), config["batch_size"]
@@ -241,8 +242,7 @@ class Run:
         # How far it has come; `step`, `sums` and `seconds` are of the epoch that is running.
         self.epoch = self.step = self.bad_epochs = 0
         self.sums, self.seconds = torch.zeros(5, dtype=torch.float64, device=device), 0.0
-        self.best_epoch, self.best_loss = 0, math.inf
-        self.history = []
+        self.best_epoch, self.best_loss, self.history = 0, math.inf, []
 
     def describe(self):
         """What will happen, in three lines."""
@@ -358,7 +358,9 @@ class Run:
                 self.save_best()
             write_history(self.history, self.out / "history.csv")
             draw_curves(self.history, self.out / "curves.png")
-            print(epoch_line(row, self.config["epochs"], better), flush=True)
+            self.tracker.log(row, better, self.encoder, self.decoder, self.images["val"].pixels)
+            if not self.bars:  # --quiet
+                print(epoch_line(row, self.config["epochs"], better), flush=True)
         self.save_last()  # last, so that whatever was interrupted before is done again
 
     def finished(self):
@@ -386,45 +388,6 @@ class Run:
                 self.save_last()
                 raise
             self.end_epoch(train, val)
-
-
-def epoch_line(row, epochs, better):
-    """The line that an epoch prints."""
-    parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
-    for split in ("train", "val"):
-        values = {name: row[f"{split}_{name}"] for name in COLUMNS}
-        lpips = "–" if math.isnan(values["lpips"]) else f"{values['lpips']:.4f}"
-        parts.append(
-            f"{split} loss {values['loss']:.4f} mse {values['mse']:.4f} lpips {lpips} psnr {values['psnr']:.2f}"
-        )
-    parts.append(f"lr {row['lr']:.1e}")
-    parts.append(f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s{'  best' if better else ''}")
-    return " | ".join(parts)
-
-
-def write_history(history, path):
-    """One CSV row an epoch; the LPIPS columns are empty where it took no part in the loss."""
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0])
-        writer.writeheader()
-        for row in history:
-            writer.writerow({key: "" if value != value else value for key, value in row.items()})
-
-
-def draw_curves(history, path):
-    """Loss, PSNR and learning rate over the epochs, as a picture."""
-    epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    for axis, name, label in zip(
-        figure.subplots(1, 3), ("loss", "psnr", "lr"), ("loss", "PSNR (dB)", "learning rate"), strict=True
-    ):
-        for key in ("lr",) if name == "lr" else (f"train_{name}", f"val_{name}"):
-            axis.plot(epochs, [row[key] for row in history], ".-", label=key.replace("_", " "))
-        axis.set(xlabel="epoch", ylabel=label, yscale="linear" if name == "psnr" else "log")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=110)
 
 
 def claim(out, resume, overwrite):
@@ -458,25 +421,26 @@ def train(args):
     config["data"] = data.resolve(args.data)
     lock = claim(args.out, args.resume, args.overwrite) if rank == 0 else None
 
-    job = Run(config, device, rank, world, args.quiet)
+    job = Run(config, device, rank, world, args.quiet, args.tracker)
     print(job.describe())
     if args.resume and (job.out / "last.pt").exists():
         job.restore()
         print(f"{'finished' if job.finished() else 'resumed'} after epoch {job.epoch}, step {job.step}")
     elif rank == 0:
-        for name in (*FILES, *RESULTS):  # an evaluation of the run that was there is no longer true
-            (job.out / name).unlink(missing_ok=True)
+        # an evaluation of the run that was there is no longer true
+        for path in (*(job.out / name for name in (*FILES, *RESULTS)), *job.out.glob(EVENTS)):
+            path.unlink(missing_ok=True)
     if rank == 0:
         write_text(job.out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    signals = Signals(device)
     try:
-        with signals:
+        with Signals(device) as signals:
             job.fit(signals)
     except Interrupted:
         again = shlex.join([*sys.argv, *([] if args.resume else ["--resume"])])
         print(f"stopped in epoch {job.epoch + 1} after step {job.step}; go on with: python {again}")
         sys.exit(128 + signals.received)
     finally:
+        job.tracker.close()
         if lock:
             lock.release()
         if dist.is_initialized():

@@ -20,7 +20,15 @@ LAYERS = {
     "alexnet": [f"conv{i}" for i in range(1, 6)],
 }
 DECODERS = ["tconv", "frequency", "wavelet", "attention"]
-RESULTS = ("metrics.json", "per_image.csv", "reconstructions.png", "histograms.png")  # files of an evaluation
+TRACKERS = ["tensorboard", "wandb", "none"]
+METRICS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}
+RESULTS = (  # files of an evaluation
+    "metrics.json",
+    "per_image.csv",
+    "reconstructions.png",
+    "histograms.png",
+    "reconstructions.zip",
+)
 PROTOCOLS = ["documented", "published"]  # the recipe that a number was measured with: README, "Protocol"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -40,7 +48,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults after each flag, the description as it is written."""
+    """Defaults after each flag that has one, the description as it is written."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def positive_int(text):

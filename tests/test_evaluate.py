@@ -4,13 +4,16 @@ import csv
 import json
 import math
 import pickle
+import re
 import shutil
 import warnings
+import zipfile
 
 import lpips as lpips_package
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision.transforms import functional as tv
@@ -135,6 +138,33 @@ def test_published_metrics(photos, tmp_path, run_train, run_evaluate):
     assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(target, output, data_range=1), abs=1e-3)
     expected = structural_similarity(target, output, data_range=1, channel_axis=0)
     assert float(row["ssim"]) == pytest.approx(expected, abs=1e-4)
+
+
+def test_samples_for_the_page(trained, photos, tmp_path, run_evaluate):
+    """JPEGs of the test images and of what the decoder makes of them, under their rows in per_image.csv."""
+    assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path, "--quiet") == 0
+    encoder, decoder, _ = evaluate.load_model(trained / "best.pt")
+    pixels = data.load_split(str(photos), "test").pixels
+    with zipfile.ZipFile(tmp_path / "reconstructions.zip") as archive:
+        kinds = ("original", "reconstruction")
+        assert sorted(archive.namelist()) == [f"{i:05}-{kind}.jpg" for i in range(3) for kind in kinds]
+        for kind, expected in zip(kinds, evaluate.reconstruct(encoder, decoder, pixels[2]), strict=True):
+            with Image.open(archive.open(f"00002-{kind}.jpg")) as picture:
+                error = np.asarray(picture) / 255 - expected[0].permute(1, 2, 0).numpy()
+            assert np.abs(error).mean() < 0.02
+
+
+def test_python_of_the_readme():
+    """The lines under "Use from Python" run as they stand, on the sample."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"### Use from Python\n.*?```python\n(.*?)```", readme, re.S)
+    assert len(code.splitlines()) <= 10
+    exec(code, names := {})
+    assert names["features"].shape == (4, 64, 112, 112)
+    assert names["output"].shape == names["batch"].shape == (4, 3, 224, 224)
+    assert len(names["values"]["psnr"]) == 4 and names["milliseconds"] > 0
+    again = evaluate.psnr(names["output"].clamp(0, 1), names["batch"])
+    assert names["values"]["psnr"] == pytest.approx(again.tolist(), abs=1e-3)
 
 
 def test_other_data_and_folder(trained, photos, own_photos, tmp_path, run_evaluate):

@@ -1,4 +1,4 @@
-"""run_all.sh and the results table; reconstructing one's own pictures."""
+"""run_all.sh and what it reports; reconstructing one's own pictures."""
 
 import csv
 import os
@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-import evaluate
+import report
 import train
 
 FLAGS = ["--weights", "random", "--epochs", "1", "--batch-size", "1", "--width", "8", "--quiet"]
@@ -61,6 +61,9 @@ def test_grid_goes_on_past_a_failure_and_says_so(grid, tmp_path):
     table = (tmp_path / "runs" / "results.md").read_text()
     assert f"17.35 → {float(good['psnr']):.2f}" in table and "protocol documented" in table
     assert "02_vgg16_block2_tconv: failed" in output and table.splitlines()[-1] in output
+    assert "02_vgg16_block2_tconv (experiment 2 of 2, about " in output and " min left for all)" in output
+    page = (tmp_path / "runs" / "report.html").read_text()
+    assert '"note": "random weights (control)"' in page and "last.pt: not a checkpoint" in page
     with Image.open(tmp_path / "runs" / "results.png") as picture:
         assert picture.width > 1000
 
@@ -98,7 +101,7 @@ def test_only_that_matches_nothing(grid):
 
 def test_configs_are_the_fifteen_experiments():
     names = [path.stem for path in sorted((REPOSITORY / "configs").glob("[0-9]*.yaml"))]
-    assert names == list(evaluate.PUBLISHED)
+    assert names == list(report.PUBLISHED)
     for name in names:
         args = train.parse_args(["--config", str(REPOSITORY / "configs" / f"{name}.yaml")])
         number, rest = name.split("_", 1)

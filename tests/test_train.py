@@ -115,12 +115,30 @@ def test_help_names_every_layer_and_default():
     text = " ".join(done.stdout.split())
     assert done.returncode == 0
     for part in (
-        "vgg16: block1…block5",
+        "vgg16: block1…block5; resnet34: layer1…layer4; vit_small: block0…block11; alexnet: conv1…conv5",
         "--lr LR",
         "(default: 0.0001)",
         "python train.py --config configs/sample.yaml",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_is_instant(script):
+    """Nothing heavy is imported before the flags are read, which takes far less than a second."""
+    command = [sys.executable, "-X", "importtime", script, "--help"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 0 and "argparse" in imported
+    assert not imported & {"torch", "torchvision", "numpy", "matplotlib", "skimage", "tensorboard", "wandb"}
+    commands = [line for line in done.stdout.splitlines() if line.startswith("  python ")]
+    assert len(commands) >= 3 and "(default: None)" not in done.stdout
+
+
+def test_quiet_prints_no_progress(photos, tmp_path, run_train, capsys):
+    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet") == 0
+    out, err = capsys.readouterr()
+    assert "best: epoch 1" in out and "epoch 1/1" not in out and err == ""
 
 
 def test_every_config_file_is_valid():

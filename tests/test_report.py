@@ -1,0 +1,282 @@
+"""The page that compares the experiments: what is in it, and how it behaves in a browser."""
+
+import csv
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import evaluate
+import report
+
+NAMES = list(report.PUBLISHED)
+UNRUN, FAILED, CONTROL = NAMES[3], NAMES[7], NAMES[12]
+EVIL = "</script><img src=x onerror=console.error(1)>.png"  # a name that a file may have
+
+
+class Darken(torch.nn.Module):
+    """A decoder that gives back three quarters of what it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(0.75))
+
+    def forward(self, z):
+        return self.factor * z
+
+
+def thirty_tiles():
+    pixels = data.sample_tiles("train").pixels
+    return pixels[:: len(pixels) // 30][:30]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of thirteen evaluated experiments with 24 of 30 test images each, one that failed, one not run."""
+    folder = tmp_path_factory.mktemp("runs")
+    evaluate.write_samples(torch.nn.Identity(), Darken(), thirty_tiles(), folder / "samples.zip")
+    draw = np.random.RandomState(0)
+    for number, name in enumerate(NAMES):
+        (folder / name).mkdir()
+        if name == FAILED:
+            (folder / name / "error.txt").write_text("something\nerror: out of <b>memory</b>\n")
+        if name in (UNRUN, FAILED):
+            continue
+        shutil.copy(folder / "samples.zip", folder / name / "reconstructions.zip")
+        psnr = 20 + number / 2 + draw.rand(30)
+        psnr[29] = 11  # the last image is the worst
+        values = {"psnr": psnr, "ssim": 0.5 + 0.01 * psnr, "lpips": 1 - 0.03 * psnr}
+        evaluate.write_per_image(
+            [EVIL, *(f"{i:04}.png" for i in range(1, 30))], values, folder / name / "per_image.csv"
+        )
+        encoder, layer, decoder = re.match(r"\d+_(vgg16|resnet34|vit_small)_([a-z]+\d)_([a-z]+)", name).groups()
+        metrics = {metric: evaluate.summary(values[metric]) for metric in values}
+        metrics |= {"images": 30, "ms_per_image": 12.5, "data": "photos", "protocol": "documented", "epoch": 3}
+        metrics |= {"weights": "random" if name == CONTROL else "imagenet", "parameters": 10 ** (4 + number % 4)}
+        metrics |= {"features": [64, 224 >> (number % 5 + 1), 112], "config": {"encoder": encoder, "decoder": decoder}}
+        (folder / name / "metrics.json").write_text(json.dumps(metrics))
+        with open(folder / name / "history.csv", "w", newline="") as file:
+            writer = csv.writer(file)
+            columns = [f"{split}_{term}" for split in ("train", "val") for term in ("loss", "mse", "lpips", "psnr")]
+            writer.writerow(["epoch", *columns, "lr", "seconds"])
+            for epoch in range(1, 11):
+                writer.writerow([epoch, *(1 / epoch for _ in columns), 1e-4, 6.0])
+    report.write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def content(runs):
+    """The data that the page carries."""
+    page = (runs / "report.html").read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script id="content" type="application/json">(.*?)</script>', page, re.S)[1])
+
+
+def test_page_has_every_experiment(content):
+    rows = {row["experiment"]: row for row in content["rows"]}
+    assert list(rows) == NAMES
+    assert rows[UNRUN]["note"] == "not run" and rows[FAILED]["note"] == "failed: error: out of <b>memory</b>"
+    assert rows[CONTROL]["note"] == "random weights (control)"
+    first = rows[NAMES[0]]
+    assert (first["published_psnr"], first["resolution"], first["protocol"]) == (17.35, 112, "documented")
+    assert first["minutes"] == 1.0 and 20 < first["psnr"] < 21
+    assert content["histories"][NAMES[0]]["val_loss"][1] == 0.5 and content["histories"][UNRUN] == {}
+
+
+def test_page_has_the_test_images_and_every_reconstruction(content, runs):
+    assert len(content["images"]) == 24
+    assert content["images"][0]["name"] == EVIL and content["images"][-1]["name"] == "0029.png"
+    assert all(len(image["runs"]) == 13 for image in content["images"])
+    assert content["images"][-1]["runs"][NAMES[0]]["psnr"] == 11
+    expected = data.center_crops(thirty_tiles()[29:])[0].permute(1, 2, 0).numpy()
+    for factor, text in (
+        (1, content["images"][-1]["original"]),
+        (0.75, content["images"][-1]["runs"][NAMES[0]]["picture"]),
+    ):
+        with Image.open(io.BytesIO(report.base64.b64decode(text))) as picture:
+            error = np.abs(np.asarray(picture) / 255 - factor * expected)
+        assert picture.size == (224, 224) and error.mean() < 0.02
+    assert (runs / "report.html").stat().st_size < 30e6
+
+
+def test_other_runs_join_the_fifteen(runs, tmp_path):
+    shutil.copytree(runs / NAMES[0], tmp_path / "mine")
+    shutil.copy(runs / NAMES[0] / "metrics.json", tmp_path)
+    rows = report.result_rows(tmp_path)
+    assert [row["experiment"] for row in rows] == [*NAMES, ".", "mine"]
+    assert rows[-1]["published_psnr"] is None and rows[-1]["psnr"] == rows[-2]["psnr"] > 20
+
+
+@pytest.mark.parametrize("damage", ["folder", "history.csv", "reconstructions.zip", "metrics.json"])
+def test_what_cannot_be_read_is_named(runs, tmp_path, run_evaluate, error_line, damage):
+    shutil.copytree(runs / NAMES[0], tmp_path / "runs" / NAMES[0])
+    if damage == "folder":
+        shutil.rmtree(tmp_path / "runs")
+    else:
+        (tmp_path / "runs" / NAMES[0] / damage).write_text("epoch,seconds\n1,soon\n")
+    status = run_evaluate("--report", tmp_path / "runs")
+    if damage == "metrics.json":  # one row less
+        assert status == 0
+        assert "evaluate again" in report.result_rows(tmp_path / "runs")[0]["note"]
+    else:
+        assert status == 2 and (damage if damage != "folder" else "no such folder") in error_line()
+        assert not (tmp_path / "runs" / "report.html").exists()
+
+
+# --- In a browser ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """A headless Chromium."""
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("chromium and chromedriver are not installed (Debian: apt install chromium chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "hide-scrollbars"):
+        options.add_argument(f"--{flag}")
+    for flag in ("disable-background-networking", "disable-component-update", "disable-sync"):
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('browser')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def page(browser, runs):
+    """Open the page at a width in a colour scheme; nothing may be left in the console, and nothing be fetched."""
+
+    def open_page(width=1280, scheme="light"):
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        browser.get((runs / "report.html").as_uri())
+        return browser
+
+    yield open_page
+    assert browser.get_log("browser") == []
+    fetched = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in fetched if not name.startswith("data:")] == []
+
+
+def find(browser, selector):
+    return browser.find_elements("css selector", selector)
+
+
+def column(browser, number):
+    """Texts of a column of the table, from 1."""
+    return [cell.text.split("\n")[0] for cell in find(browser, f"#table tbody tr > :nth-child({number})")]
+
+
+def test_sorting_the_table(page):
+    browser = page()
+    assert column(browser, 1) == NAMES
+    (button,) = find(browser, "th[data-key=psnr] button")
+    button.click()
+    values = [float(text) for text in column(browser, 3) if text != "–"]
+    assert values == sorted(values) and len(values) == 13 and column(browser, 3)[-2:] == ["–", "–"]
+    assert find(browser, "th[aria-sort]")[0].get_attribute("aria-sort") == "ascending"
+    button.send_keys("\ue007")  # Enter
+    assert [float(text) for text in column(browser, 3)[:-2]] == values[::-1] and column(browser, 3)[-1] == "–"
+    (heading,) = find(browser, "th[aria-sort]")
+    assert heading.get_attribute("aria-sort") == "descending" and heading.get_attribute("data-key") == "psnr"
+    find(browser, "th[data-key=published_parameters] button")[0].click()
+    assert column(browser, 9)[:3] == ["34K"] * 3 and column(browser, 9)[4:8] == ["75K", "8M", "12M", "35M"]
+    assert "<b>memory</b>" in find(browser, "#table")[0].text
+
+
+def test_charts_are_drawn(page):
+    browser = page()
+    for chart in ("resolution", "parameters"):
+        assert len(find(browser, f"#{chart} g > title")) == 13
+    assert len(find(browser, "#curves polyline")) == 13
+    find(browser, "#runs input")[0].click()
+    assert len(find(browser, "#curves polyline")) == 12
+    find(browser, "#column option[value=train_loss]")[0].click()
+    assert "training loss" in find(browser, "#curves")[0].text
+
+
+def test_choosing_an_image(page):
+    browser = page()
+    assert find(browser, "#chosen b")[0].text == "0029.png"  # the worst comes first
+    assert len(find(browser, "#thumbs input")) == 24 and len(find(browser, "#cards figure")) == 13
+    assert "PSNR 11.00 dB" in find(browser, "#cards figure")[0].text
+    find(browser, "#thumbs input")[0].send_keys("\ue014")  # the right arrow
+    second = find(browser, "#chosen b")[0].text
+    assert second != "0029.png" and second in find(browser, "#thumbs input:checked + img")[0].get_attribute("alt")
+    find(browser, "#order option[value=name]")[0].click()
+    assert find(browser, "#chosen b")[0].text == second  # sorting keeps the choice
+    assert "0029.png" in find(browser, "#thumbs img")[-2].get_attribute("alt")
+    find(browser, "#thumbs label")[-1].click()
+    assert find(browser, "#chosen b")[0].text == EVIL
+    find(browser, "#order option[value=lpips]")[0].click()
+    find(browser, f"#judge option[value='{NAMES[8]}']")[0].click()
+    assert "0029.png" in find(browser, "#thumbs img")[0].get_attribute("alt")  # the highest LPIPS
+
+
+def test_slider(page):
+    from selenium.webdriver import ActionChains
+
+    browser = page()
+    (slider,) = find(browser, "#cut")
+
+    def cut():
+        return browser.execute_script("return getComputedStyle(document.querySelector('.compare img + img')).clipPath")
+
+    assert "50%" in cut()
+    slider.send_keys("\ue014" * 3)
+    assert "53%" in cut()
+    picture = find(browser, ".compare")[0]
+    ActionChains(browser).scroll_to_element(picture).move_to_element(picture).click_and_hold().move_by_offset(
+        picture.size["width"] // 4, 0
+    ).release().perform()
+    assert 70 < float(slider.get_attribute("value")) < 80 and f"{slider.get_attribute('value')}%" in cut()
+
+
+def test_difference_is_five_times_the_difference(page, content):
+    browser = page()
+    box = find(browser, ".difference")[0]
+    with Image.open(io.BytesIO(box.screenshot_as_png)) as shot:
+        seen = np.asarray(shot.convert("RGB"))[4:-4, 4:-4] / 255
+        images = content["images"][-1]
+        pair = [
+            np.asarray(Image.open(io.BytesIO(report.base64.b64decode(text))).resize(shot.size)) / 255
+            for text in (images["original"], images["runs"][NAMES[0]]["picture"])
+        ]
+    expected = (5 * np.abs(pair[0] - pair[1])).clip(0, 1)[4:-4, 4:-4]
+    assert expected.std() > 0.1 and np.abs(seen - expected).mean() < 0.06
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_phone_and_colour_schemes(page, scheme):
+    browser = page(375, scheme)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 375
+    colours = [
+        sum(map(int, re.findall(r"\d+", browser.execute_script(f"return getComputedStyle({element}).{what}"))[:3]))
+        for element, what in (
+            ("document.body", "backgroundColor"),
+            ("document.body", "color"),
+            ("document.querySelector('#resolution .tick')", "fill"),
+        )
+    ]
+    ground, text, tick = colours if scheme == "light" else [765 - colour for colour in colours]
+    assert ground > 650 and text < 150 and tick < 400
+
+
+def test_empty_folder_says_so(browser, tmp_path):
+    report.write_report(tmp_path)
+    browser.get((tmp_path / "report.html").as_uri())
+    assert "No experiment has been measured yet" in find(browser, "#about")[0].text
+    assert "No test images yet" in find(browser, "#viewer")[0].text
+    assert browser.get_log("browser") == []
