@@ -79,13 +79,14 @@ def resolve(data):
     return str(data)
 
 
-def load_split(data, split, cache=None, protocol="documented"):
+def load_split(data, split, cache=None, protocol="documented", bars=None):
     """Images of `split` (train, val or test) of `data`, a value that `resolve` returned.
 
     A folder's train and val are 80 and 20 % of its training images, by a permutation with seed 42
     (paper 3.3.1: 640 and 160 of DIV2K's 800). Raises UserError for a folder of another layout, too
     few images, or an image that can't be read. cache: folder of the uint8 cache. protocol: `published`
     scales the shorter side to 256 and keeps the rest of a training image, `documented` squeezes all to 256×256.
+    bars: tqdm's `disable`.
     """
     if data == "sample":
         return sample_tiles(split)
@@ -105,7 +106,7 @@ def load_split(data, split, cache=None, protocol="documented"):
         order = np.random.RandomState(42).permutation(len(files))
         cut = min(max(int(0.8 * len(files)), 1), len(files) - 1)
         order = order[:cut] if split == "train" else order[cut:]
-    whole, names = cached_images(folder, files, cache, protocol), [files[i].name for i in order]
+    whole, names = cached_images(folder, files, cache, protocol, bars), [files[i].name for i in order]
     if split == "train" and protocol == "published":
         sizes = torch.tensor([whole[i].shape[:2] for i in order])
         return Images(torch.cat([whole[i].flatten(0, 1) for i in order]), names, sizes)
@@ -146,7 +147,7 @@ def decode(path, protocol="documented"):
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
 
 
-def cached_images(folder, files, cache=None, protocol="documented"):
+def cached_images(folder, files, cache=None, protocol="documented", bars=None):
     """`decode` of `files`, all in `folder`, as a list of uint8 tensors, done once and kept in a file under `cache`.
 
     The file is used as long as every image has the name, size and modification time that it had.
@@ -167,7 +168,7 @@ def cached_images(folder, files, cache=None, protocol="documented"):
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
             decoded = pool.map(decode, files, [protocol] * len(files))
             try:
-                bar = tqdm(decoded, f"Decoding {folder}", len(files), unit="image", disable=None)
+                bar = tqdm(decoded, f"Decoding {folder}", len(files), unit="image", disable=bars)
                 images = [torch.from_numpy(image.copy()) for image in bar]
             except BaseException:
                 pool.shutdown(cancel_futures=True)
@@ -256,7 +257,7 @@ def target(images, protocol="documented"):
 # --- The DIV2K download --------------------------------------------------------------------------------
 
 
-def download_div2k(root, archives=None):
+def download_div2k(root, archives=None, bars=None):
     """Download, verify and unpack DIV2K into `root`; what is already there is not fetched again.
 
     An interrupted download goes on where it stopped. Raises UserError when the server can't be reached
@@ -270,12 +271,12 @@ def download_div2k(root, archives=None):
             if (root / Path(name).stem).is_dir():
                 print(f"{root / Path(name).stem} is there")
                 continue
-            fetch(url, root / name, md5, size)
-            unpack(root / name, root)
+            fetch(url, root / name, md5, size, bars=bars)
+            unpack(root / name, root, bars)
             (root / name).unlink()
 
 
-def fetch(url, path, md5, size=None, attempts=5):
+def fetch(url, path, md5, size=None, attempts=5, bars=None):
     """Download `url` to `path` through `path`.part, resuming up to `attempts` times, and check size and MD5.
 
     Nothing is fetched if `path` is there and has that MD5.
@@ -299,7 +300,7 @@ def fetch(url, path, md5, size=None, attempts=5):
                     raise UserError(f"{url}: {total} bytes there, {size} expected")
                 with open(part, "ab" if have else "wb") as file:
                     with tqdm(
-                        None, path.name, total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, disable=None
+                        None, path.name, total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, disable=bars
                     ) as bar:
                         while chunk := response.read(1 << 20):
                             file.write(chunk)
@@ -331,7 +332,7 @@ def md5_of(path):
     return digest.hexdigest()
 
 
-def unpack(path, root):
+def unpack(path, root, bars=None):
     """Unpack the zip at `path` so that its one folder, named like it, appears in `root` whole or not at all.
 
     Raises UserError for members that are absolute, climb out with `..`, or are links.
@@ -345,7 +346,7 @@ def unpack(path, root):
                 parts = member.filename.replace("\\", "/").split("/")
                 if parts[0] != path.stem or ".." in parts or stat.S_ISLNK(member.external_attr >> 16):
                     raise UserError(f"{path}: unsafe member {member.filename!r}; nothing was unpacked")
-            for member in tqdm(archive.infolist(), f"Unpacking {path.name}", unit="file", disable=None):
+            for member in tqdm(archive.infolist(), f"Unpacking {path.name}", unit="file", disable=bars):
                 archive.extract(member, temporary)
         os.replace(temporary / path.stem, target)
     except (zipfile.BadZipFile, OSError) as error:

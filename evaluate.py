@@ -96,6 +96,7 @@ def evaluate_model(encoder, decoder, pixels, batch_size=4, bars=None, protocol="
     lpips = LPIPS().to(device)
     values, seconds = {name: [] for name in METRICS}, 0.0
     decoder.eval()
+    decoder(encoder(data.center_crops(pixels[:batch_size]).to(device)))  # the first one is slow, and is not timed
     with tqdm(None, "Evaluating", len(pixels), unit="image", disable=bars) as bar:
         for part in pixels.split(batch_size):
             batch = data.center_crops(part).to(device)
@@ -107,7 +108,7 @@ def evaluate_model(encoder, decoder, pixels, batch_size=4, bars=None, protocol="
             values["ssim"] += [ssim(*pair, protocol) for pair in zip(output, target, strict=True)]
             values["lpips"] += lpips(output, target).tolist()
             bar.update(len(batch))
-    return {name: np.array(value) for name, value in values.items()}, 1000 * seconds / len(pixels)
+    return {name: np.array(value) for name, value in values.items()}, 1000 * seconds / max(len(pixels), 1)
 
 
 def wait(device):
@@ -211,9 +212,10 @@ def picture_files(paths):
 def reconstruct_pictures(encoder, decoder, files, out, bars=None):
     """Write original | reconstruction | 5× difference of each file, its central square at 224×224, to `out`."""
     device = next(decoder.parameters()).device
-    pictures = [(file, data.read_image(file)) for file in files]  # a bad one is an error before anything is written
-    for number, (file, picture) in enumerate(tqdm(pictures, "Reconstructing", unit="image", disable=bars)):
-        square = ImageOps.fit(picture, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+    size = (IMAGE_SIZE, IMAGE_SIZE)
+    squares = [ImageOps.fit(data.read_image(file), size, Image.Resampling.BILINEAR) for file in files]  # or an error
+    pairs = zip(files, squares, strict=True)
+    for number, (file, square) in enumerate(tqdm(pairs, "Reconstructing", len(files), unit="image", disable=bars)):
         image = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].to(device).float() / 255
         output = decoder(encoder(image)).clamp(0, 1)
         strip = torch.cat([image, output, (5 * (image - output).abs()).clamp(0, 1)], dim=3)[0]
@@ -239,7 +241,7 @@ def evaluate(args):
         return reconstruct_pictures(encoder, decoder, files, make_folder(Path(out, "images")), bars)
     config = checkpoint["config"]
     source = data.resolve(args.data or config["data"])
-    images = data.load_split(source, "test", args.cache or config["cache"], config["protocol"])
+    images = data.load_split(source, "test", args.cache or config["cache"], config["protocol"], bars)
     out = make_folder(out)
     pixels = images.pixels[rank::world]
     values, milliseconds = evaluate_model(encoder, decoder, pixels, args.batch_size, bars, config["protocol"])

@@ -69,7 +69,9 @@ def measured(folder):
     row["resolution"] = metrics["features"][1]
     seconds = read_history(folder).get("seconds")
     row["minutes"] = sum(seconds) / 60 if seconds else None
-    row["note"] = "random weights (control)" if metrics["weights"] == "random" else ""
+    weights = {"imagenet": "", "random": "random weights (control)"}.get(row["weights"], f"weights {row['weights']}")
+    protocol = "" if row["protocol"] == "documented" else f"protocol {row['protocol']}"
+    row["note"] = "; ".join(filter(None, (weights, protocol)))
     return row
 
 
@@ -106,9 +108,8 @@ def write_report(runs):
 
 def results_table(rows):
     """The results as Markdown."""
-    protocols = sorted({row["protocol"] for row in rows if "protocol" in row})
     sources = sorted({row["data"] for row in rows if "data" in row})
-    lines = [f"Measured under protocol {', '.join(protocols) or '–'} on {', '.join(sources) or '–'}; each cell: "
+    lines = [f"Measured on {', '.join(sources) or '–'}, protocol documented unless a note says another; each cell: "
              "published → measured. Times: minutes of training, milliseconds an image of inference.", ""]  # fmt: skip
     lines.append("| experiment | PSNR (dB) ↑ | SSIM ↑ | LPIPS ↓ | parameters | training | inference | note |")
     lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")

@@ -13,8 +13,22 @@ cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}"
 runs=${RUNS:-runs}
 configs=(configs/[0-9][0-9]_*.yaml)
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-  configs=("${configs[SLURM_ARRAY_TASK_ID - 1]:?SLURM_ARRAY_TASK_ID is 1 to ${#configs[@]}}")
+  if ((SLURM_ARRAY_TASK_ID < 1 || SLURM_ARRAY_TASK_ID > ${#configs[@]})); then
+    echo "error: SLURM_ARRAY_TASK_ID=$SLURM_ARRAY_TASK_ID is not 1 to ${#configs[@]}" >&2 && exit 2
+  fi
+  configs=("${configs[SLURM_ARRAY_TASK_ID - 1]}")
 fi
+
+evaluation=() previous="" # flags that evaluate.py needs too
+for flag; do
+  case $flag in
+    --out | --out=* | --config | --config=*)
+      echo "error: $flag: every experiment has its own; RUNS=FOLDER names the folder of them all" >&2 && exit 2 ;;
+    --quiet | --device | --device=*) evaluation+=("$flag") ;;
+    *) [[ $previous == --device ]] && evaluation+=("$flag") ;;
+  esac
+  previous=$flag
+done
 
 names=() todo=()
 for config in "${configs[@]}"; do
@@ -23,7 +37,7 @@ for config in "${configs[@]}"; do
   [[ ${name#*_} == ${ONLY:-*} || $name == ${ONLY:-*} ]] || continue
   names+=("$name")
   if [[ -f $runs/$name/metrics.json ]]; then
-    echo "=== $name: done"
+    echo "=== $name: done (rm -r $runs/$name, or another RUNS, to do it again)"
   else
     todo+=("$name")
   fi
@@ -40,11 +54,12 @@ for name in ${todo[@]+"${todo[@]}"}; do # an empty array is an error in bash 4.3
   echo "=== $name (experiment $((${#names[@]} - ${#todo[@]} + ran)) of ${#names[@]}$left)"
   mkdir -p "$out"
   {
-    python train.py --config "configs/$name.yaml" --out "$out" --resume "$@" && python evaluate.py --ckpt "$out/best.pt"
+    python train.py --config "configs/$name.yaml" --out "$out" --resume "$@" &&
+      python evaluate.py --ckpt "$out/best.pt" ${evaluation[@]+"${evaluation[@]}"}
   } 2> >(tee "$out/error.txt" >&2)
   status=$?
-  if ((status > 128)); then
-    exit $status # interrupted: the same command goes on
+  if ((status == 130 || status == 138 || status == 143)); then
+    exit $status # SIGINT, SIGUSR1, SIGTERM: the same command goes on
   elif ((status)); then
     failed=1
     echo "=== $name: failed with status $status" >&2

@@ -66,11 +66,15 @@ def make_parser():
     running = parser.add_argument_group("running")
     running.add_argument("--config", help="YAML file with values of these flags; the command line wins")
     running.add_argument("--out", default="runs", help="folder of this run")
-    running.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
-    running.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    again = running.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
+    again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     running.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     running.add_argument(
-        "--deterministic", action=argparse.BooleanOptionalAction, default=True, help="repeatable on CUDA too, slower"
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="repeatable on CUDA too, where it can be",
     )
     running.add_argument("--tracker", choices=TRACKERS, default="tensorboard", help="live curves; wandb: install it")
     running.add_argument("--quiet", action="store_true", help="no progress: neither bars nor a line an epoch")
@@ -136,7 +140,7 @@ from tracker import COLUMNS, EVENTS, Tracker, draw_curves, epoch_line, write_his
 from utils import RESULTS, load, make_folder, save, select_device, start_processes, write_text
 
 FILES = ("best.pt", "last.pt", "history.csv", "curves.png")
-DIVERGED = "try a smaller --lr. best.pt and last.pt are those of the epochs before"
+DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
 
 
 class Interrupted(Exception):
@@ -200,9 +204,15 @@ def check_finite(losses, epoch, step):
 
 def averages(sums):
     """Per-image averages of `sums` (5,), the summed COLUMNS and the number of images, over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+    sums = all_processes(sums.clone())
     return dict(zip(COLUMNS, (sums[:4] / sums[4]).tolist(), strict=True))
+
+
+def all_processes(tensor):
+    """Sum `tensor` over all processes, in place, and return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
 
 
 class Run:
@@ -218,8 +228,8 @@ class Run:
         self.bars = True if quiet or rank else None  # tqdm's `disable`: None is off where there is no terminal
         self.out = Path(config["out"])
         self.tracker = Tracker("none" if rank else tracker, self.out, config)
-        source = config["data"], config["cache"], config["protocol"]
-        self.images = {name: data.load_split(source[0], name, *source[1:]) for name in ("train", "val")}
+        options = config["cache"], config["protocol"], self.bars
+        self.images = {name: data.load_split(config["data"], name, *options) for name in ("train", "val")}
         count, size = len(self.images["train"].names), config["batch_size"]
         if size * world > count:
             raise UserError(f"--batch-size {size} × {world} processes: more than the {count} training images")
@@ -257,28 +267,38 @@ class Run:
 
     def save_last(self):
         """Write last.pt, from which `restore` goes on bit for bit."""
+        sums = all_processes(self.sums.clone())
         if self.rank == 0:
-            state = {name: getattr(self, name) for name in ("config", "sums", *self.PROGRESS)}
-            for name in ("decoder", "optimizer", "scheduler"):
-                state[name] = getattr(self, name).state_dict()
+            state = {"about": self.about(), "sums": sums, "rng": torch.get_rng_state()}
+            state |= {name: getattr(self, name) for name in self.PROGRESS}
+            state |= {name: getattr(self, name).state_dict() for name in ("decoder", "optimizer", "scheduler")}
             save(state, self.out / "last.pt")
 
+    def about(self):
+        """What a resumption must have in common with the run: the configuration, the processes and the images."""
+        same = {key: value for key, value in self.config.items() if key not in MAY_DIFFER}
+        return same | {"processes": self.world, "training images": self.images["train"].names}
+
     def restore(self):
-        """Go on from last.pt. Raises UserError if its configuration is another one."""
+        """Go on from last.pt, which only the first process reads. Raises UserError if it is of another run."""
         path = self.out / "last.pt"
-        state = load(path)
+        states = [load(path) if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(states)
+        (state,) = states
         try:
-            for key, value in self.config.items():
-                if key not in MAY_DIFFER and state["config"][key] != value:
+            for key, value in self.about().items():
+                if state["about"][key] != value:
                     raise UserError(
-                        f"--resume: {key} is {value!r}, the run in {self.out} has {state['config'][key]!r}; "
-                        "give the same, or another --out"
+                        f"--resume: {key} is {reprlib.repr(value)}, the run in {self.out} has "
+                        f"{reprlib.repr(state['about'][key])}; give the same, or another --out"
                     )
             for name in ("decoder", "optimizer", "scheduler"):
                 getattr(self, name).load_state_dict(state[name])
             for name in self.PROGRESS:
                 setattr(self, name, state[name])
-            self.sums = state["sums"].to(self.device)
+            self.sums = state["sums"].to(self.device) * (self.rank == 0)  # they are those of all processes
+            torch.set_rng_state(state["rng"])
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path}: not the last.pt of such a run ({error})") from None
 
@@ -309,13 +329,14 @@ class Run:
                 losses.append(loss.detach())
                 self.step += 1
                 bar.update()
-                self.seconds = time.perf_counter() - start
                 if len(losses) == 20 or self.step == self.steps or signals.received:  # each look waits for a GPU
                     check_finite(losses, self.epoch, self.step - 1)
                     bar.set_postfix(loss=f"{losses[-1]:.4f}")
                     losses.clear()
-                signals.check()
-        return averages(self.sums.clone())
+                self.seconds = time.perf_counter() - start
+                if self.world == 1 or self.step % 20 == 0 or self.step == self.steps:  # to ask the others costs time
+                    signals.check()
+        return averages(self.sums)
 
     @torch.no_grad()
     def validate(self, signals):
@@ -380,6 +401,8 @@ class Run:
 
     def fit(self, signals):
         """Train until the epochs are over or the validation loss has stopped falling."""
+        if not (self.epoch or self.step):
+            self.save_last()  # a run can be resumed from its first moment on
         while not self.finished():
             try:
                 train = self.train_epoch(signals)
@@ -398,9 +421,11 @@ def claim(out, resume, overwrite):
         lock.acquire(timeout=0)  # the kernel frees it when the process ends, however it ends
     except Timeout:
         raise UserError(f"--out {out}: another training is writing there; choose another --out") from None
-    if (out / "best.pt").exists() or (out / "last.pt").exists():
-        if not resume and not overwrite:
-            raise UserError(f"--out {out}: holds a run; --resume goes on, --overwrite replaces; or another --out")
+    best, last = (out / "best.pt").exists(), (out / "last.pt").exists()
+    if (best or last) and not resume and not overwrite:
+        raise UserError(f"--out {out}: holds a run; --resume goes on, --overwrite replaces; or another --out")
+    if best and not last and resume:
+        raise UserError(f"--out {out}: holds best.pt but no last.pt to go on from; --overwrite, or another --out")
     for leftover in out.glob(".*.tmp*"):  # of a process that was killed while it wrote
         leftover.unlink()
     return lock
@@ -415,29 +440,35 @@ def train(args):
     torch.manual_seed(args.seed)
     rank, world, device = start_processes(select_device(args.device))
     if args.download:
+        if args.data == "sample":
+            raise UserError("--download --data sample: the sample needs no download; give a folder for DIV2K")
         args.data = args.data or data.DIV2K_ROOT
-        data.download_div2k(args.data)
+        data.download_div2k(args.data, bars=True if args.quiet else None)
     config = {key: value for key, value in vars(args).items() if key not in NOT_CONFIG}
     config["data"] = data.resolve(args.data)
     lock = claim(args.out, args.resume, args.overwrite) if rank == 0 else None
 
     job = Run(config, device, rank, world, args.quiet, args.tracker)
     print(job.describe())
-    if args.resume and (job.out / "last.pt").exists():
+    stale = []
+    if all_processes(torch.tensor(int(rank == 0 and args.resume and (job.out / "last.pt").exists()), device=device)):
         job.restore()
         print(f"{'finished' if job.finished() else 'resumed'} after epoch {job.epoch}, step {job.step}")
-    elif rank == 0:
-        # an evaluation of the run that was there is no longer true
-        for path in (*(job.out / name for name in (*FILES, *RESULTS)), *job.out.glob(EVENTS)):
-            path.unlink(missing_ok=True)
+    else:
+        stale = [*(job.out / name for name in FILES), *job.out.glob(EVENTS)]
+    if not job.finished():
+        stale += [job.out / name for name in RESULTS]  # an evaluation of what was there will not be true
     if rank == 0:
+        for path in stale:
+            path.unlink(missing_ok=True)
         write_text(job.out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     try:
         with Signals(device) as signals:
             job.fit(signals)
     except Interrupted:
         again = shlex.join([*sys.argv, *([] if args.resume else ["--resume"])])
-        print(f"stopped in epoch {job.epoch + 1} after step {job.step}; go on with: python {again}")
+        again = f"python {again}" if world == 1 else f"torchrun, as before, {again}"
+        print(f"stopped in epoch {job.epoch + 1} after step {job.step}; go on with: {again}")
         sys.exit(128 + signals.received)
     finally:
         job.tracker.close()

@@ -42,7 +42,7 @@ def read_run(folder):
     contents = []
     for name in ("best.pt", "last.pt"):
         state = torch.load(folder / name, weights_only=True)
-        state["config"].pop("out")
+        state.get("config", {}).pop("out", None)
         for row in state.get("history", []):
             for key in TIMES:
                 row.pop(key)

@@ -75,7 +75,7 @@ def test_signal_saves_and_says_how_to_go_on(photos, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM
     assert "--epochs 500 --width 8 --resume" in output
     state = utils.load(tmp_path / "last.pt")
-    assert state["epoch"] >= 1 and state["config"]["width"] == 8
+    assert state["epoch"] >= 1 and state["about"]["width"] == 8
 
 
 def test_resuming_a_finished_run_changes_nothing(whole, capsys):
