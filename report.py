@@ -176,8 +176,11 @@ def test_images(runs, rows):
                 pictures = {name: base64.b64encode(archive.read(name)).decode() for name in archive.namelist()}
             for number in sorted({name.split("-")[0] for name in pictures}):
                 name = values[int(number)]["image"]
-                image = {"name": name, "data": row["data"], "original": pictures[f"{number}-original.jpg"], "runs": {}}
-                image = images.setdefault((row["data"], name), image)
+                source = (
+                    row["data"] if row["protocol"] == "documented" else f"{row['data']}, protocol {row['protocol']}"
+                )
+                image = {"name": name, "data": source, "original": pictures[f"{number}-original.jpg"], "runs": {}}
+                image = images.setdefault((source, name), image)
                 run = {metric: float(values[int(number)][metric]) for metric in METRICS}
                 image["runs"][row["experiment"]] = run | {"picture": pictures[f"{number}-reconstruction.jpg"]}
         except (zipfile.BadZipFile, KeyError, ValueError, IndexError) as error:

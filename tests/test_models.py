@@ -254,6 +254,28 @@ def test_resnet34_features_are_torchvisions(random_networks, image, layer):
     assert len(encoder.trunk) == 4 + int(layer[-1])
 
 
+def test_weights_of_old_files_are_read(random_networks, image, tmp_path):
+    """Official files of some networks are older than PyTorch's zip format and than num_batches_tracked."""
+    state = torch.load(random_networks["resnet34"][1], weights_only=True)
+    state = {key: value for key, value in state.items() if "num_batches_tracked" not in key}
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    new, old = (Encoder("resnet34", "layer1", str(f)) for f in (random_networks["resnet34"][1], tmp_path / "old.pth"))
+    assert torch.equal(new(image), old(image))
+    torch.save(torch.rand(3), tmp_path / "tensor.pth")
+    with pytest.raises(UserError, match="tensor.pth: not a state dict"):
+        Encoder("resnet34", "layer1", str(tmp_path / "tensor.pth"))
+
+
+def test_two_first_runs_fetch_weights_together(tmp_path):
+    """With an empty cache and whatever this machine can reach: both get them, and the file is whole."""
+    code = "from models import imagenet_weights; print(imagenet_weights('alexnet')['features.0.weight'].sum().item())"
+    environment = os.environ | {"TORCH_HOME": str(tmp_path)}
+    options = {"cwd": REPOSITORY, "env": environment, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", code], **options) for _ in range(2)]
+    sums = {process.communicate(timeout=300)[0] for process in processes}
+    assert sums == {f"{models.imagenet_weights('alexnet')['features.0.weight'].sum().item()}\n"}
+
+
 @pytest.mark.parametrize(("layer", "module"), [*zip(LAYERS["alexnet"], (2, 5, 7, 9, 12), strict=True)])
 def test_alexnet_features_are_torchvisions(random_networks, image, layer, module):
     net, file = random_networks["alexnet"]

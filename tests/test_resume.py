@@ -92,6 +92,20 @@ def test_resume_with_another_configuration_names_the_key(whole, run_train, error
     assert "lr is 0.002" in (line := error_line()) and "0.001" in line
 
 
+def test_resume_with_other_images_names_them(own_photos, tmp_path, run_train, error_line):
+    flags = ("--data", own_photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet", "--resume")
+    assert run_train(*flags) == 0
+    (own_photos / "train" / "00.png").rename(own_photos / "train" / "first.png")
+    assert run_train(*flags) == 2
+    assert "--resume: training images is ['" in error_line()
+
+
+def test_resume_keeps_a_best_without_last(trained, photos, tmp_path, run_train, error_line):
+    (tmp_path / "best.pt").write_bytes(content := (trained / "best.pt").read_bytes())
+    assert run_train("--data", photos, "--out", tmp_path, "--resume") == 2
+    assert "holds best.pt but no last.pt" in error_line() and (tmp_path / "best.pt").read_bytes() == content
+
+
 def test_overwrite_replaces_a_run(trained, photos, tmp_path, run_train):
     (tmp_path / "best.pt").write_bytes((trained / "best.pt").read_bytes())
     (tmp_path / "metrics.json").write_text("{}")
