@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -68,30 +69,36 @@ def test_grid_goes_on_past_a_failure_and_says_so(grid, tmp_path):
         assert picture.width > 1000
 
 
-def test_grid_killed_half_way_goes_on(grid, tmp_path):
-    process = grid("vgg16_block1_tconv_*", "--epochs", "3")
-    for line in process.stdout:
-        if line.startswith("best: "):  # the first experiment is trained; it or the second is interrupted
-            break
+def test_array_task_killed_half_way_goes_on(grid, tmp_path):
+    name = "11_resnet34_layer1_tconv"
+
+    def start():
+        return grid("*", "--epochs", "4", SLURM_ARRAY_TASK_ID="11")
+
+    process = start()
+    while process.poll() is None and not (tmp_path / "runs" / name / "history.csv").exists():
+        time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for child in children:
         os.kill(int(child), signal.SIGKILL)
     process.kill()
     process.communicate()
-    process = grid("vgg16_block1_tconv_*", "--epochs", "3")
+    process = start()
     output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
-    done = [name for name, row in results(tmp_path).items() if row["psnr"]]
-    assert done == ["09_vgg16_block1_tconv_mse", "10_vgg16_block1_tconv_lpips"]
-    again = grid("vgg16_block1_tconv_*")
-    assert again.communicate(timeout=60)[0].count(": done") == 2 and again.returncode == 0
+    assert process.returncode == 0 and "resumed after epoch" in output, output
+    assert [experiment for experiment, row in results(tmp_path).items() if row["psnr"]] == [name]
+    again = start()
+    assert f"{name}: done" in again.communicate(timeout=60)[0] and again.returncode == 0
 
 
-def test_array_task_picks_one(grid, tmp_path):
-    process = grid("*", SLURM_ARRAY_TASK_ID="11")
-    process.communicate(timeout=300)
-    assert process.returncode == 0
-    assert [name for name, row in results(tmp_path).items() if row["psnr"]] == ["11_resnet34_layer1_tconv"]
+def test_array_has_fifteen_tasks(grid):
+    process = grid("*", SLURM_ARRAY_TASK_ID="16")
+    assert "is not 1 to 15" in process.communicate(timeout=60)[0] and process.returncode == 2
+
+
+def test_flags_that_would_mix_the_experiments_are_refused(grid):
+    process = grid("*", "--out", "elsewhere")
+    assert "RUNS=FOLDER names" in process.communicate(timeout=60)[0] and process.returncode == 2
 
 
 def test_only_that_matches_nothing(grid):
