@@ -57,6 +57,9 @@ class Images(NamedTuple):
     names: list
     sizes: torch.Tensor  # int64 (N, 2), heights and widths
 
+    def to(self, device):
+        return self._replace(pixels=self.pixels.to(device), sizes=self.sizes.to(device))
+
 
 def resolve(data):
     """The data to use for `--data`: `sample`, or a folder that is there.
@@ -204,13 +207,13 @@ def even_steps(length):
 
 
 def crops(images, index, tops, lefts, flips):
-    """Batched crops of Images → float (B, 3, 224, 224) in [0, 1], channels last.
+    """Batched crops of Images → float (B, 3, 224, 224) in [0, 1], channels last, on the device that all are on.
 
     index, tops, lefts: int64 (B,); flips: bool (B,), mirrored left to right.
     """
     heights, widths = images.sizes.unbind(1)
     starts = (heights * widths).cumsum(0) - heights * widths
-    span = torch.arange(CROP)
+    span = torch.arange(CROP, device=index.device)
     rows = tops[:, None] + span
     columns = lefts[:, None] + torch.where(flips[:, None], CROP - 1 - span, span)
     rows = starts[index, None] + rows * widths[index, None]  # (B, 224), where each begins
@@ -230,16 +233,19 @@ def center_crops(pixels):
 
 
 def epoch_plan(sizes, seed, epoch):
-    """Order, top, left and flip in an epoch of images of `sizes` (N, 2); (seed, epoch) decides, for resumption."""
+    """Order, top, left and flip in an epoch of images of `sizes` (N, 2), on their device.
+
+    (seed, epoch) decides, so that an epoch can be resumed, and is the same on every device.
+    """
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    count, room = len(sizes), RESIZE - CROP + 1
+    count, room, device = len(sizes), RESIZE - CROP + 1, sizes.device
     order = torch.randperm(count, generator=generator)
     offsets = torch.randint(0, room, (2, count), generator=generator)
     flips = torch.rand(count, generator=generator) < 0.5
     # Along a side that is longer than 256 there is more room; what 256 leaves is drawn as it would be without.
     part = torch.rand(2, count, generator=generator, dtype=torch.float64)
-    offsets = ((offsets + part) / room * (sizes[order].T - CROP + 1)).long()
-    return order, *offsets, flips
+    offsets = ((offsets + part) / room * (sizes.cpu()[order].T - CROP + 1)).long()
+    return order.to(device), *offsets.to(device), flips.to(device)
 
 
 def target(images, protocol="documented"):

@@ -76,6 +76,8 @@ def make_parser():
         default=True,
         help="repeatable on CUDA too, where it can be",
     )
+    running.add_argument("--amp", action="store_true", help="encoder and decoder in bfloat16 (slow on most CPUs)")
+    running.add_argument("--compile", action="store_true", help="torch.compile them first; for long runs")
     running.add_argument("--tracker", choices=TRACKERS, default="tensorboard", help="live curves; wandb: install it")
     running.add_argument("--quiet", action="store_true", help="no progress: neither bars nor a line an epoch")
     return parser
@@ -229,7 +231,7 @@ class Run:
         self.out = Path(config["out"])
         self.tracker = Tracker("none" if rank else tracker, self.out, config)
         options = config["cache"], config["protocol"], self.bars
-        self.images = {name: data.load_split(config["data"], name, *options) for name in ("train", "val")}
+        self.images = {name: data.load_split(config["data"], name, *options).to(device) for name in ("train", "val")}
         count, size = len(self.images["train"].names), config["batch_size"]
         if size * world > count:
             raise UserError(f"--batch-size {size} × {world} processes: more than the {count} training images")
@@ -237,6 +239,9 @@ class Run:
         names = ("encoder", "layer", "decoder", "weights", "width", "seed", "protocol")
         self.encoder, self.decoder = (m.to(device) for m in build_model(**{name: config[name] for name in names}))
         self.lpips = LPIPS().to(device) if config["lpips_weight"] else None
+        if config["compile"]:
+            self.encoder.compile()
+            self.decoder.compile()
         self.model = self.decoder
         if world > 1:
             if device.type == "cuda":
@@ -302,13 +307,18 @@ class Run:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path}: not the last.pt of such a run ({error})") from None
 
+    def reconstruct(self, decoder, images):
+        """What `decoder` makes of the features of `images`, in float32 even with --amp, as the losses want it."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config["amp"]):
+            return decoder(self.encoder(images)).float()
+
     def train_epoch(self, signals):
         """Train to the end of the epoch; per-image averages of its terms."""
         size, images = self.config["batch_size"], self.images["train"]
         plan = data.epoch_plan(images.sizes, self.config["seed"], self.epoch)
         total = self.steps * size * self.world
         if self.world > 1:  # every process takes as many steps, so the last ones wrap around
-            plan = [part[torch.arange(total) % len(part)] for part in plan]
+            plan = [part[torch.arange(total, device=self.device) % len(part)] for part in plan]
         self.model.train()
         start, losses = time.perf_counter() - self.seconds, []
         title = f"Epoch {self.epoch + 1}/{self.config['epochs']}"
@@ -316,8 +326,7 @@ class Run:
             while self.step < self.steps:
                 first = (self.step * self.world + self.rank) * size
                 batch = data.crops(images, *(part[first : first + size] for part in plan))
-                batch = batch.to(self.device, non_blocking=True)
-                values = terms(self.model(self.encoder(batch)), batch, self.config, self.lpips)
+                values = terms(self.reconstruct(self.model, batch), batch, self.config, self.lpips)
                 loss = values[0].mean()
                 self.optimizer.zero_grad()
                 loss.backward()
@@ -348,8 +357,8 @@ class Run:
         pixels, size = self.images["val"].pixels[self.rank :: self.world], self.config["batch_size"]
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         for part in tqdm(pixels.split(size), "Validation", unit="step", leave=False, disable=self.bars):
-            batch = data.center_crops(part).to(self.device, non_blocking=True)
-            sums[:4] += terms(self.decoder(self.encoder(batch)), batch, self.config, self.lpips).sum(1)
+            batch = data.center_crops(part)
+            sums[:4] += terms(self.reconstruct(self.decoder, batch), batch, self.config, self.lpips).sum(1)
             sums[4] += len(batch)
             if self.world == 1:  # several processes may have unequal numbers of batches
                 signals.check()
@@ -439,6 +448,9 @@ def train(args):
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.manual_seed(args.seed)
     rank, world, device = start_processes(select_device(args.device))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.benchmark = not args.deterministic
     if args.download:
         if args.data == "sample":
             raise UserError("--download --data sample: the sample needs no download; give a folder for DIV2K")

@@ -18,7 +18,7 @@ import data
 import evaluate
 import train
 from models import LPIPS, Encoder, build_model
-from utils import UserError
+from utils import UserError, load
 
 
 def parse(*flags):
@@ -224,6 +224,32 @@ def test_pixel_target_is_in_0_1(photos, tmp_path, monkeypatch):
     assert all(t.min() >= 0 and t.max() <= 1 and t.std() > 0.1 for t in targets)
     pixels = job.images["val"].pixels[:, 16:240, 16:240].permute(0, 3, 1, 2)
     assert torch.equal(targets[-1], pixels.float() / 255)
+
+
+def test_amp_computes_in_bfloat16_and_returns_float32(photos):
+    image, outputs = torch.rand(1, 3, 32, 32), []
+    for amp in (False, True):
+        job = job_for(photos)
+        job.config["amp"] = amp
+        job.decoder.size = (32, 32)  # small, because bfloat16 is slow on a CPU
+        outputs.append(job.reconstruct(job.decoder.eval(), image).detach())
+    exact, rounded = outputs
+    assert rounded.dtype == torch.float32 and rounded.shape == exact.shape
+    assert 1e-5 < (exact - rounded).abs().max() < 0.02
+
+
+def test_compiled_training_is_the_same(photos, tmp_path, monkeypatch, run_train):
+    """Through torch.compile's tracer, with a backend that needs no C++ compiler."""
+    compiled = []
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: compiled.append(self) or real(self, backend="aot_eager")
+    )
+    flags = ("--data", photos, "--epochs", 1, "--width", 8, "--tracker", "none")
+    assert run_train(*flags, "--out", tmp_path / "a") == 0 and not compiled
+    assert run_train(*flags, "--out", tmp_path / "b", "--compile") == 0 and len(compiled) == 2
+    a, b = (load(tmp_path / name / "best.pt") for name in "ab")
+    assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4) and a["decoder"].keys() == b["decoder"].keys()
 
 
 def test_encoder_is_bit_identical_after_training(photos, tmp_path):
