@@ -51,7 +51,7 @@ from tqdm import tqdm
 import data
 from models import IMAGE_SIZE, LPIPS, build_model, count_parameters, feature_shape
 from tracker import add_test_metrics
-from utils import atomic, load, make_folder, select_device, start_processes, write_text
+from utils import atomic, keep_freed_memory, load, make_folder, select_device, start_processes, write_text
 
 
 def load_model(path):
@@ -231,6 +231,7 @@ def evaluate(args):
         from report import write_report
 
         return write_report(args.report)
+    keep_freed_memory()
     rank, world, device = start_processes(select_device(args.device))
     bars = True if args.quiet or rank else None
     encoder, decoder, checkpoint = load_model(args.ckpt)

@@ -139,7 +139,7 @@ from tqdm import tqdm
 import data
 from models import LPIPS, build_model, count_parameters, feature_shape
 from tracker import COLUMNS, EVENTS, Tracker, draw_curves, epoch_line, write_history
-from utils import RESULTS, load, make_folder, save, select_device, start_processes, write_text
+from utils import RESULTS, keep_freed_memory, load, make_folder, save, select_device, start_processes, write_text
 
 FILES = ("best.pt", "last.pt", "history.csv", "curves.png")
 DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
@@ -312,6 +312,16 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config["amp"]):
             return decoder(self.encoder(images)).float()
 
+    def train_step(self, batch):
+        """One step of the optimiser on `batch`, (B, 3, 224, 224) in [0, 1]; its terms, without gradient."""
+        values = terms(self.reconstruct(self.model, batch), batch, self.config, self.lpips)
+        self.optimizer.zero_grad()
+        values[0].mean().backward()
+        self.optimizer.step()
+        if self.config["schedule"] == "onecycle":
+            self.scheduler.step()
+        return values.detach()
+
     def train_epoch(self, signals):
         """Train to the end of the epoch; per-image averages of its terms."""
         size, images = self.config["batch_size"], self.images["train"]
@@ -326,16 +336,10 @@ class Run:
             while self.step < self.steps:
                 first = (self.step * self.world + self.rank) * size
                 batch = data.crops(images, *(part[first : first + size] for part in plan))
-                values = terms(self.reconstruct(self.model, batch), batch, self.config, self.lpips)
-                loss = values[0].mean()
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-                if self.config["schedule"] == "onecycle":
-                    self.scheduler.step()
-                self.sums[:4] += values.detach().sum(1)
+                values = self.train_step(batch)
+                self.sums[:4] += values.sum(1)
                 self.sums[4] += len(batch)
-                losses.append(loss.detach())
+                losses.append(values[0].mean())
                 self.step += 1
                 bar.update()
                 if len(losses) == 20 or self.step == self.steps or signals.received:  # each look waits for a GPU
@@ -442,6 +446,7 @@ def claim(out, resume, overwrite):
 
 def train(args):
     """Train as `args` (a Namespace of the flags) say, and write the run's files."""
+    keep_freed_memory()
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)

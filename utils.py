@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that `--help` and a mistyped flag answer at o
 """
 
 import argparse
+import ctypes
 import io
 import os
 import re
@@ -199,6 +200,18 @@ def select_device(name):
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     return device
+
+
+def keep_freed_memory():
+    """Have glibc keep large freed blocks for the next ones, rather than give each back to the kernel.
+
+    A training step allocates and frees tensors of 50 MB by the dozen; to have the kernel map and zero each anew took
+    a fifth of the step. No effect on other systems.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        mallopt(-4, 0)  # M_MMAP_MAX: nothing is mapped by itself
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def start_processes(device):
