@@ -639,6 +639,7 @@ def describe():
     """
     print(f"{'encoder':<10}{'layer':<9}{'features':<15}{'encoder':>8}" + "".join(f"{name:>19}" for name in BUILDERS))
     print(f"{'':<34}{'GMAC':>8}" + f"{'parameters   GMAC':>19}" * len(BUILDERS))
+    costs = {}  # of the decoders for a shape, which layers share
     with torch.device("meta"):
         images = torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
         for name, (build, cut) in ENCODERS.items():
@@ -649,11 +650,13 @@ def describe():
                 shape = tuple(z.shape[1:])
                 line = f"{name:<10}{layer:<9}{' × '.join(map(str, shape)):<15}{encoding.get_total_flops() / 2e9:>8.2f}"
                 for builder in BUILDERS.values():
-                    decoder = builder(shape).eval()
-                    with FlopCounterMode(display=False) as decoding:
-                        decoder(z)
-                    total = (encoding.get_total_flops() + decoding.get_total_flops()) / 2e9
-                    line += f"{count_parameters(decoder):>12,}{total:>7.2f}"
+                    if (builder, shape) not in costs:
+                        decoder = builder(shape).eval()
+                        with FlopCounterMode(display=False) as decoding:
+                            decoder(z)
+                        costs[builder, shape] = count_parameters(decoder), decoding.get_total_flops()
+                    parameters, flops = costs[builder, shape]
+                    line += f"{parameters:>12,}{(encoding.get_total_flops() + flops) / 2e9:>7.2f}"
                 print(line)
 
 

@@ -1,0 +1,353 @@
+"""Time experiment 1's training and evaluation against a plain implementation of the study's loop, in one run.
+
+  python bench.py
+  python bench.py --json bench.json
+
+Plain: eager, NCHW, 2K PNGs decoded and resized every epoch by four workers, LPIPS from the lpips package, which
+computes the target's features under autograd, and a look at the loss every step. It has a process of its own, and
+both run by turns, so that what else the machine does slows both: ratios can be compared between machines, times
+cannot. On CUDA the step is timed with bfloat16, channels last and torch.compile on and off too.
+"""
+
+import json
+
+from utils import Parser, positive_int, run, select_device, write_text
+
+
+def make_parser():
+    """The flags."""
+    parser = Parser(__doc__)
+    parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--images", type=positive_int, default=60, help="2K photographs to make and train on")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="of six steps, plain and ours by turns")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser
+
+
+if __name__ == "__main__":
+    ARGS = run(lambda: make_parser().parse_args())
+
+import multiprocessing
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from statistics import median
+
+import lpips as lpips_package
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms as T
+
+import data
+import evaluate
+import train
+from models import build_decoder, imagenet_weights
+from utils import IMAGENET_MEAN, IMAGENET_STD, keep_freed_memory
+
+ATTENTION = """
+import resource, torch
+from models import build_decoder
+build_decoder("attention", (64, 112, 112))(torch.rand(1, 64, 112, 112)).mean().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+
+
+def make_photographs(folder, count):
+    """Fill `folder` with `count` PNGs of DIV2K's size and kind, in train/ and test/: enlarged tiles of the sample."""
+    draw = np.random.RandomState(0)
+    tiles = data.sample_tiles("train").pixels
+    for i in range(count):
+        name = Path(folder, "test" if i % 10 == 0 else "train", f"{i:04}.png")
+        name.parent.mkdir(exist_ok=True)
+        picture = Image.fromarray(tiles[i % len(tiles)].numpy()).resize((2040, 1356), Image.Resampling.BICUBIC)
+        grain = draw.normal(0, 4, (1356, 2040, 1))  # a photograph's, without which PNGs are smaller than they are
+        Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8)).save(name, compress_level=6)
+
+
+class PlainImages(torch.utils.data.Dataset):
+    """PNG files, decoded, resized, cropped and flipped anew each time."""
+
+    def __init__(self, folder):
+        self.files = sorted(Path(folder).glob("*.png"))
+        crop = [T.Resize((256, 256)), T.RandomCrop(224), T.RandomHorizontalFlip(), T.ToTensor()]
+        self.transform = T.Compose(crop)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        with Image.open(self.files[index]) as image:
+            return self.transform(image.convert("RGB"))
+
+
+class Plain:
+    """The study's loop, written as its text has it."""
+
+    def __init__(self, device):
+        self.device = device
+        net = torchvision.models.vgg16()
+        net.load_state_dict(imagenet_weights("vgg16"), strict=False)
+        self.encoder = net.features[:5].eval().requires_grad_(False).to(device)
+        self.decoder = build_decoder("tconv", (64, 112, 112)).to(memory_format=torch.contiguous_format).to(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's remarks on the lpips package's arguments
+            self.lpips = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        places = {key.split(".", 1)[1]: key for key in self.lpips.net.state_dict()}
+        trunk = {key: value for key, value in imagenet_weights("alexnet").items() if key.startswith("features.")}
+        self.lpips.net.load_state_dict({places[key.removeprefix("features.")]: trunk[key] for key in trunk})
+        self.lpips.requires_grad_(False).to(device)
+        self.optimizer = torch.optim.Adam(self.decoder.parameters(), lr=1e-4)
+        self.normalize = T.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+
+    def keep(self, batch):
+        """Take this array as the batch of `step`s without one."""
+        self.batch = torch.from_numpy(batch)
+
+    def step(self, batch=None):
+        batch = (self.batch if batch is None else batch).to(self.device)
+        with torch.no_grad():
+            features = self.encoder(self.normalize(batch))
+        output = self.decoder.train()(features)
+        target = batch.clone().requires_grad_()  # what keeps its features under autograd
+        distance = self.lpips(output * 2 - 1, target * 2 - 1).mean()
+        loss = 0.5 * torch.nn.functional.mse_loss(output, batch) + 0.5 * distance
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def epoch(self, folder):
+        """Seconds a step of the second epoch on the PNGs in `folder`."""
+        options = {"batch_size": 4, "shuffle": True, "num_workers": 4, "persistent_workers": True}
+        loader = torch.utils.data.DataLoader(PlainImages(folder), **options)
+        for _ in range(2):
+            start = time.perf_counter()
+            for batch in loader:
+                self.step(batch)
+            seconds = time.perf_counter() - start
+        return seconds / len(loader)
+
+    @torch.no_grad()
+    def evaluate(self, files):
+        """PSNR, SSIM and LPIPS of each file: one image at a time, metrics in sequence."""
+        self.decoder.eval()
+        values, transform = [], T.Compose([T.Resize((256, 256)), T.CenterCrop(224), T.ToTensor()])
+        for file in files:
+            with Image.open(file) as picture:
+                image = transform(picture.convert("RGB"))[None].to(self.device)
+            output = self.decoder(self.encoder(self.normalize(image))).clamp(0, 1)
+            x, y = (picture[0].permute(1, 2, 0).cpu().numpy() for picture in (output, image))
+            psnr = peak_signal_noise_ratio(y, x, data_range=1)
+            window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+            ssim = structural_similarity(y, x, channel_axis=2, data_range=1, **window)
+            values.append((psnr, ssim, self.lpips(output, image, normalize=True).item()))
+        return values
+
+    def weights(self):
+        return {key: value.cpu().numpy() for key, value in self.decoder.state_dict().items()}
+
+
+class Elsewhere:
+    """A Plain in a process of its own: `Elsewhere(device)("step")` is its `step()`. End it with `close`."""
+
+    def __init__(self, device):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, device))
+        self.process.start()
+
+    def __call__(self, method, *args):
+        self.pipe.send((method, args))
+        return self.pipe.recv()
+
+    def close(self):
+        self.pipe.send(None)
+        self.process.join()
+
+
+def serve(pipe, device):
+    plain = Plain(device)
+    while message := pipe.recv():
+        pipe.send(getattr(plain, message[0])(*message[1]))
+
+
+def clock(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def timed(device, function, repeats=5):
+    """Median seconds of `function`, after one call that does not count."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = clock(device)
+        function()
+        seconds.append(clock(device) - start)
+    return median(seconds[1:])
+
+
+def by_turns(device, functions, rounds, times=6):
+    """{name: median seconds} of `functions`, called `times` times in a row by turns; the first of a row is left out."""
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            for turn in range(times):
+                start = clock(device)
+                function()
+                if turn:
+                    seconds[name].append(clock(device) - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def peak_flops(device):
+    """Floating-point operations a second of the best of three float32 matrix products."""
+    best = 0
+    for n in (1024, 2048, 4096):
+        a, b = torch.rand(2, n, n, device=device)
+        best = max(best, 2 * n**3 / timed(device, lambda a=a, b=b: a @ b))
+    return best
+
+
+def parts(job, batch):
+    """{part: milliseconds} of a step, each measured by itself; decoder and lpips forwards and backwards."""
+    features = job.encoder(batch)
+    gradient = torch.rand_like(batch)
+    output = torch.rand_like(batch).requires_grad_()
+    plan = data.epoch_plan(job.images["train"].sizes, 42, 0)
+    functions = {
+        "data": lambda: data.crops(job.images["train"], *(part[: len(batch)] for part in plan)),
+        "encoder": lambda: job.encoder(batch),
+        "decoder": lambda: job.decoder(features).backward(gradient),
+        "lpips": lambda: job.lpips(output, batch).mean().backward(),
+        "optimiser": job.optimizer.step,
+    }
+    return {name: 1000 * timed(job.device, function) for name, function in functions.items()}
+
+
+def child_gib(*command):
+    """Peak memory in GiB of the largest child so far, after running `command`."""
+    command = [sys.executable, *map(str, command)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+
+
+def make_job(folder, device, *flags):
+    """A train.Run of experiment 1 on `folder`; flags: `amp`, `compile`."""
+    flags = [f"--{flag}" for flag in flags]
+    args = train.parse_args(["--data", folder, "--out", folder, "--cache", f"{folder}/cache", *flags])
+    config = {key: value for key, value in vars(args).items() if key not in train.NOT_CONFIG}
+    return train.Run(config, device, quiet=True)
+
+
+def bench_step(plain, job, folder, rounds, show):
+    """A training step: plain and ours, and on CUDA its variants; its parts; its share of the peak."""
+    device = job.device
+    plan = data.epoch_plan(job.images["train"].sizes, 42, 0)
+    batch = data.crops(job.images["train"], *(part[:4] for part in plan))
+    plain("keep", batch.cpu().contiguous().numpy())
+    job.model.train()
+    functions = {"plain": lambda: plain("step"), "ours": lambda: job.train_step(batch)}
+    if device.type == "cuda":
+        for flags in (("amp",), ("compile",), ("amp", "compile")):
+            other = make_job(folder, device, *flags)
+            functions[f"ours, {' and '.join(flags)}"] = lambda other=other: other.train_step(batch)
+        functions["ours, NCHW"] = lambda: job.train_step(batch.contiguous())
+    seconds = by_turns(device, functions, rounds)
+    for name, value in seconds.items():
+        show(f"training step, {name}", **{f"step_ms {name}": 1000 * value, f"images_per_second {name}": 4 / value})
+    ours = seconds["ours"]
+    show("", step_ms=1000 * ours, step_speedup=seconds["plain"] / ours)
+    show("its parts, each by itself, ms", parts_ms=parts(job, batch))
+    with FlopCounterMode(display=False) as counter:
+        job.train_step(batch)
+    flops, peak = counter.get_total_flops(), peak_flops(device)
+    show("its floating-point operations", gflop=flops / 1e9, gflops=flops / ours / 1e9)
+    show("of this machine's best matrix product", peak_gflops=peak / 1e9, peak_share=flops / ours / peak)
+
+
+def bench_epoch(plain, job, folder, show):
+    """The second epoch on 2K PNGs, a step of it, since ours leaves a fifth of the images for validation."""
+    slow = plain("epoch", f"{folder}/train")
+    for _ in range(2):
+        job.step, job.seconds = 0, 0.0
+        start = clock(job.device)
+        job.train_epoch(train.Signals(job.device))
+        fast = (clock(job.device) - start) / job.steps
+    show("second epoch on 2K PNGs", plain_epoch_step_ms=1000 * slow, epoch_step_ms=1000 * fast)
+    show("", epoch_speedup=slow / fast)
+
+
+def bench_evaluation(plain, job, folder, show):
+    """All three metrics of the 2K PNGs, which must be the same in both; ours has seen the images before."""
+    files = sorted(Path(folder, "train").glob("*.png"))
+    Path(folder, "again").mkdir()
+    Path(folder, "again", "test").symlink_to(Path(folder, "train"))
+    source = (f"{folder}/again", "test", f"{folder}/cache")
+    data.load_split(*source)
+    job.decoder.load_state_dict({key: torch.from_numpy(value) for key, value in plain("weights").items()})
+    start = clock(job.device)
+    expected = np.mean(plain("evaluate", files), 0)
+    slow = (clock(job.device) - start) / len(files)
+    start = clock(job.device)
+    pixels = data.load_split(*source).pixels
+    values, _ = evaluate.evaluate_model(job.encoder, job.decoder, pixels, bars=True)
+    fast = (clock(job.device) - start) / len(files)
+    ours = [values[name].mean() for name in ("psnr", "ssim", "lpips")]
+    if not np.allclose(ours, expected, rtol=1e-3):
+        raise RuntimeError(f"the metrics differ: plain {expected}, ours {ours}")
+    show("evaluation of 2K PNGs, images/s", plain_eval_images_per_second=1 / slow, eval_images_per_second=1 / fast)
+    show("", eval_speedup=slow / fast)
+    image = data.center_crops(pixels[:1]).to(job.device)
+    job.decoder.eval()
+    with torch.no_grad():
+        seconds = timed(job.device, lambda: job.decoder(job.encoder(image)), 20)
+    show("inference of one image", inference_ms=1000 * seconds)
+
+
+def bench(args):
+    """Measure, print and, with --json, write."""
+    device, figures = select_device(args.device), {}
+
+    def show(title, **values):
+        figures.update(values)
+        flat = {name: value for name, value in values.items() if not isinstance(value, dict)}
+        flat |= {name: value for part in values.values() if isinstance(part, dict) for name, value in part.items()}
+        words = (
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in flat.items()
+        )
+        print(f"{title:<40}{', '.join(words)}", flush=True)
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    show("machine", device=name, threads=torch.get_num_threads(), torch=torch.__version__)
+    with tempfile.TemporaryDirectory() as folder:
+        make_photographs(folder, args.images)
+        # In processes of their own, and first, since what can be asked for is the peak of the largest child so far.
+        flags = ("--data", folder, "--cache", f"{folder}/cache", "--out", f"{folder}/run", "--epochs", 1, "--quiet")
+        show("peak memory of a training, GiB", training_peak_gib=child_gib("train.py", *flags))
+        show("of a step of the attention decoder", attention_peak_gib=child_gib("-c", ATTENTION))
+        plain = Elsewhere(device)
+        keep_freed_memory()
+        job = make_job(folder, device)
+        try:
+            bench_step(plain, job, folder, args.rounds, show)
+            bench_epoch(plain, job, folder, show)
+            bench_evaluation(plain, job, folder, show)
+        finally:
+            plain.close()
+        if device.type == "cuda":
+            show("peak memory on the GPU, GiB", cuda_peak_gib=torch.cuda.max_memory_allocated(device) / 2**30)
+    if args.json:
+        write_text(args.json, json.dumps(figures, indent=2))
+
+
+if __name__ == "__main__":
+    run(lambda: bench(ARGS))

@@ -1,0 +1,16 @@
+"""The plain loop that ours is timed against does the same training."""
+
+import pytest
+import torch
+from test_train import job_for
+
+import bench
+import data
+
+
+def test_plain_loop_trains_as_ours_does(photos):
+    job, plain = job_for(photos), bench.Plain(torch.device("cpu"))
+    plan = data.epoch_plan(job.images["train"].sizes, 42, 0)
+    batch = data.crops(job.images["train"], *(part[:2] for part in plan))
+    for _ in range(3):
+        assert plain.step(batch.contiguous()) == pytest.approx(float(job.train_step(batch)[0].mean()), rel=1e-4)
