@@ -369,7 +369,7 @@ def test_non_finite_loss_stops_and_keeps_the_best(photos, tmp_path, run_train, e
     monkeypatch.setattr(train.Run, "describe", lambda self: "")
     steps.append(0)  # in place of the look at the shape that `describe` takes
     assert run_train("--data", photos, "--out", tmp_path, "--epochs", 3, "--tracker", "none") == 2
-    assert "not finite in epoch 2, step" in error_line()
+    assert "not finite in epoch 2, step 1;" in error_line()
     assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] == 1
     assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 1
 
