@@ -2,6 +2,7 @@
 
   python bench.py
   python bench.py --json bench.json
+  python bench.py --data FOLDER            on photographs from its train/, rather than on 2K PNGs made here
 
 Plain: eager, NCHW, 2K PNGs decoded and resized every epoch by four workers, LPIPS from the lpips package, which
 computes the target's features under autograd, and a look at the loss every step. It has a process of its own, and
@@ -11,14 +12,15 @@ cannot. On CUDA the step is timed with bfloat16, channels last and torch.compile
 
 import json
 
-from utils import Parser, positive_int, run, select_device, write_text
+from utils import Parser, UserError, positive_int, run, select_device, write_text
 
 
 def make_parser():
     """The flags."""
     parser = Parser(__doc__)
     parser.add_argument("--json", help="file for the figures")
-    parser.add_argument("--images", type=positive_int, default=60, help="2K photographs to make and train on")
+    parser.add_argument("--data", help="folder whose train/ to take photographs from (default: 2K PNGs, made here)")
+    parser.add_argument("--images", type=positive_int, default=60, help="photographs to train on")
     parser.add_argument("--rounds", type=positive_int, default=5, help="of six steps, plain and ours by turns")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
@@ -72,11 +74,21 @@ def make_photographs(folder, count):
         Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8)).save(name, compress_level=6)
 
 
+def link_photographs(source, folder, count):
+    """Link `count` images of `source`/train in `folder`/train. Raises UserError if there are fewer."""
+    files = sorted(p for p in Path(source, "train").glob("*") if p.suffix.lower() in data.EXTENSIONS)[:count]
+    if len(files) < count:
+        raise UserError(f"--data {source}: {len(files)} images in train/; --images {count} are wanted")
+    Path(folder, "train").mkdir()
+    for file in files:
+        Path(folder, "train", file.name).symlink_to(file.resolve())
+
+
 class PlainImages(torch.utils.data.Dataset):
     """PNG files, decoded, resized, cropped and flipped anew each time."""
 
     def __init__(self, folder):
-        self.files = sorted(Path(folder).glob("*.png"))
+        self.files = sorted(Path(folder).iterdir())
         crop = [T.Resize((256, 256)), T.RandomCrop(224), T.RandomHorizontalFlip(), T.ToTensor()]
         self.transform = T.Compose(crop)
 
@@ -94,7 +106,8 @@ class Plain:
     def __init__(self, device):
         self.device = device
         net = torchvision.models.vgg16()
-        net.load_state_dict(imagenet_weights("vgg16"), strict=False)
+        trunk = {key: value for key, value in imagenet_weights("vgg16").items() if key.startswith("features.")}
+        net.features.load_state_dict({key.removeprefix("features."): value for key, value in trunk.items()})
         self.encoder = net.features[:5].eval().requires_grad_(False).to(device)
         self.decoder = build_decoder("tconv", (64, 112, 112)).to(memory_format=torch.contiguous_format).to(device)
         with warnings.catch_warnings():
@@ -245,7 +258,7 @@ def make_job(folder, device, *flags):
     flags = [f"--{flag}" for flag in flags]
     args = train.parse_args(["--data", folder, "--out", folder, "--cache", f"{folder}/cache", *flags])
     config = {key: value for key, value in vars(args).items() if key not in train.NOT_CONFIG}
-    return train.Run(config, device, quiet=True)
+    return train.Run(config, device, bars=True)
 
 
 def bench_step(plain, job, folder, rounds, show):
@@ -275,20 +288,20 @@ def bench_step(plain, job, folder, rounds, show):
 
 
 def bench_epoch(plain, job, folder, show):
-    """The second epoch on 2K PNGs, a step of it, since ours leaves a fifth of the images for validation."""
+    """The second epoch on the photographs, a step of it, since ours leaves a fifth of the images for validation."""
     slow = plain("epoch", f"{folder}/train")
     for _ in range(2):
         job.step, job.seconds = 0, 0.0
         start = clock(job.device)
         job.train_epoch(train.Signals(job.device))
         fast = (clock(job.device) - start) / job.steps
-    show("second epoch on 2K PNGs", plain_epoch_step_ms=1000 * slow, epoch_step_ms=1000 * fast)
+    show("second epoch, a step", plain_epoch_step_ms=1000 * slow, epoch_step_ms=1000 * fast)
     show("", epoch_speedup=slow / fast)
 
 
 def bench_evaluation(plain, job, folder, show):
-    """All three metrics of the 2K PNGs, which must be the same in both; ours has seen the images before."""
-    files = sorted(Path(folder, "train").glob("*.png"))
+    """All three metrics of the photographs, which must be the same in both; ours has seen the images before."""
+    files = sorted(Path(folder, "train").iterdir())
     Path(folder, "again").mkdir()
     Path(folder, "again", "test").symlink_to(Path(folder, "train"))
     source = (f"{folder}/again", "test", f"{folder}/cache")
@@ -304,7 +317,7 @@ def bench_evaluation(plain, job, folder, show):
     ours = [values[name].mean() for name in ("psnr", "ssim", "lpips")]
     if not np.allclose(ours, expected, rtol=1e-3):
         raise RuntimeError(f"the metrics differ: plain {expected}, ours {ours}")
-    show("evaluation of 2K PNGs, images/s", plain_eval_images_per_second=1 / slow, eval_images_per_second=1 / fast)
+    show("evaluation, images/s", plain_eval_images_per_second=1 / slow, eval_images_per_second=1 / fast)
     show("", eval_speedup=slow / fast)
     image = data.center_crops(pixels[:1]).to(job.device)
     job.decoder.eval()
@@ -329,7 +342,10 @@ def bench(args):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     show("machine", device=name, threads=torch.get_num_threads(), torch=torch.__version__)
     with tempfile.TemporaryDirectory() as folder:
-        make_photographs(folder, args.images)
+        if args.data:
+            link_photographs(args.data, folder, args.images)
+        else:
+            make_photographs(folder, args.images)
         # In processes of their own, and first, since what can be asked for is the peak of the largest child so far.
         flags = ("--data", folder, "--cache", f"{folder}/cache", "--out", f"{folder}/run", "--epochs", 1, "--quiet")
         show("peak memory of a training, GiB", training_peak_gib=child_gib("train.py", *flags))

@@ -4,10 +4,13 @@
   python evaluate.py --ckpt runs/best.pt --data FOLDER --out results
   python evaluate.py --ckpt runs/best.pt --images holiday.jpg pictures/      your own pictures
   python evaluate.py --report runs                                           the experiments, side by side
+  python evaluate.py --ckpt runs/best.pt --invert                            the ceiling: what the features still hold
+  python evaluate.py --encoder vgg16 --layer block1 --invert                 the same, from noise and without a decoder
 
 The checkpoint knows its encoder, layer, decoder and data. Writes metrics.json, per_image.csv, reconstructions.png,
-reconstructions.zip and histograms.png beside it, or to --out; --images writes to images/ there, and --report writes
-report.html, a page to open in a browser, and results.md, .csv and .png to the folder of the experiments.
+reconstructions.zip and histograms.png beside it, or to --out; --images writes to images/ there, --invert writes
+inversion.json, .csv and .png, and --report writes report.html, a page to open in a browser, and results.md, .csv and
+.png to the folder of the experiments.
 """
 
 import csv
@@ -16,16 +19,24 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from utils import METRICS, RESULTS, Parser, UserError, positive_int, run
+from utils import LAYERS, METRICS, RESULTS, Parser, UserError, check_layer, non_negative_float, positive_int, run
 
 
 def make_parser():
     """The flags."""
     parser = Parser(__doc__)
     what = parser.add_argument_group("what to do")
-    what.add_argument("--ckpt", default="runs/best.pt", help="measure this checkpoint, which train.py wrote")
+    what.add_argument("--ckpt", help="measure this checkpoint, which train.py wrote (default: runs/best.pt)")
     what.add_argument("--images", nargs="+", metavar="PATH", help="instead: reconstruct these pictures and folders")
     what.add_argument("--report", metavar="RUNS", help="instead: the page and tables of the experiments in this folder")
+    what.add_argument("--invert", action="store_true", help="instead: optimise pixels until their features match")
+    invert = parser.add_argument_group("--invert")
+    invert.add_argument("--encoder", choices=list(LAYERS), help="from noise, not from --ckpt's reconstruction")
+    invert.add_argument("--layer", help="of --encoder")
+    invert.add_argument("--weights", help="of --encoder: `imagenet`, `random` or a file (default: imagenet)")
+    invert.add_argument("--count", type=positive_int, default=10, help="test images, evenly spaced; half a minute each")
+    invert.add_argument("--steps", type=positive_int, default=300, help="of Adam")
+    invert.add_argument("--tv-weight", type=non_negative_float, default=0.3, help="of the total variation")
     how = parser.add_argument_group("how")
     how.add_argument("--data", help="folder whose test images to use, or `sample` (default: the training's)")
     how.add_argument("--out", help="folder for the results (default: the checkpoint's)")
@@ -33,11 +44,28 @@ def make_parser():
     how.add_argument("--cache", help="folder of decoded images (default: the training's)")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     how.add_argument("--quiet", action="store_true", help="no progress bars")
+    how.add_argument("--bars", action="store_true", help="progress bars even where there is no terminal")
     return parser
 
 
+def parse_args(argv=None):
+    """The command line → argparse.Namespace. Raises UserError."""
+    args = make_parser().parse_args(argv)
+    if args.encoder and not args.invert:
+        raise UserError("--encoder: only with --invert; a checkpoint knows its own")
+    if args.encoder and args.ckpt:
+        raise UserError("--encoder with --ckpt: the checkpoint knows its own; give one of them")
+    if (args.layer or args.weights) and not args.encoder:
+        raise UserError(f"--{'layer' if args.layer else 'weights'}: only with --encoder")
+    if args.encoder:
+        args.layer = args.layer or LAYERS[args.encoder][0]
+        check_layer(args.encoder, args.layer)
+    args.ckpt = args.ckpt or "runs/best.pt"
+    return args
+
+
 if __name__ == "__main__":
-    ARGS = run(lambda: make_parser().parse_args())  # before torch is imported, so that --help answers at once
+    ARGS = run(parse_args)  # before torch is imported, so that --help answers at once
 
 import time
 
@@ -52,7 +80,7 @@ from tqdm import tqdm
 import data
 from models import IMAGE_SIZE, LPIPS, build_model, count_parameters, feature_shape
 from tracker import add_test_metrics
-from utils import atomic, keep_freed_memory, load, make_folder, select_device, start_processes, write_text
+from utils import atomic, disable_bars, keep_freed_memory, load, make_folder, select_device, start_processes, write_text
 
 
 def load_model(path):
@@ -86,30 +114,35 @@ def ssim(image, target, protocol="documented"):
 
 
 @torch.no_grad()
+def measure(images, target, lpips, protocol="documented"):
+    """{metric: one float an image} of `images` against `target`, (B, 3, H, W) in [0, 1]; lpips: a models.LPIPS."""
+    with ThreadPoolExecutor() as pool:
+        similarity = list(pool.map(ssim, images, target, [protocol] * len(images)))  # each on one core
+    return {"psnr": psnr(images, target).tolist(), "ssim": similarity, "lpips": lpips(images, target).tolist()}
+
+
+@torch.no_grad()
 def evaluate_model(encoder, decoder, pixels, batch_size=4, bars=None, protocol="documented"):
     """Reconstruct the central 224×224 of `pixels`, uint8 (N, 256, 256, 3), and measure each image.
 
     Returns {"psnr" (dB), "ssim", "lpips": float64 arrays (N,)} and the milliseconds an image that
-    encoder and decoder took together. The networks' device is used; bars: tqdm's `disable`; protocol: that of
-    the training.
+    encoder and decoder took together, the median over the batches. The networks' device is used; bars: tqdm's
+    `disable`; protocol: that of the training.
     """
     device = next(decoder.parameters()).device
     lpips = LPIPS().to(device)
-    values, seconds = {name: [] for name in METRICS}, 0.0
+    values, seconds = {name: [] for name in METRICS}, []
     decoder.eval()
-    decoder(encoder(data.center_crops(pixels[:batch_size]).to(device)))  # the first one is slow, and is not timed
-    with ThreadPoolExecutor() as pool, tqdm(None, "Evaluating", len(pixels), unit="image", disable=bars) as bar:
+    with tqdm(None, "Evaluating", len(pixels), unit="image", disable=bars) as bar:
         for part in pixels.split(batch_size):
             batch = data.center_crops(part).to(device)
             start = wait(device)
             output = decoder(encoder(batch)).clamp(0, 1)
-            seconds += wait(device) - start
-            target = data.target(batch, protocol).clamp(0, 1)
-            values["psnr"] += psnr(output, target).tolist()
-            values["ssim"] += pool.map(ssim, output, target, [protocol] * len(batch))  # each on one core
-            values["lpips"] += lpips(output, target).tolist()
+            seconds.append((wait(device) - start) / max(len(batch), 1))
+            for name, value in measure(output, data.target(batch, protocol).clamp(0, 1), lpips, protocol).items():
+                values[name] += value
             bar.update(len(batch))
-    return {name: np.array(value) for name, value in values.items()}, 1000 * seconds / max(len(pixels), 1)
+    return {name: np.array(value) for name, value in values.items()}, 1000 * float(np.median(seconds))
 
 
 def wait(device):
@@ -139,25 +172,36 @@ def to_image(picture):
     return Image.fromarray((255 * picture).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
-def draw_reconstructions(encoder, decoder, images, values, path, protocol, columns=6):
-    """Target, reconstruction and 5× difference of `columns` test images, from the lowest to the highest PSNR."""
-    order = np.argsort(values["psnr"])
-    chosen = order[np.linspace(0, len(order) - 1, min(columns, len(order))).round().astype(int)]
-    figure = Figure(figsize=(2.2 * len(chosen) + 0.4, 7.2), layout="constrained")
-    axes = figure.subplots(3, len(chosen), squeeze=False)
-    for column, i in enumerate(chosen):
-        target, output = reconstruct(encoder, decoder, images.pixels[i], protocol)
-        rows = (target, output, (5 * (target - output).abs()).clamp(0, 1))
-        for axis, picture in zip(axes[:, column], rows, strict=True):
-            axis.imshow(picture[0].permute(1, 2, 0).cpu().numpy())
+def from_worst_to_best(psnr, count=6):
+    """Indices of `count` images, evenly spaced from the lowest to the highest PSNR."""
+    return np.argsort(psnr)[np.linspace(0, len(psnr) - 1, min(count, len(psnr))).round().astype(int)]
+
+
+def draw_grid(rows, path):
+    """A figure of `rows`: {label: [(picture (3, H, W) in [0, 1], what stands above it), …]}."""
+    columns = len(next(iter(rows.values())))
+    figure = Figure(figsize=(2.2 * columns + 0.4, 2.4 * len(rows)), layout="constrained")
+    for line, (label, cells) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
+        line[0].set_ylabel(label)
+        for axis, (picture, caption) in zip(line, cells, strict=True):
+            axis.imshow(picture.permute(1, 2, 0).cpu().numpy())
             axis.set(xticks=[], yticks=[])
-        axes[0, column].set_title(images.names[i][:24], fontsize=8)
-        axes[1, column].set_title(f"{values['psnr'][i]:.2f} dB", fontsize=8)
-    first = "original" if protocol == "documented" else "target, as measured"
-    for axis, label in zip(axes[:, 0], (first, "reconstruction", "5 × difference"), strict=True):
-        axis.set_ylabel(label)
+            axis.set_title(caption, fontsize=8)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=100)
+
+
+def draw_reconstructions(encoder, decoder, images, values, path, protocol):
+    """Target, reconstruction and 5× difference of six test images."""
+    first = "original" if protocol == "documented" else "target, as measured"
+    rows = {first: [], "reconstruction": [], "5 × difference": []}
+    for i in from_worst_to_best(values["psnr"]):
+        (target,), (output,) = reconstruct(encoder, decoder, images.pixels[i], protocol)
+        pictures = (target, output, (5 * (target - output).abs()).clamp(0, 1))
+        captions = (images.names[i][:24], f"{values['psnr'][i]:.2f} dB", "")
+        for row, cell in zip(rows.values(), zip(pictures, captions, strict=True), strict=True):
+            row.append(cell)
+    draw_grid(rows, path)
 
 
 def draw_histograms(values, path):
@@ -234,7 +278,11 @@ def evaluate(args):
         return write_report(args.report)
     keep_freed_memory()
     rank, world, device = start_processes(select_device(args.device))
-    bars = True if args.quiet or rank else None
+    bars = disable_bars(args, rank)
+    if args.invert:
+        from invert import invert_test_images
+
+        return invert_test_images(args, device, bars)
     encoder, decoder, checkpoint = load_model(args.ckpt)
     encoder, decoder = encoder.to(device), decoder.to(device)
     out = args.out or Path(args.ckpt).parent

@@ -219,6 +219,10 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
+        return self.features(images)
+
+    def features(self, images):
+        """What calling it gives, with a gradient for the images."""
         return self.trunk((images - self.mean) / self.std)
 
 

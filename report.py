@@ -71,8 +71,17 @@ def measured(folder):
     row["minutes"] = sum(seconds) / 60 if seconds else None
     weights = {"imagenet": "", "random": "random weights (control)"}.get(row["weights"], f"weights {row['weights']}")
     protocol = "" if row["protocol"] == "documented" else f"protocol {row['protocol']}"
-    row["note"] = "; ".join(filter(None, (weights, protocol)))
+    row["note"] = "; ".join(filter(None, (weights, protocol, ceiling(folder))))
     return row
+
+
+def ceiling(folder):
+    """What the features still hold, by inversion.json in `folder` (invert.py), or "" if it is not there."""
+    if not (folder / "inversion.json").exists():
+        return ""
+    found = json.loads((folder / "inversion.json").read_text())
+    psnr = {kind: found["metrics"][kind]["psnr"]["mean"] for kind in ("start", "inversion")}
+    return f"inverted: {psnr['inversion']:.2f} dB from {psnr['start']:.2f} ({found['images']} images)"
 
 
 def read_history(folder):

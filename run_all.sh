@@ -24,11 +24,16 @@ for flag; do
   case $flag in
     --out | --out=* | --config | --config=*)
       echo "error: $flag: every experiment has its own; RUNS=FOLDER names the folder of them all" >&2 && exit 2 ;;
-    --quiet | --device | --device=*) evaluation+=("$flag") ;;
+    --quiet | --bars | --device | --device=*) evaluation+=("$flag") ;;
     *) [[ $previous == --device ]] && evaluation+=("$flag") ;;
   esac
   previous=$flag
 done
+
+if [[ -t 2 ]]; then # below, standard error is a pipe
+  set -- --bars "$@"
+  evaluation+=(--bars)
+fi
 
 names=() todo=()
 for config in "${configs[@]}"; do

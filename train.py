@@ -35,7 +35,7 @@ from utils import (
 )
 
 # Flags that say how to run, not what: they are not part of a run's configuration.
-NOT_CONFIG = ("config", "resume", "overwrite", "download", "tracker", "quiet")
+NOT_CONFIG = ("config", "resume", "overwrite", "download", "tracker", "quiet", "bars")
 MAY_DIFFER = ("out", "cache", "device")  # between a run and its resumption
 
 
@@ -58,6 +58,7 @@ def make_parser():
     how.add_argument("--batch-size", type=positive_int, default=4, help="images a step, per process")
     how.add_argument("--lr", type=positive_float, default=1e-4, help="Adam's learning rate; onecycle: the highest")
     how.add_argument("--schedule", choices=["plateau", "onecycle"], default="plateau", help="of the learning rate")
+    how.add_argument("--freeze-bn", type=positive_int, metavar="STEPS", help="after these, fix batch norm's statistics")
     how.add_argument("--patience", type=positive_int, default=15, help="epochs without a better validation loss")
     how.add_argument("--mse-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
     how.add_argument("--lpips-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
@@ -80,6 +81,7 @@ def make_parser():
     running.add_argument("--compile", action="store_true", help="torch.compile them first; for long runs")
     running.add_argument("--tracker", choices=TRACKERS, default="tensorboard", help="live curves; wandb: install it")
     running.add_argument("--quiet", action="store_true", help="no progress: neither bars nor a line an epoch")
+    running.add_argument("--bars", action="store_true", help="progress bars even where there is no terminal")
     return parser
 
 
@@ -139,7 +141,18 @@ from tqdm import tqdm
 import data
 from models import LPIPS, build_model, count_parameters, feature_shape
 from tracker import COLUMNS, EVENTS, Tracker, draw_curves, epoch_line, write_history
-from utils import RESULTS, keep_freed_memory, load, make_folder, save, select_device, start_processes, write_text
+from utils import (
+    INVERSION,
+    RESULTS,
+    disable_bars,
+    keep_freed_memory,
+    load,
+    make_folder,
+    save,
+    select_device,
+    start_processes,
+    write_text,
+)
 
 FILES = ("best.pt", "last.pt", "history.csv", "curves.png")
 DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
@@ -225,9 +238,9 @@ class Run:
 
     PROGRESS = ("epoch", "step", "bad_epochs", "seconds", "best_epoch", "best_loss", "history")
 
-    def __init__(self, config, device, rank=0, world=1, quiet=False, tracker="none"):
+    def __init__(self, config, device, rank=0, world=1, bars=None, tracker="none"):
         self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.bars = True if quiet or rank else None  # tqdm's `disable`: None is off where there is no terminal
+        self.bars = bars  # tqdm's `disable`
         self.out = Path(config["out"])
         self.tracker = Tracker("none" if rank else tracker, self.out, config)
         options = config["cache"], config["protocol"], self.bars
@@ -312,6 +325,14 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config["amp"]):
             return decoder(self.encoder(images)).float()
 
+    def set_training(self):
+        """Training mode; once --freeze-bn steps are done, batch norm normalises as it will in validation."""
+        self.model.train()
+        if self.config["freeze_bn"] and self.epoch * self.steps + self.step >= self.config["freeze_bn"]:
+            for layer in self.decoder.modules():
+                if isinstance(layer, (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)):
+                    layer.eval()
+
     def train_step(self, batch):
         """One step of the optimiser on `batch`, (B, 3, 224, 224) in [0, 1]; its terms, without gradient."""
         values = terms(self.reconstruct(self.model, batch), batch, self.config, self.lpips)
@@ -329,13 +350,13 @@ class Run:
         total = self.steps * size * self.world
         if self.world > 1:  # every process takes as many steps, so the last ones wrap around
             plan = [part[torch.arange(total, device=self.device) % len(part)] for part in plan]
-        self.model.train()
         start, losses = time.perf_counter() - self.seconds, []
         title = f"Epoch {self.epoch + 1}/{self.config['epochs']}"
         with tqdm(None, title, self.steps, initial=self.step, unit="step", leave=False, disable=self.bars) as bar:
             while self.step < self.steps:
                 first = (self.step * self.world + self.rank) * size
                 batch = data.crops(images, *(part[first : first + size] for part in plan))
+                self.set_training()
                 values = self.train_step(batch)
                 self.sums[:4] += values.sum(1)
                 self.sums[4] += len(batch)
@@ -460,12 +481,12 @@ def train(args):
         if args.data == "sample":
             raise UserError("--download --data sample: the sample needs no download; give a folder for DIV2K")
         args.data = args.data or data.DIV2K_ROOT
-        data.download_div2k(args.data, bars=True if args.quiet else None)
+        data.download_div2k(args.data, bars=disable_bars(args))
     config = {key: value for key, value in vars(args).items() if key not in NOT_CONFIG}
     config["data"] = data.resolve(args.data)
     lock = claim(args.out, args.resume, args.overwrite) if rank == 0 else None
 
-    job = Run(config, device, rank, world, args.quiet, args.tracker)
+    job = Run(config, device, rank, world, disable_bars(args, rank), args.tracker)
     print(job.describe())
     stale = []
     if all_processes(torch.tensor(int(rank == 0 and args.resume and (job.out / "last.pt").exists()), device=device)):
@@ -474,7 +495,7 @@ def train(args):
     else:
         stale = [*(job.out / name for name in FILES), *job.out.glob(EVENTS)]
     if not job.finished():
-        stale += [job.out / name for name in RESULTS]  # an evaluation of what was there will not be true
+        stale += [job.out / name for name in RESULTS + INVERSION]  # of what was there: will not be true
     if rank == 0:
         for path in stale:
             path.unlink(missing_ok=True)

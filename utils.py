@@ -30,6 +30,7 @@ RESULTS = (  # files of an evaluation
     "histograms.png",
     "reconstructions.zip",
 )
+INVERSION = ("inversion.json", "inversion.csv", "inversion.png")  # files of evaluate.py --invert
 PROTOCOLS = ["documented", "published"]  # the recipe that a number was measured with: README, "Protocol"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -200,6 +201,14 @@ def select_device(name):
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N")
     return device
+
+
+def disable_bars(args, rank=0):
+    """tqdm's `disable`: True with --quiet and in all processes but the first; None, off without a terminal, else.
+
+    --bars is for run_all.sh, which reads standard error while a person watches it.
+    """
+    return True if args.quiet or rank else False if args.bars else None
 
 
 def keep_freed_memory():

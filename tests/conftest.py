@@ -61,7 +61,7 @@ def run_evaluate():
     """Run evaluate.py with these flags, here: the exit status, 0 if it ended well."""
 
     def call(*flags):
-        return status(lambda: evaluate.evaluate(evaluate.make_parser().parse_args([str(flag) for flag in flags])))
+        return status(lambda: evaluate.evaluate(evaluate.parse_args([str(flag) for flag in flags])))
 
     return call
 

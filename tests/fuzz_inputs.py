@@ -67,7 +67,7 @@ class Fuzzer:
             self.tile.save(self.folder / name)
         flags = ["--data", str(self.folder), "--out", str(self.folder), "--width", "4", "--batch-size", "2"]
         args = train.parse_args(flags)
-        self.job = train.Run(config_of(args), torch.device("cpu"), quiet=True)
+        self.job = train.Run(config_of(args), torch.device("cpu"), bars=True)
         self.job.best_loss, self.job.epoch = 0.5, 1
         self.job.save_best()
         self.job.save_last()

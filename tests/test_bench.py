@@ -6,6 +6,7 @@ from test_train import job_for
 
 import bench
 import data
+from utils import UserError
 
 
 def test_plain_loop_trains_as_ours_does(photos):
@@ -14,3 +15,10 @@ def test_plain_loop_trains_as_ours_does(photos):
     batch = data.crops(job.images["train"], *(part[:2] for part in plan))
     for _ in range(3):
         assert plain.step(batch.contiguous()) == pytest.approx(float(job.train_step(batch)[0].mean()), rel=1e-4)
+
+
+def test_own_photographs(photos, tmp_path):
+    bench.link_photographs(photos, tmp_path, 3)
+    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == ["00.png", "01.png", "02.png"]
+    with pytest.raises(UserError, match="10 images in train/; --images 60"):
+        bench.link_photographs(photos, tmp_path, 60)

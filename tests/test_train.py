@@ -139,6 +139,10 @@ def test_quiet_prints_no_progress(photos, tmp_path, run_train, capsys):
     assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet") == 0
     out, err = capsys.readouterr()
     assert "best: epoch 1" in out and "epoch 1/1" not in out and err == ""
+    flags = ("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--overwrite", "--bars")
+    assert run_train(*flags) == 0
+    out, err = capsys.readouterr()
+    assert "epoch 1/1" in out and "Epoch 1/1: " in err and "Validation: " in err
 
 
 def test_every_config_file_is_valid():
@@ -154,7 +158,7 @@ def test_every_config_file_is_valid():
 def job_for(photos, out="unused", **flags):
     args = parse("--data", photos, "--out", out, *(part for k, v in flags.items() for part in (f"--{k}", v)))
     config = {key: value for key, value in vars(args).items() if key not in train.NOT_CONFIG}
-    return train.Run(config, torch.device("cpu"), quiet=True)
+    return train.Run(config, torch.device("cpu"), bars=True)
 
 
 def test_early_stop_plateau_and_best_epoch_on_made_up_losses(photos, tmp_path, monkeypatch):
@@ -250,6 +254,26 @@ def test_compiled_training_is_the_same(photos, tmp_path, monkeypatch, run_train)
     assert run_train(*flags, "--out", tmp_path / "b", "--compile") == 0 and len(compiled) == 2
     a, b = (load(tmp_path / name / "best.pt") for name in "ab")
     assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4) and a["decoder"].keys() == b["decoder"].keys()
+
+
+def test_frozen_batch_norm(photos, tmp_path):
+    """After --freeze-bn steps training normalises by what it has, and a step sees what validation would."""
+    job = job_for(photos, tmp_path, epochs=2, **{"freeze-bn": 1})
+    signals, counts, batch = train.Signals(job.device), [], data.center_crops(job.images["val"].pixels)
+    for _ in range(2):
+        job.train_epoch(signals)
+        counts.append(int(job.decoder.upsample[1].num_batches_tracked))
+        job.set_training()
+        trained_on = job.reconstruct(job.model, batch).detach()
+        job.validate(signals)
+        assert torch.equal(trained_on, job.reconstruct(job.decoder, batch).detach())
+        job.epoch, job.step = 1, 0
+    assert counts == [1, 1]  # of four steps
+
+
+def test_fast_changes_the_optimisation_only():
+    fast = yaml.safe_load((REPOSITORY / "configs" / "fast.yaml").read_text())
+    assert set(fast) == {"epochs", "lr", "schedule", "freeze_bn"}
 
 
 def test_encoder_is_bit_identical_after_training(photos, tmp_path):

@@ -1,0 +1,116 @@
+"""Inversion by optimisation: that it finds the picture, what it reports, and its mistakes."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import invert
+import report
+from evaluate import load_model, psnr
+from models import Encoder
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return Encoder("vgg16", "block1")
+
+
+@pytest.fixture(scope="module")
+def pixels(photos):
+    return data.load_split(str(photos), "test").pixels
+
+
+def test_finds_the_picture_from_a_blurred_one_and_from_noise(encoder, pixels):
+    image = data.center_crops(pixels[:1])[:, :, 64:128, 64:128]
+    blurred = torch.nn.functional.avg_pool2d(image, 5, 1, 2, count_include_pad=False)
+    grey = invert.noise(image, 0)
+    for start, gain in ((blurred, 3), (grey, 8)):
+        found = invert.invert(encoder, encoder(image), start, steps=80, bars=True)
+        assert found.min() >= 0 and found.max() <= 1 and not found.requires_grad
+        assert psnr(found, image).item() > psnr(start, image).item() + gain
+
+
+def test_an_image_is_inverted_by_itself_whatever_the_batch(encoder, pixels):
+    images = data.center_crops(pixels[:2])[:, :, :32, :32]
+    start = invert.noise(images, 0)
+    both = invert.invert(encoder, encoder(images), start, steps=5, bars=True)
+    alone = invert.invert(encoder, encoder(images[1:]), start[1:], steps=5, bars=True)
+    assert torch.equal(start[1:], invert.noise(images[1:], 1)) and not torch.equal(start[0], start[1])
+    assert torch.allclose(both[1:], alone, atol=1e-4)
+
+
+def test_total_variation_by_hand():
+    image = torch.zeros(1, 3, 2, 2)
+    image[0, :, 0, 0] = 0.5  # one of two horizontal neighbours differs by 0.5, and one of two vertical ones
+    assert invert.total_variation(image).tolist() == [0.25]
+
+
+def test_mean_pairwise_distance_is_numpys(encoder, pixels):
+    features = [encoder(data.center_crops(image[None])).flatten().double().numpy() for image in pixels]
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    expected = np.mean([np.linalg.norm(features[a] - features[b]) for a, b in pairs])
+    assert invert.mean_pairwise_distance(encoder, pixels, torch.device("cpu"), 2) == pytest.approx(expected, rel=1e-4)
+
+
+def test_from_a_checkpoint(trained, photos, tmp_path, run_evaluate, encoder, pixels, capsys):
+    flags = ("--ckpt", trained / "best.pt", "--invert", "--count", 1, "--steps", 3, "--out", tmp_path, "--quiet")
+    assert run_evaluate(*flags) == 0
+    screen = capsys.readouterr().out
+    found = json.loads((tmp_path / "inversion.json").read_text())
+    start, inversion = found["metrics"]["start"], found["metrics"]["inversion"]
+    assert (found["start"], found["images"], found["steps"], found["data"]) == ("tconv", 1, 3, str(photos))
+    decoder = load_model(trained / "best.pt")[1]
+    image = data.center_crops(pixels[:1])
+    features = encoder(image)
+    with torch.no_grad():
+        output = decoder(features)
+    assert start["psnr"]["mean"] == pytest.approx(psnr(output, image).item(), abs=1e-3)
+    error = (encoder(output) - features).norm().item() / found["mean_pairwise_distance"]
+    assert start["feature_error"]["mean"] == pytest.approx(error, rel=1e-3)
+    assert inversion["feature_error"]["mean"] < start["feature_error"]["mean"]
+    assert f"inverted: {inversion['psnr']['mean']:.2f} dB from {start['psnr']['mean']:.2f}" in report.ceiling(tmp_path)
+    assert f"{inversion['psnr']['mean']:.4f}" in screen and "feature error" in screen
+    with open(tmp_path / "inversion.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["image"] == "00.jpg" and float(row["inversion_psnr"]) == inversion["psnr"]["mean"]
+    with Image.open(tmp_path / "inversion.png") as picture:
+        assert picture.height > 500 and len(picture.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_from_noise_and_random_weights(photos, tmp_path, run_evaluate):
+    flags = ("--encoder", "alexnet", "--layer", "conv2", "--weights", "random", "--invert", "--data", photos)
+    assert run_evaluate(*flags, "--count", 1, "--steps", 2, "--out", tmp_path, "--quiet") == 0
+    found = json.loads((tmp_path / "inversion.json").read_text())
+    assert [found[key] for key in ("encoder", "layer", "weights", "start")] == ["alexnet", "conv2", "random", "noise"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--encoder", "vgg16"], "only with --invert"),
+        (["--encoder", "vgg16", "--ckpt", "best.pt", "--invert"], "give one of them"),
+        (["--layer", "block2", "--invert"], "--layer: only with --encoder"),
+        (["--encoder", "vgg16", "--layer", "conv1", "--invert"], "not a layer of vgg16"),
+        (["--invert", "--steps", "0"], "--steps: 0 is not positive"),
+    ],
+)
+def test_mistakes(flags, message, run_evaluate, error_line):
+    assert run_evaluate(*flags) == 2
+    assert message in error_line()
+
+
+def test_one_test_image_or_the_published_protocol(checkpoint, own_photos, tmp_path, run_evaluate, error_line):
+    for file in sorted((own_photos / "test").iterdir())[1:]:
+        file.unlink()
+    flags = ("--encoder", "vgg16", "--invert", "--data", own_photos, "--out", tmp_path)
+    assert run_evaluate(*flags) == 2
+    assert "one test image" in error_line()
+    config = checkpoint["config"] | {"protocol": "published"}
+    torch.save(checkpoint | {"config": config}, tmp_path / "best.pt")
+    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--invert") == 2
+    assert "trained as published" in error_line()
