@@ -51,12 +51,13 @@ from torchvision import transforms as T
 import data
 import evaluate
 import train
-from models import build_decoder, imagenet_weights
+from decoders import build_decoder
+from models import imagenet_weights
 from utils import IMAGENET_MEAN, IMAGENET_STD, keep_freed_memory
 
 ATTENTION = """
 import resource, torch
-from models import build_decoder
+from decoders import build_decoder
 build_decoder("attention", (64, 112, 112))(torch.rand(1, 64, 112, 112)).mean().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
@@ -319,6 +320,9 @@ def bench_evaluation(plain, job, folder, show):
         raise RuntimeError(f"the metrics differ: plain {expected}, ours {ours}")
     show("evaluation, images/s", plain_eval_images_per_second=1 / slow, eval_images_per_second=1 / fast)
     show("", eval_speedup=slow / fast)
+    with FlopCounterMode(display=False) as counter:
+        evaluate.evaluate_model(job.encoder, job.decoder, pixels[:1], bars=True)
+    show("its floating-point operations, an image", eval_gflop=counter.get_total_flops() / 1e9)
     image = data.center_crops(pixels[:1]).to(job.device)
     job.decoder.eval()
     with torch.no_grad():
@@ -357,6 +361,10 @@ def bench(args):
             bench_step(plain, job, folder, args.rounds, show)
             bench_epoch(plain, job, folder, show)
             bench_evaluation(plain, job, folder, show)
+            step, image = (figures[name] / figures["peak_gflops"] for name in ("gflop", "eval_gflop"))  # seconds
+            bounds = {"epoch": figures["plain_epoch_step_ms"] / 1000 / step}
+            bounds["evaluation"] = 1 / figures["plain_eval_images_per_second"] / image
+            show("speedups if all ran at the peak", speedup_bound=bounds)
         finally:
             plain.close()
         if device.type == "cuda":

@@ -9,8 +9,8 @@
 
 The checkpoint knows its encoder, layer, decoder and data. Writes metrics.json, per_image.csv, reconstructions.png,
 reconstructions.zip and histograms.png beside it, or to --out; --images writes to images/ there, --invert writes
-inversion.json, .csv and .png, and --report writes report.html, a page to open in a browser, and results.md, .csv and
-.png to the folder of the experiments.
+inversion.json, .csv and .png, and --report writes report.html, a page to open in a browser, results.md, .csv and
+.png and grid.png to the folder of the experiments.
 """
 
 import csv
@@ -178,15 +178,16 @@ def from_worst_to_best(psnr, count=6):
 
 
 def draw_grid(rows, path):
-    """A figure of `rows`: {label: [(picture (3, H, W) in [0, 1], what stands above it), …]}."""
+    """A figure of `rows`: {label: [(PIL image, what stands above it) or None, …]}, all equally long."""
     columns = len(next(iter(rows.values())))
     figure = Figure(figsize=(2.2 * columns + 0.4, 2.4 * len(rows)), layout="constrained")
     for line, (label, cells) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
         line[0].set_ylabel(label)
-        for axis, (picture, caption) in zip(line, cells, strict=True):
-            axis.imshow(picture.permute(1, 2, 0).cpu().numpy())
+        for axis, cell in zip(line, cells, strict=True):
             axis.set(xticks=[], yticks=[])
-            axis.set_title(caption, fontsize=8)
+            if cell:
+                axis.imshow(cell[0])
+                axis.set_title(cell[1], fontsize=8)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
@@ -197,7 +198,7 @@ def draw_reconstructions(encoder, decoder, images, values, path, protocol):
     rows = {first: [], "reconstruction": [], "5 × difference": []}
     for i in from_worst_to_best(values["psnr"]):
         (target,), (output,) = reconstruct(encoder, decoder, images.pixels[i], protocol)
-        pictures = (target, output, (5 * (target - output).abs()).clamp(0, 1))
+        pictures = map(to_image, (target, output, (5 * (target - output).abs()).clamp(0, 1)))
         captions = (images.names[i][:24], f"{values['psnr'][i]:.2f} dB", "")
         for row, cell in zip(rows.values(), zip(pictures, captions, strict=True), strict=True):
             row.append(cell)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from evaluate import draw_grid, from_worst_to_best, load_model, measure, summary
+from evaluate import draw_grid, from_worst_to_best, load_model, measure, summary, to_image
 from models import LPIPS, Encoder
 from utils import INVERSION, METRICS, UserError, atomic, make_folder, write_text
 
@@ -109,7 +109,7 @@ def write_inversion(pictures, values, names, about, out):
     captions = {"original": [name[:24] for name in names]}
     captions |= {kind: [f"{db:.2f} dB" for db in values[kind]["psnr"]] for kind in values}
     labels = {"original": "original", "start": about["start"], "inversion": "inversion"}
-    draw_grid({labels[k]: [(pictures[k][i], captions[k][i]) for i in chosen] for k in labels}, figure)
+    draw_grid({labels[k]: [(to_image(pictures[k][i]), captions[k][i]) for i in chosen] for k in labels}, figure)
     means = {kind: {name: summary(columns[name]) for name in COLUMNS} for kind, columns in values.items()}
     write_text(numbers, json.dumps(about | {"metrics": means}, indent=2))
 

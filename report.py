@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import io
 import json
 import math
 import zipfile
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
+from evaluate import draw_grid
 from utils import METRICS, UserError, atomic, write_text
 
 PAGE = Path(__file__).with_name("report.html")
@@ -98,7 +101,7 @@ def read_history(folder):
 
 
 def write_report(runs):
-    """Write report.html, results.md, results.csv and results.png to the folder `runs`. Raises UserError."""
+    """Write report.html, results.md, .csv and .png, and grid.png, to the folder `runs`. Raises UserError."""
     runs = Path(runs)
     if not runs.is_dir():
         raise UserError(f"--report {runs}: no such folder; run_all.sh fills it")
@@ -111,7 +114,10 @@ def write_report(runs):
     table = results_table(rows)
     write_text(runs / "results.md", table)
     draw_results(rows, runs / "results.png")
-    write_text(runs / "report.html", page(runs, rows))
+    images = test_images(runs, rows)
+    if images:
+        draw_images(images, runs / "grid.png")
+    write_text(runs / "report.html", page(runs, rows, images))
     print(f"{table}\n{runs / 'report.html'} shows them in a browser")
 
 
@@ -154,15 +160,29 @@ def draw_results(rows, path):
         figure.savefig(temporary, dpi=100)
 
 
+def draw_images(images, path, count=6):
+    """The originals of `count` evenly spaced `images`, which test_images returned, above what each experiment made."""
+
+    def decoded(text):
+        return Image.open(io.BytesIO(base64.b64decode(text)))
+
+    chosen = [images[i] for i in np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(int)]
+    grid = {"original": [(decoded(image["original"]), image["name"][:24]) for image in chosen]}
+    for name in dict.fromkeys(name for image in chosen for name in image["runs"]):
+        runs = (image["runs"].get(name) for image in chosen)
+        grid[name] = [run and (decoded(run["picture"]), f"{run['psnr']:.2f} dB") for run in runs]
+    draw_grid(grid, path)
+
+
 # --- The page --------------------------------------------------------------------------------------------
 
 
-def page(runs, rows):
+def page(runs, rows, images):
     """report.html with the rows, training curves and test images of the folder `runs` in it: it needs nothing else."""
     content = {
         "rows": rows,
         "histories": {row["experiment"]: read_history(runs / row["experiment"]) for row in rows},
-        "images": test_images(runs, rows),
+        "images": images,
     }
     # Every < is escaped, so that no name of a file can end the script element that the JSON stands in.
     return PAGE.read_text(encoding="utf-8").replace("{{CONTENT}}", json.dumps(content).replace("<", "\\u003c"))

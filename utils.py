@@ -13,7 +13,7 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
-# The layers of each encoder, shallow to deep (models.py builds them), and the names of the decoders.
+# The layers of each encoder, shallow to deep (models.py builds them), and the decoders (decoders.py).
 LAYERS = {
     "vgg16": [f"block{i}" for i in range(1, 6)],
     "resnet34": [f"layer{i}" for i in range(1, 5)],

@@ -5,7 +5,8 @@ import skimage.data
 import torch
 import torch.nn.functional as F
 
-from models import BUILDERS, Encoder, MultiHeadAttention, TransformerBlock, build_decoder, count_parameters
+from decoders import BUILDERS, MultiHeadAttention, TransformerBlock, build_decoder
+from models import Encoder, count_parameters
 from utils import DECODERS
 
 SHAPES = [  # every distinct feature shape of every encoder's layers

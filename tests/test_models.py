@@ -16,7 +16,8 @@ import torchvision
 from conftest import REPOSITORY
 
 import models
-from models import LPIPS, Encoder, build_decoder, build_model, count_parameters, feature_shape
+from decoders import build_decoder
+from models import LPIPS, Encoder, build_model, count_parameters, feature_shape
 from utils import LAYERS, UserError
 
 VGG_SHAPES = {

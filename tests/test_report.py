@@ -105,6 +105,11 @@ def test_page_has_the_test_images_and_every_reconstruction(content, runs):
     assert (runs / "report.html").stat().st_size < 30e6
 
 
+def test_grid_shows_the_originals_above_every_experiment(runs):
+    with Image.open(runs / "grid.png") as picture:
+        assert picture.height > 14 * 200 and picture.width > 6 * 200  # an original and thirteen experiments
+
+
 def test_other_runs_join_the_fifteen(runs, tmp_path):
     shutil.copytree(runs / NAMES[0], tmp_path / "mine")
     shutil.copy(runs / NAMES[0] / "metrics.json", tmp_path)

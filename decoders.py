@@ -1,0 +1,329 @@
+"""The four trained decoders: features (B, C, H, W) → images (B, 3, 224, 224) in [0, 1] (paper 3.2)."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils import DECODERS, UserError
+
+IMAGE_SIZE = 224
+
+
+def upsamplings(height, size):
+    """Number of 2× steps from `height` to about `size`."""
+    return round(math.log2(size / height))
+
+
+def resize(x, size):
+    """`x` (B, C, H, W) as (B, C, *size), bilinear; for AlexNet's 27, 13 and 6, no power of two below 224, too."""
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear")
+
+
+class TransposedConv(nn.Module):
+    """The study's primary decoder (paper 3.2.1): features (B, C, H, W) → images (B, 3, size, size) in [0, 1].
+
+    shape: (C, H, W). Per 2×: ConvTranspose2d(4, 2, 1) → BN → ReLU with max(c // 2, 32) channels, or
+    `width` channels throughout where it is given; then Conv3×3 → 3 and a sigmoid.
+    """
+
+    def __init__(self, shape, width=None, size=IMAGE_SIZE):
+        super().__init__()
+        channels, height, _ = shape
+        layers = []
+        for _ in range(upsamplings(height, size)):
+            out = width or max(channels // 2, 32)
+            layers += [nn.ConvTranspose2d(channels, out, 4, 2, 1), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+            channels = out
+        self.size = (size, size)
+        self.upsample = nn.Sequential(*layers)
+        self.to_rgb = nn.Conv2d(channels, 3, 3, padding=1)
+
+    def forward(self, z):
+        return torch.sigmoid(self.to_rgb(resize(self.upsample(z), self.size)))
+
+
+def conv_bn(channels, out, kernel=3):
+    """A convolution that keeps H×W, then BN, whose own shift makes a bias idle."""
+    return nn.Sequential(nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(out))
+
+
+def conv_block(channels, out, kernel=3):
+    return conv_bn(channels, out, kernel).append(nn.ReLU(inplace=True))
+
+
+class ChannelAttention(nn.Module):
+    """Squeeze-and-excitation (paper 3.2.2, "Frequency Fusion"): (B, C, H, W) scaled by a weight per channel."""
+
+    def __init__(self, channels):
+        super().__init__()
+        squeezed = max(channels // 16, 4)
+        # SiLU, because the few units of a narrow decoder could all be dead under ReLU
+        self.excite = nn.Sequential(nn.Linear(channels, squeezed), nn.SiLU(), nn.Linear(squeezed, channels))
+
+    def forward(self, x):
+        weights = torch.sigmoid(self.excite(x.mean((2, 3))))  # (B, C)
+        return x * weights[:, :, None, None]
+
+
+class SpatialAttention(nn.Module):
+    """(B, C, H, W) scaled by a weight per position, from the channels' mean and maximum there (paper 3.2.2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, 7, padding=3)
+
+    def forward(self, x):
+        statistics = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], 1)  # (B, 2, H, W)
+        return x * torch.sigmoid(self.conv(statistics))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut: (B, C, H, W) → (B, C, H, W)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(conv_block(channels, channels), conv_bn(channels, channels))
+
+    def forward(self, x):
+        return F.relu(x + self.body(x))
+
+
+class ResidualUpsampling(nn.Module):
+    """Progressive upsampling with residual blocks (paper 3.2.2): (B, C, H, W) → (B, out, size, size).
+
+    Each 2× halves the channels, down to `out`, and the last one goes to `out` at once: a convolution at
+    full size costs four times what its parameters cost one step earlier.
+    """
+
+    def __init__(self, channels, out, height, size):
+        super().__init__()
+        self.size = (size, size)
+        self.blocks = nn.Sequential()
+        steps = upsamplings(height, size)
+        for step in range(1, steps + 1):
+            narrower = max(channels // 2, out) if step < steps else out
+            self.blocks.append(nn.ConvTranspose2d(channels, narrower, 4, 2, 1, bias=False))
+            self.blocks.extend([nn.BatchNorm2d(narrower), nn.ReLU(inplace=True), ResidualBlock(narrower)])
+            channels = narrower
+
+    def forward(self, x):
+        return resize(self.blocks(x), self.size)
+
+
+class MultiScaleRefinement(nn.Module):
+    """Parallel 3×3, 5×5 and 7×7 convolutions, weighted against each other at every position (paper 3.2.2).
+
+    (B, C, H, W) → (B, C, H, W), a residual correction.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.scales = nn.ModuleList(conv_block(channels, channels, kernel) for kernel in (3, 5, 7))
+        self.select = nn.Conv2d(3 * channels, 3, 1)
+
+    def forward(self, x):
+        scales = [scale(x) for scale in self.scales]
+        weights = self.select(torch.cat(scales, 1)).softmax(1)  # (B, 3, H, W)
+        return x + sum(weights[:, i : i + 1] * scale for i, scale in enumerate(scales))
+
+
+class ColorEnhancement(nn.Module):
+    """Instance normalisation and a learned colour transform (paper 3.2.2): (B, C, H, W) → (B, C, H, W)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.InstanceNorm2d(channels)
+        self.transform = nn.Conv2d(channels, channels, 1)
+        self.gain = nn.Parameter(torch.full((channels, 1, 1), 0.1))
+
+    def forward(self, x):
+        # A correction beside x, because the norm takes away the picture's own mean colour; on features,
+        # because the paper has it before RGB. The gain begins small but not at 0, where nothing would train.
+        return x + self.gain * self.transform(self.norm(x))
+
+
+class ImageHead(nn.Sequential):
+    """The last stages of FrequencyDecoder and WaveletDecoder: (B, C, H, W) → images (B, 3, size, size)."""
+
+    def __init__(self, channels, out, height, size):
+        super().__init__()
+        self.upsample = ResidualUpsampling(channels, out, height, size)
+        self.refine = MultiScaleRefinement(out)
+        self.enhance = ColorEnhancement(out)
+        self.to_rgb = nn.Conv2d(out, 3, 3, padding=1)
+        self.sigmoid = nn.Sigmoid()
+
+
+class FrequencyFusion(nn.Module):
+    """Which band and which place matter (paper 3.2.2): low and high (B, C/2, H, W) each → (B, C, H, W)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.attend = nn.Sequential(ChannelAttention(channels), SpatialAttention())
+
+    def forward(self, low, high):
+        return self.attend(torch.cat([low, high], 1))
+
+
+class SpatialChannelAttention(nn.Module):
+    """Both attentions and a 1×1 convolution beside a shortcut (paper 3.2.2): (B, C, H, W) → (B, C, H, W)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.attend = nn.Sequential(ChannelAttention(channels), SpatialAttention(), conv_bn(channels, channels, 1))
+
+    def forward(self, x):
+        return x + self.attend(x)
+
+
+class FrequencyDecoder(nn.Module):
+    """Frequency-aware decoder (paper 3.2.2): features (B, C, H, W) → images (B, 3, size, size) in [0, 1].
+
+    width: channels that the features are projected to, and that each pathway of 3×3 convolutions halves.
+    Nearly all parameters are in the pathways, at the features' resolution or half of it.
+    """
+
+    def __init__(self, shape, width=1280, size=IMAGE_SIZE):
+        super().__init__()
+        channels, height, _ = shape
+        half = max(width // 2, 1)
+        layers = ((width, half), (half, half), (half, half))
+        self.project = conv_block(channels, width, 1)
+        self.low = nn.Sequential(*(conv_block(*layer) for layer in layers))
+        self.high = nn.Sequential(*(conv_block(*layer) for layer in layers))
+        self.fusion = FrequencyFusion(2 * half)
+        self.attention = nn.Sequential(SpatialChannelAttention(2 * half), SpatialChannelAttention(2 * half))
+        self.head = ImageHead(2 * half, max(width // 32, 8), height, size)
+
+    def forward(self, z):
+        x = self.project(z)  # (B, width, H, W)
+        smooth = F.avg_pool2d(x, 2, ceil_mode=True)  # low frequencies need no more, at a quarter of the cost
+        low = resize(self.low(smooth), x.shape[2:])  # (B, width/2, H, W)
+        high = self.high(x - resize(smooth, x.shape[2:]))  # (B, width/2, H, W)
+        return self.head(self.attention(self.fusion(low, high)))
+
+
+class BandFusion(ResidualBlock):
+    """Wavelet bands mixed and weighted by channel attention (paper 3.2.2): (B, C, H, W) → (B, C, H, W)."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        # Behind ReLU, because behind BN the mean of a channel is its shift, whatever the picture.
+        self.body.insert(1, ChannelAttention(channels))
+
+
+class WaveletDecoder(nn.Module):
+    """Wavelet frequency decoder (paper 3.2.2): features (B, C, H, W) → images (B, 3, size, size) in [0, 1].
+
+    width: channels of the four subbands together, 64 each by default.
+    """
+
+    def __init__(self, shape, width=256, size=IMAGE_SIZE):
+        super().__init__()
+        channels, height, _ = shape
+        band = max(width // 4, 1)
+        width, half = 4 * band, 2 * band
+        self.bands = nn.ModuleDict()
+        for name in ("LL", "LH", "HL", "HH"):  # no ReLU at their ends: wavelet coefficients have signs
+            layers = conv_block(channels, width), conv_block(width, width), conv_bn(width, band)
+            self.bands[name] = nn.Sequential(*layers)
+        self.fusion = nn.Sequential(BandFusion(width), BandFusion(width))
+        self.refinement = nn.Sequential(ResidualBlock(width), conv_block(width, half), ResidualBlock(half))
+        self.head = ImageHead(half, max(width // 8, 8), height, size)
+
+    def forward(self, z):
+        x = torch.cat([band(z) for band in self.bands.values()], 1)  # (B, width, H, W)
+        return self.head(self.refinement(self.fusion(x)))
+
+
+def sinusoidal_positions(height, width, channels):
+    """Sines and cosines of row and column at falling frequencies (Vaswani et al. 2017): (height·width, channels)."""
+    frequencies = 10_000 ** -torch.linspace(0, 1, math.ceil(channels / 4))
+    rows, columns = (torch.arange(n)[:, None] * frequencies for n in (height, width))
+    rows = torch.cat([rows.sin(), rows.cos()], 1)[:, None].expand(-1, width, -1)
+    columns = torch.cat([columns.sin(), columns.cos()], 1)[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], 2).flatten(0, 1)[:, :channels]
+
+
+class MultiHeadAttention(nn.Module):
+    """softmax(QKᵀ/√d)V over all positions, in heads of d = 64 (paper 3.2.2): (B, N, width) → (B, N, width)."""
+
+    def __init__(self, width):
+        super().__init__()
+        inner = 64 * max(width // 64, 1)
+        # No bias: a key's moves all scores of a query alike, and the softmax takes that away.
+        self.qkv = nn.Linear(width, 3 * inner, bias=False)
+        self.out = nn.Linear(inner, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, -1, 64)).permute(2, 0, 3, 1, 4)  # (B, heads, N, 64) each
+        x = F.scaled_dot_product_attention(q, k, v)  # in tiles: never an N×N matrix
+        return self.out(x.transpose(1, 2).flatten(2))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and MLP with residuals, pre-norm (paper 3.2.2): (B, N, width) → (B, N, width)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.attention = nn.Sequential(nn.LayerNorm(width), MultiHeadAttention(width))
+        # 8 × width rather than the usual 4: attention over 12,544 positions costs far more time per
+        # channel than the MLP, so the parameters of a 512-wide transformer are cheaper here.
+        hidden = 8 * width
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x):
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+
+class AttentionDecoder(nn.Module):
+    """Attention decoder (paper 3.2.2): features (B, C, H, W) → images (B, 3, size, size) in [0, 1].
+
+    width: channels of a token; the map goes to TransposedConv with the features' own channels, or `width` if fewer.
+    """
+
+    def __init__(self, shape, width=384, size=IMAGE_SIZE):
+        super().__init__()
+        channels, height, breadth = shape
+        mapped = min(channels, width)
+        self.embed = conv_bn(channels, width, 1)
+        # Fixed: learned positions would be 4.8 million parameters at 112×112, and another count at each layer.
+        self.register_buffer("positions", sinusoidal_positions(height, breadth, width), persistent=False)
+        self.blocks = nn.Sequential(*(TransformerBlock(width) for _ in range(4)))
+        self.to_map = nn.Linear(width, mapped, bias=False)  # a bias would end in TransposedConv's first BN
+        self.decode = TransposedConv((mapped, height, breadth), size=size)
+
+    def forward(self, z):
+        x = self.embed(z).flatten(2).transpose(1, 2)  # (B, H·W, width)
+        x = self.to_map(self.blocks(x + self.positions))
+        return self.decode(x.transpose(1, 2).unflatten(2, z.shape[2:]))
+
+
+BUILDERS = {
+    "tconv": TransposedConv,
+    "frequency": FrequencyDecoder,
+    "wavelet": WaveletDecoder,
+    "attention": AttentionDecoder,
+}
+
+
+def build_decoder(decoder, shape, width=None, seed=42):
+    """Decoder `decoder` for features of `shape` (C, H, W), initialised from `seed`.
+
+    Kaiming initialisation (paper 3.3.4) as PyTorch's own layers have it, uniform with a = √5, but from the
+    true fan-in of a transposed convolution too.
+    width: the decoder's main number of channels, its own default where None. Raises UserError for an
+    unknown name.
+    """
+    if decoder not in DECODERS:
+        raise UserError(f"--decoder {decoder}: not a decoder; choose from {', '.join(DECODERS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = BUILDERS[decoder](shape, width) if width else BUILDERS[decoder](shape)
+        for layer in net.modules():
+            if isinstance(layer, nn.ConvTranspose2d):  # its weight is (in, out, k, k): "fan_out" counts what comes in
+                nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), mode="fan_out")
+    return net.to(memory_format=torch.channels_last)
