@@ -155,6 +155,7 @@ from utils import (
 )
 
 FILES = ("best.pt", "last.pt", "history.csv", "curves.png")
+KEPT_FEATURES = 2**28  # bytes of validation features that are computed once; those of shallow layers are larger
 DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
 
 
@@ -255,7 +256,7 @@ class Run:
         if config["compile"]:
             self.encoder.compile()
             self.decoder.compile()
-        self.model = self.decoder
+        self.model, self.kept = self.decoder, {}
         if world > 1:
             if device.type == "cuda":
                 self.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.decoder)
@@ -322,8 +323,24 @@ class Run:
 
     def reconstruct(self, decoder, images):
         """What `decoder` makes of the features of `images`, in float32 even with --amp, as the losses want it."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config["amp"]):
+        with self.autocast():
             return decoder(self.encoder(images)).float()
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config["amp"])
+
+    def validation_features(self, number, images):
+        """Features of the validation batch `number`, kept for the next epoch if those of all batches are not too large.
+
+        Deep layers have small features that take most of an epoch's time.
+        """
+        if number in self.kept:
+            return self.kept[number]
+        with self.autocast():
+            features = self.encoder(images)
+        if features.nbytes * len(self.images["val"].names) <= KEPT_FEATURES * len(images):
+            self.kept[number] = features
+        return features
 
     def set_training(self):
         """Training mode; once --freeze-bn steps are done, batch norm normalises as it will in validation."""
@@ -381,9 +398,13 @@ class Run:
         self.decoder.eval()
         pixels, size = self.images["val"].pixels[self.rank :: self.world], self.config["batch_size"]
         sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        for part in tqdm(pixels.split(size), "Validation", unit="step", leave=False, disable=self.bars):
+        parts = tqdm(pixels.split(size), "Validation", unit="step", leave=False, disable=self.bars)
+        for number, part in enumerate(parts):
             batch = data.center_crops(part)
-            sums[:4] += terms(self.reconstruct(self.decoder, batch), batch, self.config, self.lpips).sum(1)
+            features = self.validation_features(number, batch)
+            with self.autocast():
+                output = self.decoder(features).float()
+            sums[:4] += terms(output, batch, self.config, self.lpips).sum(1)
             sums[4] += len(batch)
             if self.world == 1:  # several processes may have unequal numbers of batches
                 signals.check()

@@ -271,6 +271,16 @@ def test_frozen_batch_norm(photos, tmp_path):
     assert counts == [1, 1]  # of four steps
 
 
+@pytest.mark.parametrize(("limit", "again"), [(train.KEPT_FEATURES, 0), (0, 1)])
+def test_validation_features_are_computed_once_if_small(photos, tmp_path, monkeypatch, limit, again):
+    monkeypatch.setattr(train, "KEPT_FEATURES", limit)
+    job, calls = job_for(photos, tmp_path, encoder="alexnet", layer="conv3"), []
+    job.encoder.register_forward_hook(lambda *args: calls.append(1))
+    first = job.validate(train.Signals(job.device))
+    assert len(calls) == 1  # one batch
+    assert job.validate(train.Signals(job.device)) == first and len(calls) == 1 + again
+
+
 def test_fast_changes_the_optimisation_only():
     fast = yaml.safe_load((REPOSITORY / "configs" / "fast.yaml").read_text())
     assert set(fast) == {"epochs", "lr", "schedule", "freeze_bn"}
