@@ -281,6 +281,8 @@ def evaluate(args):
     rank, world, device = start_processes(select_device(args.device))
     bars = disable_bars(args, rank)
     if args.invert:
+        if world > 1:
+            raise UserError("--invert: works in one process; start it without torchrun")
         from invert import invert_test_images
 
         return invert_test_images(args, device, bars)

@@ -18,13 +18,13 @@ COLUMNS = METRICS | {"feature_error": "feature error ↓"}
 
 
 def total_variation(images):
-    """Mean squared difference of neighbouring pixels, per image (B,), of (B, 3, H, W) (their section 3.2, β = 2)."""
+    """Mean squared difference of neighbouring pixels, per image (B,), of (B, 3, H, W): the prior, with β = 2."""
     across, down = images.diff(dim=3).square(), images.diff(dim=2).square()
     return across.mean((1, 2, 3)) + down.mean((1, 2, 3))
 
 
 def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=0.3, bars=None):
-    """Images (B, 3, 224, 224) in [0, 1] whose features are those given (B, C, H, W), found from `start`.
+    """Images (B, 3, H, W) in [0, 1] like `start` whose features are those given (B, C, H, W), found from `start`.
 
     Minimises ‖φ(x) − φ‖² / ‖φ‖² + tv_weight · total variation by Adam, whose rate falls to 0 as a cosine. Each image
     is by itself, whatever the batch.
@@ -32,7 +32,7 @@ def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=0.3, bars=None
     images = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([images], lr=lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    size = features.square().sum((1, 2, 3))
+    size = features.square().sum((1, 2, 3)).clamp_min(1e-12)
     for _ in tqdm(range(steps), "Inverting", unit="step", leave=False, disable=bars):
         distance = (encoder.features(images) - features).square().sum((1, 2, 3)) / size
         optimizer.zero_grad()
@@ -55,7 +55,7 @@ def noise(batch, first, seed=42):
 
 @torch.no_grad()
 def mean_pairwise_distance(encoder, pixels, device, batch_size=4):
-    """Mean Euclidean distance of the features of two different images, by which the paper normalises (section 4).
+    """Mean Euclidean distance of the features of two different images, by which Mahendran & Vedaldi normalise.
 
     pixels: uint8 (N, 256, 256, 3), at least two.
     """
