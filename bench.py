@@ -2,7 +2,7 @@
 
   python bench.py
   python bench.py --json bench.json
-  python bench.py --data FOLDER            on photographs from its train/, rather than on 2K PNGs made here
+  python bench.py --data FOLDER            on its training images, rather than on 2K PNGs made here
 
 Plain: eager, NCHW, 2K PNGs decoded and resized every epoch by four workers, LPIPS from the lpips package, which
 computes the target's features under autograd, and a look at the loss every step. It has a process of its own, and
@@ -19,7 +19,7 @@ def make_parser():
     """The flags."""
     parser = Parser(__doc__)
     parser.add_argument("--json", help="file for the figures")
-    parser.add_argument("--data", help="folder whose train/ to take photographs from (default: 2K PNGs, made here)")
+    parser.add_argument("--data", help="folder whose training images to take (default: 2K PNGs, made here)")
     parser.add_argument("--images", type=positive_int, default=60, help="photographs to train on")
     parser.add_argument("--rounds", type=positive_int, default=5, help="of six steps, plain and ours by turns")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -43,7 +43,7 @@ import lpips as lpips_package
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
@@ -76,10 +76,12 @@ def make_photographs(folder, count):
 
 
 def link_photographs(source, folder, count):
-    """Link `count` images of `source`/train in `folder`/train. Raises UserError if there are fewer."""
-    files = sorted(p for p in Path(source, "train").glob("*") if p.suffix.lower() in data.EXTENSIONS)[:count]
+    """Link `count` training images of `source` in `folder`/train. Raises UserError if there are fewer."""
+    folders = [Path(source, train) for train, _ in data.LAYOUTS]
+    found = (path for place in folders for path in place.glob("[!.]*") if path.suffix.lower() in data.EXTENSIONS)
+    files = sorted(found)[:count]
     if len(files) < count:
-        raise UserError(f"--data {source}: {len(files)} images in train/; --images {count} are wanted")
+        raise UserError(f"--data {source}: {len(files)} training images; --images {count} are wanted")
     Path(folder, "train").mkdir()
     for file in files:
         Path(folder, "train", file.name).symlink_to(file.resolve())
@@ -98,7 +100,7 @@ class PlainImages(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         with Image.open(self.files[index]) as image:
-            return self.transform(image.convert("RGB"))
+            return self.transform(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 class Plain:
@@ -156,7 +158,7 @@ class Plain:
         values, transform = [], T.Compose([T.Resize((256, 256)), T.CenterCrop(224), T.ToTensor()])
         for file in files:
             with Image.open(file) as picture:
-                image = transform(picture.convert("RGB"))[None].to(self.device)
+                image = transform(ImageOps.exif_transpose(picture).convert("RGB"))[None].to(self.device)
             output = self.decoder(self.encoder(self.normalize(image))).clamp(0, 1)
             x, y = (picture[0].permute(1, 2, 0).cpu().numpy() for picture in (output, image))
             psnr = peak_signal_noise_ratio(y, x, data_range=1)

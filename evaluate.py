@@ -4,7 +4,7 @@
   python evaluate.py --ckpt runs/best.pt --data FOLDER --out results
   python evaluate.py --ckpt runs/best.pt --images holiday.jpg pictures/      your own pictures
   python evaluate.py --report runs                                           the experiments, side by side
-  python evaluate.py --ckpt runs/best.pt --invert                            the ceiling: what the features still hold
+  python evaluate.py --ckpt runs/best.pt --invert                            what optimisation finds in the features
   python evaluate.py --encoder vgg16 --layer block1 --invert                 the same, from noise and without a decoder
 
 The checkpoint knows its encoder, layer, decoder and data. Writes metrics.json, per_image.csv, reconstructions.png,
@@ -21,12 +21,19 @@ from pathlib import Path
 
 from utils import LAYERS, METRICS, RESULTS, Parser, UserError, check_layer, non_negative_float, positive_int, run
 
+INVERT = {  # flags of --invert alone: type, default, help
+    "count": (positive_int, 10, "test images, evenly spaced among all"),
+    "steps": (positive_int, 300, "of Adam"),
+    "tv-weight": (non_negative_float, 0.3, "of the total variation"),
+}
+
 
 def make_parser():
     """The flags."""
     parser = Parser(__doc__)
     what = parser.add_argument_group("what to do")
     what.add_argument("--ckpt", help="measure this checkpoint, which train.py wrote (default: runs/best.pt)")
+    what = what.add_mutually_exclusive_group()
     what.add_argument("--images", nargs="+", metavar="PATH", help="instead: reconstruct these pictures and folders")
     what.add_argument("--report", metavar="RUNS", help="instead: the page and tables of the experiments in this folder")
     what.add_argument("--invert", action="store_true", help="instead: optimise pixels until their features match")
@@ -34,14 +41,13 @@ def make_parser():
     invert.add_argument("--encoder", choices=list(LAYERS), help="from noise, not from --ckpt's reconstruction")
     invert.add_argument("--layer", help="of --encoder")
     invert.add_argument("--weights", help="of --encoder: `imagenet`, `random` or a file (default: imagenet)")
-    invert.add_argument("--count", type=positive_int, default=10, help="test images, evenly spaced; half a minute each")
-    invert.add_argument("--steps", type=positive_int, default=300, help="of Adam")
-    invert.add_argument("--tv-weight", type=non_negative_float, default=0.3, help="of the total variation")
+    for flag, (kind, value, text) in INVERT.items():
+        invert.add_argument(f"--{flag}", type=kind, help=f"{text} (default: {value})")
     how = parser.add_argument_group("how")
-    how.add_argument("--data", help="folder whose test images to use, or `sample` (default: the training's)")
-    how.add_argument("--out", help="folder for the results (default: the checkpoint's)")
+    how.add_argument("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
+    how.add_argument("--out", help="folder for the results (default: the checkpoint's; from noise: runs/noise_…)")
     how.add_argument("--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it")
-    how.add_argument("--cache", help="folder of decoded images (default: the training's)")
+    how.add_argument("--cache", help="folder of decoded images (default: the checkpoint's)")
     how.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     how.add_argument("--quiet", action="store_true", help="no progress bars")
     how.add_argument("--bars", action="store_true", help="progress bars even where there is no terminal")
@@ -51,8 +57,12 @@ def make_parser():
 def parse_args(argv=None):
     """The command line → argparse.Namespace. Raises UserError."""
     args = make_parser().parse_args(argv)
-    if args.encoder and not args.invert:
-        raise UserError("--encoder: only with --invert; a checkpoint knows its own")
+    given = [flag for flag in ("encoder", *INVERT) if getattr(args, flag.replace("-", "_")) is not None]
+    if given and not args.invert:
+        raise UserError(f"--{given[0]}: only with --invert")
+    for flag, (_, value, _) in INVERT.items():
+        if flag not in given:
+            setattr(args, flag.replace("-", "_"), value)
     if args.encoder and args.ckpt:
         raise UserError("--encoder with --ckpt: the checkpoint knows its own; give one of them")
     if (args.layer or args.weights) and not args.encoder:
@@ -126,8 +136,8 @@ def evaluate_model(encoder, decoder, pixels, batch_size=4, bars=None, protocol="
     """Reconstruct the central 224×224 of `pixels`, uint8 (N, 256, 256, 3), and measure each image.
 
     Returns {"psnr" (dB), "ssim", "lpips": float64 arrays (N,)} and the milliseconds an image that
-    encoder and decoder took together, the median over the batches. The networks' device is used; bars: tqdm's
-    `disable`; protocol: that of the training.
+    encoder and decoder took together, the median over the batches, without the first, slow one where there are more.
+    The networks' device is used; bars: tqdm's `disable`; protocol: that of the training.
     """
     device = next(decoder.parameters()).device
     lpips = LPIPS().to(device)
@@ -142,7 +152,7 @@ def evaluate_model(encoder, decoder, pixels, batch_size=4, bars=None, protocol="
             for name, value in measure(output, data.target(batch, protocol).clamp(0, 1), lpips, protocol).items():
                 values[name] += value
             bar.update(len(batch))
-    return {name: np.array(value) for name, value in values.items()}, 1000 * float(np.median(seconds))
+    return {name: np.array(value) for name, value in values.items()}, 1000 * float(np.median(seconds[1:] or seconds))
 
 
 def wait(device):
@@ -182,12 +192,12 @@ def draw_grid(rows, path):
     columns = len(next(iter(rows.values())))
     figure = Figure(figsize=(2.2 * columns + 0.4, 2.4 * len(rows)), layout="constrained")
     for line, (label, cells) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
-        line[0].set_ylabel(label)
+        line[0].set_ylabel(label, parse_math=False)  # names of files and folders may have a $
         for axis, cell in zip(line, cells, strict=True):
             axis.set(xticks=[], yticks=[])
             if cell:
                 axis.imshow(cell[0])
-                axis.set_title(cell[1], fontsize=8)
+                axis.set_title(cell[1], fontsize=8, parse_math=False)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=100)
 

@@ -1,4 +1,7 @@
-"""The ceiling: pixels optimised until their features are the image's own (Mahendran & Vedaldi 2015)."""
+"""Pixels optimised until their features are the image's own (Mahendran & Vedaldi 2015).
+
+What they recover is a lower bound on what the features hold, and at shallow layers far above any decoder.
+"""
 
 import csv
 import json
@@ -44,11 +47,11 @@ def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=0.3, bars=None
     return images.detach()
 
 
-def noise(batch, first, seed=42):
-    """Grey with a little noise, (B, 3, 224, 224) like `batch`; an image's depends on its number and the seed alone."""
+def noise(batch, first):
+    """Grey with a little noise, (B, 3, H, W) like `batch`, whose first image is number `first` of those to invert."""
     draws = []
     for number in range(first, first + len(batch)):
-        generator = torch.Generator().manual_seed(seed * 100_003 + number)
+        generator = torch.Generator().manual_seed(number)
         draws.append(torch.randn(batch.shape[1:], generator=generator))
     return (0.5 + 0.05 * torch.stack(draws)).clamp(0, 1).to(batch.device)
 
@@ -68,7 +71,7 @@ def invert_split(encoder, decoder, pixels, scale, batch_size=4, bars=None, **opt
     """Invert the features of uint8 `pixels` (N, 256, 256, 3), from what `decoder` makes of them, or from noise if None.
 
     scale: what feature errors ‖φ(x) − φ‖ are divided by. Returns pictures {"original", "start", "inversion":
-    (N, 3, 224, 224) in [0, 1]} and, for start and inversion, {column of COLUMNS: (N,)}.
+    N tensors (3, 224, 224) in [0, 1]} and, for start and inversion, {column of COLUMNS: (N,)}.
     """
     lpips = LPIPS().to(encoder.mean.device)
     pictures = {"original": [], "start": [], "inversion": []}
@@ -120,7 +123,8 @@ def invert_test_images(args, device, bars):
         about = {name: getattr(args, name) for name in ("encoder", "layer")} | {"weights": args.weights or "imagenet"}
         encoder, decoder = Encoder(**about), None
         about |= {"start": "noise", "data": data.resolve(args.data)}
-        cache, out = args.cache, Path("runs", f"noise_{args.encoder}_{args.layer}")
+        name = f"noise_{args.encoder}_{args.layer}" + (f"_{Path(args.weights).stem}" if args.weights else "")
+        cache, out = args.cache, Path("runs", name)
     else:
         encoder, decoder, checkpoint = load_model(args.ckpt)
         config = checkpoint["config"]
@@ -134,7 +138,7 @@ def invert_test_images(args, device, bars):
     if len(images.names) < 2:
         raise UserError(f"{about['data']}: one test image; --invert divides errors by the distance of two")
     chosen = np.linspace(0, len(images.names) - 1, min(args.count, len(images.names))).round().astype(int)
-    scale = mean_pairwise_distance(encoder, images.pixels[:100], device)
+    scale = mean_pairwise_distance(encoder, images.pixels[:100], device)  # more would take memory, not precision
     options = {"steps": args.steps, "tv_weight": args.tv_weight}
     about |= options | {"images": len(chosen), "mean_pairwise_distance": scale}
     print(

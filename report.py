@@ -74,17 +74,22 @@ def measured(folder):
     row["minutes"] = sum(seconds) / 60 if seconds else None
     weights = {"imagenet": "", "random": "random weights (control)"}.get(row["weights"], f"weights {row['weights']}")
     protocol = "" if row["protocol"] == "documented" else f"protocol {row['protocol']}"
-    row["note"] = "; ".join(filter(None, (weights, protocol, ceiling(folder))))
+    row["note"] = "; ".join(filter(None, (weights, protocol, inversion(folder, metrics))))
     return row
 
 
-def ceiling(folder):
-    """What the features still hold, by inversion.json in `folder` (invert.py), or "" if it is not there."""
+def inversion(folder, metrics):
+    """What inversion.json in `folder` (invert.py) says of the checkpoint and data that `metrics` are of, or ""."""
     if not (folder / "inversion.json").exists():
         return ""
-    found = json.loads((folder / "inversion.json").read_text())
-    psnr = {kind: found["metrics"][kind]["psnr"]["mean"] for kind in ("start", "inversion")}
-    return f"inverted: {psnr['inversion']:.2f} dB from {psnr['start']:.2f} ({found['images']} images)"
+    try:
+        found = json.loads((folder / "inversion.json").read_text())
+        if "ckpt" not in found or found["data"] != metrics["data"]:
+            return ""
+        psnr = {kind: found["metrics"][kind]["psnr"]["mean"] for kind in ("start", "inversion")}
+        return f"inverted: {psnr['inversion']:.2f} dB from {psnr['start']:.2f} ({found['images']} images)"
+    except (ValueError, KeyError, TypeError) as error:
+        return f"inversion.json is not that of evaluate.py ({error!r}); invert again"
 
 
 def read_history(folder):
@@ -115,6 +120,7 @@ def write_report(runs):
     write_text(runs / "results.md", table)
     draw_results(rows, runs / "results.png")
     images = test_images(runs, rows)
+    (runs / "grid.png").unlink(missing_ok=True)
     if images:
         draw_images(images, runs / "grid.png")
     write_text(runs / "report.html", page(runs, rows, images))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train and evaluate all fifteen experiments into runs/<name>/, then write runs/report.html and runs/results.{md,csv,png}.
+# Train and evaluate all fifteen experiments into runs/<name>/, then write runs/report.html, results.{md,csv,png} and grid.png.
 #
 #   bash run_all.sh                                      everything that is not done yet
 #   bash run_all.sh --data sample --epochs 1             flags of train.py, passed to every run

@@ -332,7 +332,7 @@ class Run:
     def validation_features(self, number, images):
         """Features of the validation batch `number`, kept for the next epoch if those of all batches are not too large.
 
-        Deep layers have small features that take most of an epoch's time.
+        Deep layers have small features that take most of a validation's time.
         """
         if number in self.kept:
             return self.kept[number]

@@ -70,7 +70,7 @@ def check(runs, seed=0):
             for i, tile in enumerate(data.sample_tiles(split).pixels[:count]):
                 Image.fromarray(tile.numpy()).save(folder / split / f"{i}.png")
         flags = ["--data", folder, "--cache", folder / "cache", "--epochs", 4, "--batch-size", 1, "--width", 8]
-        flags += ["--lr", "1e-3", "--schedule", "onecycle", "--freeze-bn", 10, "--resume", "--quiet", "--out"]
+        flags += ["--lr", "1e-3", "--resume", "--quiet", "--out"]
 
         def start(out):
             process = context.Process(target=run, args=([*map(str, flags), str(out)], folder / "log.txt"))

@@ -20,5 +20,5 @@ def test_plain_loop_trains_as_ours_does(photos):
 def test_own_photographs(photos, tmp_path):
     bench.link_photographs(photos, tmp_path, 3)
     assert sorted(path.name for path in (tmp_path / "train").iterdir()) == ["00.png", "01.png", "02.png"]
-    with pytest.raises(UserError, match="10 images in train/; --images 60"):
+    with pytest.raises(UserError, match="10 training images; --images 60"):
         bench.link_photographs(photos, tmp_path, 60)

@@ -105,9 +105,18 @@ def test_page_has_the_test_images_and_every_reconstruction(content, runs):
     assert (runs / "report.html").stat().st_size < 30e6
 
 
-def test_grid_shows_the_originals_above_every_experiment(runs):
+def test_grid_shows_the_originals_above_every_experiment(content, runs, monkeypatch, tmp_path):
     with Image.open(runs / "grid.png") as picture:
-        assert picture.height > 14 * 200 and picture.width > 6 * 200  # an original and thirteen experiments
+        assert picture.height > 14 * 200 and picture.width > 6 * 200
+    grids = []
+    monkeypatch.setattr(report, "draw_grid", lambda grid, path: grids.append(grid))
+    report.draw_images(content["images"], tmp_path / "grid.png")
+    assert list(grids[0]) == ["original", *(name for name in NAMES if name not in (UNRUN, FAILED))]
+    expected = data.center_crops(thirty_tiles()[29:])[0].permute(1, 2, 0).numpy()
+    for label, factor in (("original", 1), (NAMES[0], 0.75)):
+        picture, caption = grids[0][label][-1]  # the last of six test images
+        assert np.abs(np.asarray(picture) / 255 - factor * expected).mean() < 0.02
+    assert caption == "11.00 dB"
 
 
 def test_other_runs_join_the_fifteen(runs, tmp_path):

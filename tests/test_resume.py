@@ -28,7 +28,7 @@ def whole(photos, tmp_path_factory):
     for schedule in ("plateau", "onecycle"):
         out = tmp_path_factory.mktemp(schedule)
         flags = ["--data", photos, "--epochs", 2, "--batch-size", 3, "--lr", 1e-3, "--schedule", schedule]
-        flags += ["--width", 8, "--quiet"]
+        flags += ["--width", 8, "--quiet", *(["--freeze-bn", 2] if schedule == "onecycle" else [])]
         train.train(parse(*flags, "--out", out))
         runs[schedule] = (flags, out)
     return runs
@@ -208,6 +208,7 @@ def test_two_gloo_processes(photos, tmp_path):
         f"torch.save([job.decoder.state_dict(), job.history], f'{tmp_path}/rank{{job.rank}}.pt')\n"
     )
     flags = ["--data", photos, "--out", tmp_path / "run", "--epochs", 2, "--batch-size", 2, "--lr", 1e-3, "--width", 8]
+    flags += ["--freeze-bn", 3]  # of four steps
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29511"]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [str(part) for part in [*launch, script, *flags]]
