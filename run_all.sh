@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train and evaluate all fifteen experiments into runs/<name>/, then write runs/report.html, results.{md,csv,png} and grid.png.
+# Train and evaluate all fifteen experiments into runs/<name>/, then write report.html, results.{md,csv,png} and
+# grid.png to runs/.
 #
 #   bash run_all.sh                                      everything that is not done yet
 #   bash run_all.sh --data sample --epochs 1             flags of train.py, passed to every run
