@@ -161,7 +161,7 @@ def draw_results(rows, path):
             axis.barh(places + shift, values, 0.4, label=prefix)
         axis.set(xlabel=label, yticks=places, yticklabels=[row["experiment"] for row in rows])
         axis.invert_yaxis()
-        axis.legend()
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=100)
 
