@@ -227,14 +227,15 @@ def draw_histograms(values, path):
         figure.savefig(temporary, dpi=100)
 
 
-def write_samples(encoder, decoder, pixels, path, count=24):
-    """A zip of `count` evenly spaced test images and their reconstructions as JPEGs, for the page (report.py).
+def write_samples(encoder, decoder, pixels, path, protocol="documented", count=24):
+    """A zip of `count` evenly spaced test images, as the metrics see them, and their reconstructions, for the page.
 
-    The members are N-original.jpg and N-reconstruction.jpg, N being the image's row in per_image.csv, from 0.
+    The members are N-original.jpg and N-reconstruction.jpg, N being the image's row in per_image.csv, from 0
+    (report.py reads them).
     """
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for i in np.linspace(0, len(pixels) - 1, min(count, len(pixels))).round().astype(int):
-            pair = reconstruct(encoder, decoder, pixels[i])
+            pair = reconstruct(encoder, decoder, pixels[i], protocol)
             for kind, picture in zip(("original", "reconstruction"), pair, strict=True):
                 with archive.open(f"{i:05}-{kind}.jpg", "w") as file:  # with full colour, for 5× differences
                     to_image(picture[0]).save(file, "JPEG", quality=90, subsampling=0)
@@ -265,20 +266,23 @@ def picture_files(paths):
 
 
 @torch.no_grad()
-def reconstruct_pictures(encoder, decoder, files, out, bars=None):
-    """Write original | reconstruction | 5× difference of each file, its central square at 224×224, to `out`."""
+def reconstruct_pictures(encoder, decoder, files, out, bars=None, protocol="documented"):
+    """Write original | reconstruction | 5× difference of each file, its central square at 224×224, to `out`.
+
+    protocol: that of the training; of `published`, the original is what its metrics see.
+    """
     device = next(decoder.parameters()).device
     size = (IMAGE_SIZE, IMAGE_SIZE)
     squares = [ImageOps.fit(data.read_image(file), size, Image.Resampling.BILINEAR) for file in files]  # or an error
     pairs = zip(files, squares, strict=True)
     for number, (file, square) in enumerate(tqdm(pairs, "Reconstructing", len(files), unit="image", disable=bars)):
         image = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].to(device).float() / 255
-        output = decoder(encoder(image)).clamp(0, 1)
-        strip = torch.cat([image, output, (5 * (image - output).abs()).clamp(0, 1)], dim=3)[0]
+        output, target = decoder(encoder(image)).clamp(0, 1), data.target(image, protocol).clamp(0, 1)
+        strip = torch.cat([target, output, (5 * (target - output).abs()).clamp(0, 1)], dim=3)[0]
         name = file.stem if [f.stem for f in files].count(file.stem) == 1 else f"{file.stem}-{number + 1}"
         with atomic(out / f"{name}.png") as temporary:
             to_image(strip).save(temporary)
-        print(f"{file}: {psnr(output, image).item():.2f} dB, {out / f'{name}.png'}")
+        print(f"{file}: {psnr(output, target).item():.2f} dB, {out / f'{name}.png'}")
 
 
 def evaluate(args):
@@ -299,10 +303,10 @@ def evaluate(args):
     encoder, decoder, checkpoint = load_model(args.ckpt)
     encoder, decoder = encoder.to(device), decoder.to(device)
     out = args.out or Path(args.ckpt).parent
+    config = checkpoint["config"]
     if args.images:
         files = picture_files(args.images)
-        return reconstruct_pictures(encoder, decoder, files, make_folder(Path(out, "images")), bars)
-    config = checkpoint["config"]
+        return reconstruct_pictures(encoder, decoder, files, make_folder(Path(out, "images")), bars, config["protocol"])
     source = data.resolve(args.data or config["data"])
     images = data.load_split(source, "test", args.cache or config["cache"], config["protocol"], bars)
     out = make_folder(out)
@@ -337,7 +341,7 @@ def write_evaluation(encoder, decoder, checkpoint, source, images, values, milli
     write_per_image(images.names, values, per_image)
     draw_reconstructions(encoder, decoder, images, values, pictures, config["protocol"])
     draw_histograms(values, histograms)
-    write_samples(encoder, decoder, images.pixels, samples)
+    write_samples(encoder, decoder, images.pixels, samples, config["protocol"])
     write_text(numbers, json.dumps(metrics | about, indent=2))  # last: where it is, the others are
     add_test_metrics(out, checkpoint["epoch"], {name: metrics[name]["mean"] for name in METRICS})
 

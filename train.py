@@ -13,7 +13,6 @@ import math
 import os
 import reprlib
 import shlex
-import signal
 import sys
 import time
 
@@ -140,6 +139,7 @@ from tqdm import tqdm
 
 import data
 from models import LPIPS, build_model, count_parameters, feature_shape
+from signals import Interrupted, Signals
 from tracker import COLUMNS, EVENTS, Tracker, draw_curves, epoch_line, write_history
 from utils import (
     INVERSION,
@@ -157,41 +157,6 @@ from utils import (
 FILES = ("best.pt", "last.pt", "history.csv", "curves.png")
 KEPT_FEATURES = 2**28  # bytes of validation features that are computed once; those of shallow layers are larger
 DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
-
-
-class Interrupted(Exception):
-    """SIGINT, SIGTERM or SIGUSR1 (SLURM's pre-emption) arrived; the step that was running is done."""
-
-
-class Signals:
-    """Within `with`: remembers the first of the stopping signals; the second one ends the process at once."""
-
-    def __init__(self, device):
-        self.received, self.device = 0, device
-
-    def __enter__(self):
-        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def handle(self, number, frame):
-        if self.received:
-            os._exit(128 + number)
-        self.received = number
-
-    def check(self):
-        """Raise Interrupted if any process has received a signal."""
-        received = self.received
-        if dist.is_initialized():
-            flag = torch.tensor(received, device=self.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            received = int(flag)
-        if received:
-            self.received = received
-            raise Interrupted
 
 
 def terms(output, images, config, lpips):
@@ -321,13 +286,15 @@ class Run:
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise UserError(f"{path}: not the last.pt of such a run ({error})") from None
 
-    def reconstruct(self, decoder, images):
-        """What `decoder` makes of the features of `images`, in float32 even with --amp, as the losses want it."""
-        with self.autocast():
-            return decoder(self.encoder(images)).float()
+    def encode(self, images):
+        """Features of `images` (B, 3, 224, 224) in [0, 1]; bfloat16 with --amp."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config["amp"]):
+            return self.encoder(images)
 
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config["amp"])
+    def decode(self, decoder, features):
+        """Images from `features`, in float32 even with --amp, as the losses want them."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config["amp"]):
+            return decoder(features).float()
 
     def validation_features(self, number, images):
         """Features of the validation batch `number`, kept for the next epoch if those of all batches are not too large.
@@ -336,8 +303,7 @@ class Run:
         """
         if number in self.kept:
             return self.kept[number]
-        with self.autocast():
-            features = self.encoder(images)
+        features = self.encode(images)
         if features.nbytes * len(self.images["val"].names) <= KEPT_FEATURES * len(images):
             self.kept[number] = features
         return features
@@ -352,7 +318,7 @@ class Run:
 
     def train_step(self, batch):
         """One step of the optimiser on `batch`, (B, 3, 224, 224) in [0, 1]; its terms, without gradient."""
-        values = terms(self.reconstruct(self.model, batch), batch, self.config, self.lpips)
+        values = terms(self.decode(self.model, self.encode(batch)), batch, self.config, self.lpips)
         self.optimizer.zero_grad()
         values[0].mean().backward()
         self.optimizer.step()
@@ -401,9 +367,7 @@ class Run:
         parts = tqdm(pixels.split(size), "Validation", unit="step", leave=False, disable=self.bars)
         for number, part in enumerate(parts):
             batch = data.center_crops(part)
-            features = self.validation_features(number, batch)
-            with self.autocast():
-                output = self.decoder(features).float()
+            output = self.decode(self.decoder, self.validation_features(number, batch))
             sums[:4] += terms(output, batch, self.config, self.lpips).sum(1)
             sums[4] += len(batch)
             if self.world == 1:  # several processes may have unequal numbers of batches

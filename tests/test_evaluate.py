@@ -138,6 +138,12 @@ def test_published_metrics(photos, tmp_path, run_train, run_evaluate):
     assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(target, output, data_range=1), abs=1e-3)
     expected = structural_similarity(target, output, data_range=1, channel_axis=0)
     assert float(row["ssim"]) == pytest.approx(expected, abs=1e-4)
+    with zipfile.ZipFile(tmp_path / "reconstructions.zip") as archive, archive.open("00000-original.jpg") as file:
+        assert np.abs(np.asarray(Image.open(file)) / 255 - target.transpose(1, 2, 0)).mean() < 0.02
+    tv.to_pil_image(image[0]).save(tmp_path / "crop.png")
+    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--images", tmp_path / "crop.png") == 0
+    with Image.open(tmp_path / "images" / "crop.png") as strip:
+        assert np.abs(np.asarray(strip)[:, :224] / 255 - target.transpose(1, 2, 0)).max() < 0.003
 
 
 def test_samples_for_the_page(trained, photos, tmp_path, run_evaluate):

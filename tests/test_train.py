@@ -236,7 +236,7 @@ def test_amp_computes_in_bfloat16_and_returns_float32(photos):
         job = job_for(photos)
         job.config["amp"] = amp
         job.decoder.size = (32, 32)  # small, because bfloat16 is slow on a CPU
-        outputs.append(job.reconstruct(job.decoder.eval(), image).detach())
+        outputs.append(job.decode(job.decoder.eval(), job.encode(image)).detach())
     exact, rounded = outputs
     assert rounded.dtype == torch.float32 and rounded.shape == exact.shape
     assert 1e-5 < (exact - rounded).abs().max() < 0.02
@@ -264,9 +264,9 @@ def test_frozen_batch_norm(photos, tmp_path):
         job.train_epoch(signals)
         counts.append(int(job.decoder.upsample[1].num_batches_tracked))
         job.set_training()
-        trained_on = job.reconstruct(job.model, batch).detach()
+        trained_on = job.decode(job.model, job.encode(batch)).detach()
         job.validate(signals)
-        assert torch.equal(trained_on, job.reconstruct(job.decoder, batch).detach())
+        assert torch.equal(trained_on, job.decode(job.decoder, job.encode(batch)).detach())
         job.epoch, job.step = 1, 0
     assert counts == [1, 1]  # of four steps
 
