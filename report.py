@@ -79,12 +79,15 @@ def measured(folder):
 
 
 def inversion(folder, metrics):
-    """What inversion.json in `folder` (invert.py) says of the checkpoint and data that `metrics` are of, or ""."""
+    """What inversion.json in `folder` (invert.py) says of the networks and data that `metrics` are of, or ""."""
     if not (folder / "inversion.json").exists():
         return ""
     try:
         found = json.loads((folder / "inversion.json").read_text())
-        if "ckpt" not in found or found["data"] != metrics["data"]:
+        config = metrics["config"]
+        same = {name: config[name] for name in ("encoder", "layer", "weights")}
+        same |= {"start": config["decoder"], "data": metrics["data"]}
+        if any(found.get(name) != value for name, value in same.items()):
             return ""
         psnr = {kind: found["metrics"][kind]["psnr"]["mean"] for kind in ("start", "inversion")}
         return f"inverted: {psnr['inversion']:.2f} dB from {psnr['start']:.2f} ({found['images']} images)"
@@ -159,7 +162,8 @@ def draw_results(rows, path):
             key = metric if prefix == "measured" else f"published_{metric}"
             values = [math.nan if row.get(key) is None else row[key] for row in rows]
             axis.barh(places + shift, values, 0.4, label=prefix)
-        axis.set(xlabel=label, yticks=places, yticklabels=[row["experiment"] for row in rows])
+        axis.set_xlabel(label)
+        axis.set_yticks(places, [row["experiment"] for row in rows], parse_math=False)  # a folder's name may have a $
         axis.invert_yaxis()
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     with atomic(path) as temporary:

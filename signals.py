@@ -12,7 +12,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Within `with`: remembers the first of the stopping signals; the second one ends the process at once."""
+    """Within `with`: remembers the first of the stopping signals; a SIGINT after it ends the process at once."""
 
     def __init__(self, device):
         self.received, self.device = 0, device
@@ -26,9 +26,9 @@ class Signals:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        if self.received:
+        if self.received and number == signal.SIGINT:  # a launcher may send the others twice
             os._exit(128 + number)
-        self.received = number
+        self.received = self.received or number
 
     def check(self):
         """Raise Interrupted if any process has received a signal."""

@@ -30,7 +30,7 @@ from utils import (
     positive_float,
     positive_int,
     run,
-    seed_number,
+    whole_number,
 )
 
 # Flags that say how to run, not what: they are not part of a run's configuration.
@@ -57,12 +57,14 @@ def make_parser():
     how.add_argument("--batch-size", type=positive_int, default=4, help="images a step, per process")
     how.add_argument("--lr", type=positive_float, default=1e-4, help="Adam's learning rate; onecycle: the highest")
     how.add_argument("--schedule", choices=["plateau", "onecycle"], default="plateau", help="of the learning rate")
-    how.add_argument("--freeze-bn", type=positive_int, metavar="STEPS", help="after these, fix batch norm's statistics")
+    how.add_argument(
+        "--freeze-bn", type=whole_number, default=0, metavar="STEPS", help="then fix batch norm's statistics; 0: never"
+    )
     how.add_argument("--patience", type=positive_int, default=15, help="epochs without a better validation loss")
     how.add_argument("--mse-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
     how.add_argument("--lpips-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
     how.add_argument("--protocol", choices=PROTOCOLS, default="documented", help="published: the study's code")
-    how.add_argument("--seed", type=seed_number, default=42, help="of initialisation, order, crops and flips")
+    how.add_argument("--seed", type=whole_number, default=42, help="of initialisation, order, crops and flips")
     running = parser.add_argument_group("running")
     running.add_argument("--config", help="YAML file with values of these flags; the command line wins")
     running.add_argument("--out", default="runs", help="folder of this run")
@@ -70,14 +72,10 @@ def make_parser():
     again.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     running.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    running.add_argument(
-        "--deterministic",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="repeatable on CUDA too, where it can be",
-    )
-    running.add_argument("--amp", action="store_true", help="encoder and decoder in bfloat16 (slow on most CPUs)")
-    running.add_argument("--compile", action="store_true", help="torch.compile them first; for long runs")
+    switch = argparse.BooleanOptionalAction
+    running.add_argument("--deterministic", action=switch, default=True, help="repeatable on CUDA too, where it can be")
+    running.add_argument("--amp", action=switch, default=False, help="encoder and decoder in bfloat16 (slow on CPUs)")
+    running.add_argument("--compile", action=switch, default=False, help="torch.compile them first; for long runs")
     running.add_argument("--tracker", choices=TRACKERS, default="tensorboard", help="live curves; wandb: install it")
     running.add_argument("--quiet", action="store_true", help="no progress: neither bars nor a line an epoch")
     running.add_argument("--bars", action="store_true", help="progress bars even where there is no terminal")
@@ -112,7 +110,8 @@ def read_config(path, parser):
             raise UserError(f"--config {path}: unknown key {reprlib.repr(key)}; the keys are {', '.join(actions)}")
         name, default = key.replace("_", "-"), actions[key].default
         if isinstance(default, bool) and isinstance(value, bool):
-            flags += [f"--{name}"] if value else [f"--no-{name}"] if default else []
+            negated = isinstance(actions[key], argparse.BooleanOptionalAction)
+            flags += [f"--{name}"] if value else [f"--no-{name}"] if negated else []
         elif isinstance(value, (str, int, float)) and not isinstance(value, bool) and not isinstance(default, bool):
             flags.append(f"--{name}={value}")
         elif value is not None or default is not None:
@@ -218,6 +217,7 @@ class Run:
         names = ("encoder", "layer", "decoder", "weights", "width", "seed", "protocol")
         self.encoder, self.decoder = (m.to(device) for m in build_model(**{name: config[name] for name in names}))
         self.lpips = LPIPS().to(device) if config["lpips_weight"] else None
+        self.features = feature_shape(self.encoder)
         if config["compile"]:
             self.encoder.compile()
             self.decoder.compile()
@@ -240,7 +240,7 @@ class Run:
 
     def describe(self):
         """What will happen, in three lines."""
-        c, shape = self.config, " × ".join(map(str, feature_shape(self.encoder)))
+        c, shape = self.config, " × ".join(map(str, self.features))
         train, val = (len(self.images[name].names) for name in ("train", "val"))
         return (
             f"{c['encoder']} {c['layer']}, {c['weights']} weights: features {shape}\n"
@@ -351,7 +351,8 @@ class Run:
                     bar.set_postfix(loss=f"{losses[-1]:.4f}")
                     losses.clear()
                 self.seconds = time.perf_counter() - start
-                if self.world == 1 or self.step % 20 == 0 or self.step == self.steps:  # to ask the others costs time
+                ask = self.world == 1 or self.device.type == "cpu"  # without waiting for other GPUs
+                if ask or self.step % 20 == 0 or self.step == self.steps:
                     signals.check()
         return averages(self.sums)
 
@@ -450,18 +451,24 @@ def claim(out, resume, overwrite):
     return lock
 
 
-def train(args):
-    """Train as `args` (a Namespace of the flags) say, and write the run's files."""
+def set_up(device, deterministic=True):
+    """Repeatable algorithms, where there are, or else the fastest; TF32 on CUDA; freed memory kept."""
     keep_freed_memory()
-    if args.deterministic:
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.manual_seed(args.seed)
-    rank, world, device = start_processes(select_device(args.device))
+    torch.backends.cudnn.benchmark = not deterministic
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cudnn.benchmark = not args.deterministic
+        torch.set_float32_matmul_precision("high")
+
+
+def train(args):
+    """Train as `args` (a Namespace of the flags) say, and write the run's files."""
+    device = select_device(args.device)
+    set_up(device, args.deterministic)
+    torch.manual_seed(args.seed)
+    rank, world, device = start_processes(device)
     if args.download:
         if args.data == "sample":
             raise UserError("--download --data sample: the sample needs no download; give a folder for DIV2K")
@@ -489,7 +496,8 @@ def train(args):
         with Signals(device) as signals:
             job.fit(signals)
     except Interrupted:
-        again = shlex.join([*sys.argv, *([] if args.resume else ["--resume"])])
+        again = [flag for flag in sys.argv if flag not in ("--overwrite", "--resume")]
+        again = shlex.join([*again, "--resume"])
         again = f"python {again}" if world == 1 else f"torchrun, as before, {again}"
         print(f"stopped in epoch {job.epoch + 1} after step {job.step}; go on with: {again}")
         sys.exit(128 + signals.received)

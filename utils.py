@@ -60,7 +60,7 @@ def positive_int(text):
     return at_least(int, text, 1)
 
 
-def seed_number(text):
+def whole_number(text):
     return at_least(int, text, 0, 2**32)
 
 
@@ -104,7 +104,10 @@ def run(main):
         name = f"{error.filename}: " if error.filename else ""
         sys.exit(fail(f"{name}{error.strerror or error}"))
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(fail(f"--compile: {str(error)[:200]}; leave it out, or install what it wants"))
+        short = "out of memory|allocate memory|size calculation overflowed"
+        if isinstance(error, RuntimeError) and not re.search(short, str(error)):
             raise
         sys.exit(fail(f"out of memory; a smaller --batch-size or --width needs less ({str(error)[:80]})"))
 
@@ -233,6 +236,9 @@ def start_processes(device):
 
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
+        if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+            missing = ", ".join(sorted(missing))
+            raise UserError(f"WORLD_SIZE is {world}, but {missing} not set: start with torchrun, or unset WORLD_SIZE")
         if device.type == "cuda":
             device = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
             torch.cuda.set_device(device)

@@ -22,3 +22,5 @@ def test_own_photographs(photos, tmp_path):
     assert sorted(path.name for path in (tmp_path / "train").iterdir()) == ["00.png", "01.png", "02.png"]
     with pytest.raises(UserError, match="10 training images; --images 60"):
         bench.link_photographs(photos, tmp_path, 60)
+    with pytest.raises(UserError, match="at least 6"):
+        bench.bench(bench.make_parser().parse_args(["--images", "5"]))

@@ -149,13 +149,14 @@ def bomb():
     return bytes(content)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "zero bytes", "text", "bomb"])
+@pytest.mark.parametrize("damage", ["truncated", "zero bytes", "text", "bomb", "floats"])
 def test_bad_image_is_named(own_photos, damage):
     bad = own_photos / "train" / "04.png"
     content = bad.read_bytes()
-    bad.write_bytes(
-        {"truncated": content[: len(content) // 2], "zero bytes": b"", "text": b"not an image", "bomb": bomb()}[damage]
-    )
+    floats = io.BytesIO()
+    Image.new("F", (9, 9), 0.5).save(floats, "tiff")
+    contents = {"truncated": content[: len(content) // 2], "zero bytes": b"", "text": b"not an image", "bomb": bomb()}
+    bad.write_bytes((contents | {"floats": floats.getvalue()})[damage])
     with pytest.raises(UserError, match="04.png: not an image that can be read"):
         data.load_split(str(own_photos), "train")
 

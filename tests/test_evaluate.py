@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import shutil
+import sys
 import warnings
 import zipfile
 
@@ -178,6 +179,13 @@ def test_other_data_and_folder(trained, photos, own_photos, tmp_path, run_evalua
     assert run_evaluate("--ckpt", trained / "best.pt", "--data", own_photos, "--out", tmp_path / "results") == 0
     metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
     assert (metrics["images"], metrics["data"]) == (2, str(own_photos))
+
+
+def test_interrupted_evaluation_leaves_no_old_numbers(trained, tmp_path, run_evaluate, monkeypatch):
+    (tmp_path / "metrics.json").write_text("{}")
+    monkeypatch.setattr(evaluate, "draw_histograms", lambda *_: sys.exit(143))
+    assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path, "--quiet") == 143
+    assert (tmp_path / "per_image.csv").exists() and not (tmp_path / "metrics.json").exists()
 
 
 def test_data_folder_that_is_gone(checkpoint, photos, tmp_path, run_evaluate, error_line):

@@ -148,6 +148,19 @@ def test_own_pictures(trained, tmp_path, run_evaluate, capsys):
         assert np.abs(difference - expected).max() <= 6  # each was rounded to 8 bits on its own
 
 
+def test_own_pictures_are_never_overwritten(trained, tmp_path, run_evaluate, error_line):
+    names = ["wide.jpg", "wide.png", "wide-1.jpg"]
+    (tmp_path / "images").mkdir()
+    for name in names:
+        Image.new("RGB", (20, 20), "red").save(tmp_path / "images" / name)
+    before = {path: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    for pictures in (names[1:2], names):  # the picture itself, and two of one name
+        paths = [tmp_path / "images" / name for name in pictures]
+        assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path, "--images", *paths) == 2
+        assert "would be overwritten" in error_line()
+    assert {path: path.read_bytes() for path in (tmp_path / "images").iterdir()} == before
+
+
 @pytest.mark.parametrize("kind", ["missing", "bad", "empty"])
 def test_bad_picture_is_named(trained, tmp_path, run_evaluate, error_line, kind):
     path = tmp_path / ("folder" if kind == "empty" else "picture.png")

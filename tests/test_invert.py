@@ -57,7 +57,7 @@ def test_mean_pairwise_distance_is_numpys(encoder, pixels):
     assert invert.mean_pairwise_distance(encoder, pixels, torch.device("cpu"), 2) == pytest.approx(expected, rel=1e-4)
 
 
-def test_from_a_checkpoint(trained, photos, tmp_path, run_evaluate, encoder, pixels, capsys):
+def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_evaluate, encoder, pixels, capsys):
     flags = ("--ckpt", trained / "best.pt", "--invert", "--count", 1, "--steps", 3, "--out", tmp_path, "--quiet")
     assert run_evaluate(*flags) == 0
     screen = capsys.readouterr().out
@@ -73,9 +73,10 @@ def test_from_a_checkpoint(trained, photos, tmp_path, run_evaluate, encoder, pix
     error = (encoder(output) - features).norm().item() / found["mean_pairwise_distance"]
     assert start["feature_error"]["mean"] == pytest.approx(error, rel=1e-3)
     assert inversion["feature_error"]["mean"] < start["feature_error"]["mean"]
-    assert f"inverted: {inversion['psnr']['mean']:.2f} dB from {start['psnr']['mean']:.2f}" in report.inversion(
-        tmp_path, {"data": str(photos)}
-    )
+    metrics = {"data": str(photos), "config": checkpoint["config"]}
+    note = f"inverted: {inversion['psnr']['mean']:.2f} dB from {start['psnr']['mean']:.2f}"
+    assert note in report.inversion(tmp_path, metrics)
+    assert report.inversion(tmp_path, metrics | {"config": checkpoint["config"] | {"layer": "block2"}}) == ""
     assert f"{inversion['psnr']['mean']:.4f}" in screen and "feature error" in screen
     with open(tmp_path / "inversion.csv", newline="") as file:
         (row,) = csv.DictReader(file)
@@ -83,9 +84,9 @@ def test_from_a_checkpoint(trained, photos, tmp_path, run_evaluate, encoder, pix
     with Image.open(tmp_path / "inversion.png") as picture:
         assert picture.height > 500
     (tmp_path / "inversion.json").write_text("{}")
-    assert report.inversion(tmp_path, {"data": str(photos)}) == ""
+    assert report.inversion(tmp_path, metrics) == ""
     (tmp_path / "inversion.json").write_text("[")
-    assert "invert again" in report.inversion(tmp_path, {"data": str(photos)})
+    assert "invert again" in report.inversion(tmp_path, metrics)
 
 
 def test_from_noise_and_random_weights(photos, tmp_path, run_evaluate):
@@ -105,6 +106,8 @@ def test_from_noise_and_random_weights(photos, tmp_path, run_evaluate):
         (["--invert", "--steps", "0"], "--steps: 0 is not positive"),
         (["--steps", "5"], "--steps: only with --invert"),
         (["--invert", "--images", "a.jpg"], "not allowed with argument --invert"),
+        (["--report", "runs", "--out", "elsewhere"], "--out: not with --report"),
+        (["--images", "a.jpg", "--data", "sample"], "--data: not with --images"),
     ],
 )
 def test_mistakes(flags, message, run_evaluate, error_line):

@@ -50,9 +50,11 @@ def test_optimiser_and_schedule_are_the_papers(photos):
 
 
 def test_command_line_wins_over_yaml_over_defaults(tmp_path):
-    (tmp_path / "c.yaml").write_text("lr: 1e-3\nepochs: 5\nlayer: block2\ndeterministic: false\nwidth: null\n")
-    args = parse("--config", tmp_path / "c.yaml", "--epochs", 7)
+    text = "lr: 1e-3\nepochs: 5\nlayer: block2\ndeterministic: false\nwidth: null\namp: true\nfreeze_bn: 20\n"
+    (tmp_path / "c.yaml").write_text(text)
+    args = parse("--config", tmp_path / "c.yaml", "--epochs", 7, "--no-amp", "--freeze-bn", 0)
     assert (args.lr, args.epochs, args.layer, args.batch_size, args.deterministic) == (1e-3, 7, "block2", 4, False)
+    assert (args.amp, args.freeze_bn) == (False, 0) and parse("--config", tmp_path / "c.yaml").amp
 
 
 @pytest.mark.parametrize(
@@ -391,17 +393,33 @@ def test_cuda_without_cuda(photos, tmp_path, run_train, error_line):
     assert "0 CUDA devices" in error_line()
 
 
+def test_processes_without_torchrun(photos, tmp_path, run_train, error_line, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert run_train("--data", photos, "--out", tmp_path) == 2
+    assert "start with torchrun" in error_line()
+
+
+def test_compiler_that_fails_is_one_line(photos, tmp_path, run_train, error_line, monkeypatch):
+    from torch._inductor.exc import InductorError
+
+    def fails(*_):
+        raise InductorError(RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr(train.Run, "train_step", fails)
+    assert run_train("--data", photos, "--out", tmp_path, "--quiet") == 2
+    assert error_line().startswith("--compile: ")
+
+
 def test_non_finite_loss_stops_and_keeps_the_best(photos, tmp_path, run_train, error_line, monkeypatch):
     real, steps = Encoder.forward, []
 
     def poisoned(self, images):
         steps.append(1)
         z = real(self, images)
-        return z * math.nan if len(steps) == 6 else z  # 1: the shape; 2–4: epoch 1; 5 and 6: epoch 2
+        return z * math.nan if len(steps) == 6 else z  # 1 and 2: the shape; 3–5: epoch 1; 6: epoch 2
 
     monkeypatch.setattr(Encoder, "forward", poisoned)
-    monkeypatch.setattr(train.Run, "describe", lambda self: "")
-    steps.append(0)  # in place of the look at the shape that `describe` takes
     assert run_train("--data", photos, "--out", tmp_path, "--epochs", 3, "--tracker", "none") == 2
     assert "not finite in epoch 2, step 1;" in error_line()
     assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] == 1
