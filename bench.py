@@ -51,7 +51,7 @@ from torchvision import transforms as T
 import data
 import train
 from decoders import build_decoder
-from evaluate import evaluate_model, wait
+from evaluate import evaluate_model, measure, wait
 from models import imagenet_weights
 from utils import IMAGENET_MEAN, IMAGENET_STD
 
@@ -243,6 +243,18 @@ def parts(job, batch):
     return {name: 1000 * timed(job.device, function) for name, function in functions.items()}
 
 
+def eval_parts(job, pixels):
+    """{part: milliseconds an image} of the evaluation of `pixels`, each measured by itself."""
+    images = data.center_crops(pixels).to(job.device)
+    output = job.decoder(job.encoder(images))
+    functions = {
+        "encoder and decoder": lambda: job.decoder(job.encoder(images)),
+        "lpips": lambda: job.lpips(output, images),
+        "ssim, psnr and lpips": lambda: measure(output, images, job.lpips),
+    }
+    return {name: 1000 * timed(job.device, function) / len(images) for name, function in functions.items()}
+
+
 def child_gib(*command):
     """Peak memory in GiB of the largest child so far, after running `command`."""
     command = [sys.executable, *map(str, command)]
@@ -321,6 +333,8 @@ def bench_evaluation(plain, job, folder, show):
         raise RuntimeError(f"the metrics differ: plain {expected}, ours {ours}")
     show("evaluation, images/s", plain_eval_images_per_second=1 / slow, eval_images_per_second=1 / fast)
     show("", eval_speedup=slow / fast)
+    with torch.no_grad():
+        show("its parts, each by itself, ms an image", eval_parts_ms=eval_parts(job, pixels[:4]))
     with FlopCounterMode(display=False) as counter:
         evaluate_model(job.encoder, job.decoder, pixels[:1], bars=True)
     show("its floating-point operations, an image", eval_gflop=counter.get_total_flops() / 1e9)
