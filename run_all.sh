@@ -10,7 +10,14 @@
 # RUNS names another folder than runs. An experiment that fails does not stop the others; its reason is
 # in the results table and the exit status is 1. What was interrupted goes on where it stopped.
 set -uo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")}"
+here=$(dirname "${BASH_SOURCE[0]}")
+if [[ ! -f $here/train.py ]]; then # sbatch runs a copy of this file, elsewhere
+  here=${SLURM_SUBMIT_DIR:-$here}
+fi
+if [[ ! -f $here/train.py ]]; then
+  echo "error: $here: has no train.py; start run_all.sh from the folder that it lies in" >&2 && exit 2
+fi
+cd "$here" || exit
 runs=${RUNS:-runs}
 configs=(configs/[0-9][0-9]_*.yaml)
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
@@ -22,11 +29,13 @@ fi
 
 evaluation=() previous="" # flags that evaluate.py needs too
 for flag; do
-  case $flag in
-    --out | --out=* | --config | --config=*)
+  case ${flag%%=*} in
+    --out | --config)
       echo "error: $flag: every experiment has its own; RUNS=FOLDER names the folder of them all" >&2 && exit 2 ;;
-    --quiet | --bars | --device | --device=*) evaluation+=("$flag") ;;
-    *) [[ $previous == --device ]] && evaluation+=("$flag") ;;
+    --encoder | --layer | --decoder | --width | --mse-weight | --lpips-weight)
+      echo "error: $flag: is what makes an experiment; train another with train.py $flag …" >&2 && exit 2 ;;
+    --quiet | --bars | --device | --cache) evaluation+=("$flag") ;;
+    *) [[ $previous == --device || $previous == --cache ]] && evaluation+=("$flag") ;;
   esac
   previous=$flag
 done
@@ -50,6 +59,32 @@ for config in "${configs[@]}"; do
 done
 ((${#names[@]})) || { echo "error: ONLY=$ONLY matches none of: ${configs[*]}" >&2 && exit 2; }
 
+# A batch system may send its signal to this shell alone, which would look at it only when the command is done:
+# the command runs in the background, in a group of its own, and is sent what arrives here.
+set -m
+child="" received=""
+pass_on() {
+  received=$1
+  if [[ -n $child ]]; then kill -s "$1" -- "-$child"; fi
+}
+for signal in INT TERM USR1; do
+  # shellcheck disable=SC2064  # now
+  trap "pass_on $signal" "$signal"
+done
+run() { # its standard error goes to error.txt too
+  if [[ -n $received ]]; then return 143; fi
+  "$@" 2> >(tee -a "$out/error.txt" >&2) &
+  child=$!
+  wait "$child"
+  local status=$?
+  while kill -0 "$child" 2> /dev/null; do # it was the trap that ended the wait
+    wait "$child"
+    status=$?
+  done
+  child=""
+  return "$status"
+}
+
 failed=0 ran=0 left="" start=$SECONDS
 for name in ${todo[@]+"${todo[@]}"}; do # an empty array is an error in bash 4.3 and before
   out=$runs/$name
@@ -59,10 +94,9 @@ for name in ${todo[@]+"${todo[@]}"}; do # an empty array is an error in bash 4.3
   ran=$((ran + 1))
   echo "=== $name (experiment $((${#names[@]} - ${#todo[@]} + ran)) of ${#names[@]}$left)"
   mkdir -p "$out"
-  {
-    python train.py --config "configs/$name.yaml" --out "$out" --resume "$@" &&
-      python evaluate.py --ckpt "$out/best.pt" ${evaluation[@]+"${evaluation[@]}"}
-  } 2> >(tee "$out/error.txt" >&2)
+  rm -f "$out/error.txt"
+  run python train.py --config "configs/$name.yaml" --out "$out" --resume "$@" &&
+    run python evaluate.py --ckpt "$out/best.pt" ${evaluation[@]+"${evaluation[@]}"}
   status=$?
   if ((status == 130 || status == 138 || status == 143)); then
     exit $status # SIGINT, SIGUSR1, SIGTERM: the same command goes on

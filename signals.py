@@ -6,19 +6,22 @@ import signal
 import torch
 import torch.distributed as dist
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is SLURM's, before it pre-empts
+
 
 class Interrupted(Exception):
-    """SIGINT, SIGTERM or SIGUSR1 (SLURM's pre-emption) arrived; the step that was running is done."""
+    """One of the stopping signals arrived; the step that was running is done."""
 
 
 class Signals:
     """Within `with`: remembers the first of the stopping signals; a SIGINT after it ends the process at once."""
 
     def __init__(self, device):
-        self.received, self.device = 0, device
+        self.received = 0
+        self.device = device
 
     def __enter__(self):
-        self.before = {n: signal.signal(n, self.handle) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self.before = {number: signal.signal(number, self.handle) for number in STOPPING}
         return self
 
     def __exit__(self, *exception):
@@ -29,6 +32,11 @@ class Signals:
         if self.received and number == signal.SIGINT:  # a launcher may send the others twice
             os._exit(128 + number)
         self.received = self.received or number
+
+    @property
+    def costly(self):
+        """Whether to `check` makes GPUs wait for each other."""
+        return dist.is_initialized() and self.device.type == "cuda"
 
     def check(self):
         """Raise Interrupted if any process has received a signal."""

@@ -1,6 +1,5 @@
 """What a person sees of a training: the epoch's line, history.csv, curves.png, TensorBoard and Weights & Biases."""
 
-import csv
 import math
 import sys
 import threading
@@ -12,10 +11,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
-import data
-from utils import METRICS, atomic
+from metrics import TERMS
+from pictures import save_figure
+from study import METRICS
+from utils import write_csv
 
-COLUMNS = ("loss", "mse", "lpips", "psnr")  # the per-image terms that an epoch averages
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files in the folder of a run
 
 
@@ -27,17 +27,20 @@ class Tracker:
     """
 
     def __init__(self, kind, out, config):
-        self.kind, self.out, self.config, self.writer = kind, Path(out), config, None
+        self.kind = kind
+        self.out = Path(out)
+        self.config = config
+        self.writer = None
 
-    def log(self, row, better, encoder, decoder, pixels):
-        """Send `row` of the history and six images of `pixels`, uint8 (N, 256, 256, 3), with their reconstructions.
+    def log(self, row, better, targets, outputs):
+        """Send `row` of the history and some validation targets with their reconstructions, (N, 3, H, W) in [0, 1].
 
         better: `row` has the lowest validation loss so far, so that its metrics are the run's.
         """
         if self.kind == "none":
             return
         scalars = {name: row[name] for name in ("lr", "images_per_second")}
-        for name in COLUMNS:
+        for name in TERMS:
             scalars |= {f"{name}/train": row[f"train_{name}"], f"{name}/validation": row[f"val_{name}"]}
             if better:
                 scalars[f"best/{name}"] = row[f"val_{name}"]
@@ -46,7 +49,7 @@ class Tracker:
             if self.writer is None:  # only now, so that a run that never gets this far leaves nothing
                 backend = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}[self.kind]
                 self.writer = backend(self.out, self.config, row["epoch"])
-            self.writer.log(row["epoch"], scalars, validation_grid(encoder, decoder, pixels))
+            self.writer.log(row["epoch"], scalars, validation_grid(targets, outputs))
         except Exception as error:  # each backend has its own kinds
             warn(self.kind, error)
             self.close()
@@ -72,8 +75,11 @@ class TensorBoard:
         from torch.utils.tensorboard.summary import hparams
 
         self.writer = summary_writer(out, purge_step=epoch)  # those of an epoch that was interrupted are void
-        values = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.items()}
-        final = dict.fromkeys([f"best/{name}" for name in COLUMNS] + [f"test/{name}" for name in METRICS])
+        values = {
+            key: value if isinstance(value, (int, float, str)) else str(value)
+            for key, value in config.items()
+        }
+        final = dict.fromkeys([f"best/{name}" for name in TERMS] + [f"test/{name}" for name in METRICS])
         for summary in hparams(values, final):  # not add_hparams, which makes a run of its own
             self.writer.file_writer.add_summary(summary)
 
@@ -127,9 +133,12 @@ class WeightsAndBiases:
 
         latest = out / "wandb" / "latest-run"  # wandb's link to a folder `run-DATE-ID`
         before = latest.resolve().name.rsplit("-", 1)[1] if epoch > 1 and latest.exists() else None
-        settings = wandb.Settings(console="off", finish_timeout=60)  # without a network it would wait for ever
+        settings = wandb.Settings(
+            console="off", finish_timeout=60
+        )  # without a network it would wait for ever
         about = {"project": "feature-inversion", "name": out.name, "dir": out, "config": config}
-        self.image, self.run = wandb.Image, wandb.init(**about, id=before, resume="allow", settings=settings)
+        self.image = wandb.Image
+        self.run = wandb.init(**about, id=before, resume="allow", settings=settings)
 
     def log(self, epoch, scalars, picture):
         picture = (255 * picture).byte().permute(1, 2, 0).cpu().numpy()
@@ -139,55 +148,45 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-@torch.no_grad()
-def validation_grid(encoder, decoder, pixels, columns=6):
-    """Evenly spaced images of `pixels`, uint8 (N, 256, 256, 3), above their reconstructions at half their size.
-
-    Returns one picture (3, H, W) in [0, 1].
-    """
-    decoder.eval()
-    chosen = pixels[torch.linspace(0, len(pixels) - 1, min(columns, len(pixels))).long()]
-    images = data.center_crops(chosen).to(next(decoder.parameters()).device)  # (6, 3, 224, 224)
-    outputs = [decoder(encoder(image[None])) for image in images]  # one by one: no more memory than a step
-    return make_grid(F.avg_pool2d(torch.cat([images, *outputs]), 2), nrow=len(images))
+def validation_grid(targets, outputs):
+    """`targets` above `outputs`, (N, 3, H, W) in [0, 1] each, at half their size, as one picture (3, h, w)."""
+    return make_grid(F.avg_pool2d(torch.cat([targets, outputs]), 2), nrow=len(targets))
 
 
 def epoch_line(row, epochs, better):
     """The line that an epoch prints."""
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
     for split in ("train", "val"):
-        values = {name: row[f"{split}_{name}"] for name in COLUMNS}
-        lpips = "–" if math.isnan(values["lpips"]) else f"{values['lpips']:.4f}"
-        parts.append(
-            f"{split} loss {values['loss']:.4f} mse {values['mse']:.4f} lpips {lpips} psnr {values['psnr']:.2f}"
-        )
+        loss, mse, lpips, psnr = (row[f"{split}_{name}"] for name in TERMS)
+        lpips = "–" if math.isnan(lpips) else f"{lpips:.4f}"
+        parts.append(f"{split} loss {loss:.4f} mse {mse:.4f} lpips {lpips} psnr {psnr:.2f}")
     parts.append(f"lr {row['lr']:.1e}")
     parts.append(f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s")
     if row["epoch"] < epochs:
-        parts[-1] += f", about {row['seconds'] * (epochs - row['epoch']) / 60:.0f} min left"
+        left = (row["seconds"] + row["val_seconds"]) * (epochs - row["epoch"])
+        parts[-1] += f", about {left / 60:.0f} min left"
     return " | ".join(parts) + ("  best" if better else "")
 
 
 def write_history(history, path):
     """One CSV row an epoch; the LPIPS columns are empty where it took no part in the loss."""
-    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, history[0])
-        writer.writeheader()
-        for row in history:
-            writer.writerow({key: "" if value != value else value for key, value in row.items()})
+    rows = [["" if value != value else value for value in row.values()] for row in history]
+    write_csv(path, history[0], rows)
 
 
 def draw_curves(history, path):
     """Loss, PSNR and learning rate over the epochs, as a picture."""
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    for axis, name, label in zip(
-        figure.subplots(1, 3), ("loss", "psnr", "lr"), ("loss", "PSNR (dB)", "learning rate"), strict=True
+    loss, psnr, lr = figure.subplots(1, 3)
+    for axis, label, columns in (
+        (loss, "loss", ("train_loss", "val_loss")),
+        (psnr, "PSNR (dB)", ("train_psnr", "val_psnr")),
+        (lr, "learning rate", ("lr",)),
     ):
-        for key in ("lr",) if name == "lr" else (f"train_{name}", f"val_{name}"):
-            axis.plot(epochs, [row[key] for row in history], ".-", label=key.replace("_", " "))
-        axis.set(xlabel="epoch", ylabel=label, yscale="linear" if name == "psnr" else "log")
+        for column in columns:
+            axis.plot(epochs, [row[column] for row in history], ".-", label=column.replace("_", " "))
+        axis.set(xlabel="epoch", ylabel=label, yscale="linear" if axis is psnr else "log")
         axis.grid(alpha=0.3)
         axis.legend()
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    save_figure(figure, path, dpi=110)

@@ -8,143 +8,46 @@ Writes best.pt, last.pt, config.yaml, history.csv, curves.png and TensorBoard's 
 hosts: torchrun --nproc_per_node=N train.py … Watch: tensorboard --logdir runs. Next: python evaluate.py --help
 """
 
-import argparse
+from flags import config_of, parse_train
+from utils import run
+
+if __name__ == "__main__":
+    ARGS = run(
+        lambda: parse_train(doc=__doc__)
+    )  # before torch is imported: --help and a mistyped flag answer at once
+
 import math
 import os
 import reprlib
 import shlex
 import sys
 import time
-
-import yaml
-
-from utils import (
-    DECODERS,
-    LAYERS,
-    PROTOCOLS,
-    TRACKERS,
-    Parser,
-    UserError,
-    check_layer,
-    non_negative_float,
-    positive_float,
-    positive_int,
-    run,
-    whole_number,
-)
-
-# Flags that say how to run, not what: they are not part of a run's configuration.
-NOT_CONFIG = ("config", "resume", "overwrite", "download", "tracker", "quiet", "bars")
-MAY_DIFFER = ("out", "cache", "device")  # between a run and its resumption
-
-
-def make_parser():
-    """The flags; each is also a key of the YAML file, with `_` for `-`."""
-    layers = "; ".join(f"{encoder}: {names[0]}…{names[-1]}" for encoder, names in LAYERS.items())
-    parser = Parser(__doc__)
-    what = parser.add_argument_group("what is inverted, and by what")
-    what.add_argument("--encoder", choices=list(LAYERS), default="vgg16", help="frozen network")
-    what.add_argument("--layer", default="block1", help=f"where its features are taken ({layers})")
-    what.add_argument("--weights", default="imagenet", help="`imagenet`; `random`, the control; or a state-dict file")
-    what.add_argument("--decoder", choices=DECODERS, default="tconv", help="trained network")
-    what.add_argument("--width", type=positive_int, help="the decoder's main number of channels (default: its own)")
-    images = parser.add_argument_group("images")
-    images.add_argument("--data", help="folder of DIV2K or with train/ and test/; `sample` (default: DIV2K if there)")
-    images.add_argument("--download", action="store_true", help="first fetch DIV2K (3.7 GB) into --data")
-    images.add_argument("--cache", help="folder of decoded images (default: ~/.cache/feature-inversion)")
-    how = parser.add_argument_group("training (defaults: the study's)")
-    how.add_argument("--epochs", type=positive_int, default=30, help="at most")
-    how.add_argument("--batch-size", type=positive_int, default=4, help="images a step, per process")
-    how.add_argument("--lr", type=positive_float, default=1e-4, help="Adam's learning rate; onecycle: the highest")
-    how.add_argument("--schedule", choices=["plateau", "onecycle"], default="plateau", help="of the learning rate")
-    how.add_argument(
-        "--freeze-bn", type=whole_number, default=0, metavar="STEPS", help="then fix batch norm's statistics; 0: never"
-    )
-    how.add_argument("--patience", type=positive_int, default=15, help="epochs without a better validation loss")
-    how.add_argument("--mse-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
-    how.add_argument("--lpips-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
-    how.add_argument("--protocol", choices=PROTOCOLS, default="documented", help="published: the study's code")
-    how.add_argument("--seed", type=whole_number, default=42, help="of initialisation, order, crops and flips")
-    running = parser.add_argument_group("running")
-    running.add_argument("--config", help="YAML file with values of these flags; the command line wins")
-    running.add_argument("--out", default="runs", help="folder of this run")
-    again = running.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
-    again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    running.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    switch = argparse.BooleanOptionalAction
-    running.add_argument("--deterministic", action=switch, default=True, help="repeatable on CUDA too, where it can be")
-    running.add_argument("--amp", action=switch, default=False, help="encoder and decoder in bfloat16 (slow on CPUs)")
-    running.add_argument("--compile", action=switch, default=False, help="torch.compile them first; for long runs")
-    running.add_argument("--tracker", choices=TRACKERS, default="tensorboard", help="live curves; wandb: install it")
-    running.add_argument("--quiet", action="store_true", help="no progress: neither bars nor a line an epoch")
-    running.add_argument("--bars", action="store_true", help="progress bars even where there is no terminal")
-    return parser
-
-
-def parse_args(argv=None):
-    """Command line over YAML file over defaults → argparse.Namespace. Raises UserError."""
-    parser, argv = make_parser(), sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    if args.config:
-        args = parser.parse_args([*read_config(args.config, parser), *argv])
-    check_layer(args.encoder, args.layer)
-    if not args.mse_weight and not args.lpips_weight:
-        raise UserError("--mse-weight 0 --lpips-weight 0: nothing to minimise; give at least one a positive weight")
-    return args
-
-
-def read_config(path, parser):
-    """The YAML file at `path` as command-line flags, checked like them. Raises UserError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
-    except (yaml.YAMLError, OSError, RecursionError, ValueError) as error:
-        raise UserError(f"--config {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: is {type(values).__name__}, should be lines of `key: value`")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    flags = []
-    for key, value in values.items():
-        if key not in actions:
-            raise UserError(f"--config {path}: unknown key {reprlib.repr(key)}; the keys are {', '.join(actions)}")
-        name, default = key.replace("_", "-"), actions[key].default
-        if isinstance(default, bool) and isinstance(value, bool):
-            negated = isinstance(actions[key], argparse.BooleanOptionalAction)
-            flags += [f"--{name}"] if value else [f"--no-{name}"] if negated else []
-        elif isinstance(value, (str, int, float)) and not isinstance(value, bool) and not isinstance(default, bool):
-            flags.append(f"--{name}={value}")
-        elif value is not None or default is not None:
-            kind = "true or false" if isinstance(default, bool) else "a number or a word"
-            raise UserError(f"--config {path}: {key}: {reprlib.repr(value)} should be {kind}")
-    try:
-        parser.parse_args(flags)
-    except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
-    return flags
-
-
-if __name__ == "__main__":
-    ARGS = run(parse_args)  # before torch is imported, so that --help and a mistyped flag answer at once
-
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import yaml
 from filelock import FileLock, Timeout
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from tqdm import tqdm
 
 import data
-from models import LPIPS, build_model, count_parameters, feature_shape
+from metrics import TERMS, Loss, Meter, target
+from models import count_parameters, inverter_of
 from signals import Interrupted, Signals
-from tracker import COLUMNS, EVENTS, Tracker, draw_curves, epoch_line, write_history
+from study import PROTOCOLS
+from tracker import EVENTS, Tracker, draw_curves, epoch_line, write_history
 from utils import (
     INVERSION,
     RESULTS,
+    UserError,
     disable_bars,
+    evenly_spaced,
     keep_freed_memory,
+    leftovers,
     load,
     make_folder,
     save,
@@ -153,362 +56,412 @@ from utils import (
     write_text,
 )
 
-FILES = ("best.pt", "last.pt", "history.csv", "curves.png")
-KEPT_FEATURES = 2**28  # bytes of validation features that are computed once; those of shallow layers are larger
+FILES = ("best.pt", "last.pt", "config.yaml", "history.csv", "curves.png")
+MAY_DIFFER = ("out", "device")  # between a run and its resumption
+KEPT_FEATURES = (
+    2**28
+)  # bytes of validation features that are computed once; those of shallow layers are larger
+SHOWN = 6  # validation images, to the tracker
 DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
 
 
-def terms(output, images, config, lpips):
-    """Per-image terms (4, B) of the loss, as COLUMNS: the loss itself, MSE, LPIPS (NaN: not asked for) and PSNR in dB.
+def train(args):
+    """Train as `args` (a Namespace of the flags) say, and write the run's files; the State that it ends in."""
+    # --- device, processes and data
+    device = select_device(args.device)
+    set_up(args.deterministic)
+    torch.manual_seed(args.seed)
+    rank, world, device = start_processes(device)
+    bars = disable_bars(args, rank)
+    if args.download:
+        download(args)
+    config = config_of(args) | {"data": data.resolve(args.data)}
+    protocol = PROTOCOLS[config["protocol"]]
+    out = Path(args.out)
+    lock = claim(out, args.resume, args.overwrite) if rank == 0 else None
+    train_images = data.load_split(config["data"], "train", args.cache, protocol, bars).to(device)
+    val_images = data.load_split(config["data"], "val", args.cache, protocol, bars).to(device)
+    steps = steps_of_an_epoch(len(train_images.names), config["batch_size"], world)
 
-    output, images: (B, 3, 224, 224) in [0, 1]. A term with weight zero takes no part in the gradient
-    (paper 3.3.2), and LPIPS is then not computed.
-    """
-    target = data.target(images, config["protocol"])
-    mse = ((output if config["mse_weight"] else output.detach()) - target).square().mean((1, 2, 3))
-    distance = lpips(output, target) if config["lpips_weight"] else torch.full_like(mse, math.nan)
-    loss = config["mse_weight"] * mse if config["mse_weight"] else 0
-    if config["lpips_weight"]:
-        loss = loss + config["lpips_weight"] * distance
-    error = (output.detach() - target.clamp(0, 1)).square().mean((1, 2, 3))
-    return torch.stack([loss, mse, distance, -10 * torch.log10(error.clamp_min(1e-10))])
+    # --- networks, loss and optimiser
+    inverter = inverter_of(config).to(device)
+    loss = Loss(config["mse_weight"], config["lpips_weight"], protocol).to(device)
+    if world > 1 and device.type == "cuda":
+        inverter.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(inverter.decoder)
+    if config["compile"]:
+        inverter.compile()
+    model = DistributedDataParallel(inverter) if world > 1 else inverter
+    optimizer = torch.optim.Adam(inverter.decoder.parameters(), lr=config["lr"])
+    scheduler = make_scheduler(optimizer, config, steps, protocol.lowest_lr)
+    state = State(inverter.decoder, optimizer, scheduler, Meter(TERMS, device))
+    print(description(config, inverter, len(train_images.names), len(val_images.names), steps, world, device))
 
-
-def check_finite(losses, epoch, step):
-    """Raise UserError if one of `losses`, the last ones up to `step`, is not finite."""
-    bad = (~torch.isfinite(torch.stack(losses))).nonzero()
-    if len(bad):
-        step = step - len(losses) + 1 + int(bad[0])
-        raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {step + 1}; {DIVERGED}")
-
-
-def averages(sums):
-    """Per-image averages of `sums` (5,), the summed COLUMNS and the number of images, over all processes."""
-    sums = all_processes(sums.clone())
-    return dict(zip(COLUMNS, (sums[:4] / sums[4]).tolist(), strict=True))
-
-
-def all_processes(tensor):
-    """Sum `tensor` over all processes, in place, and return it."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-class Run:
-    """One training: what is trained, with what, and how far it has come.
-
-    config: the values of the flags, a dictionary. Raises UserError for what the user can put right.
-    """
-
-    PROGRESS = ("epoch", "step", "bad_epochs", "seconds", "best_epoch", "best_loss", "history")
-
-    def __init__(self, config, device, rank=0, world=1, bars=None, tracker="none"):
-        self.config, self.device, self.rank, self.world = config, device, rank, world
-        self.bars = bars  # tqdm's `disable`
-        self.out = Path(config["out"])
-        self.tracker = Tracker("none" if rank else tracker, self.out, config)
-        options = config["cache"], config["protocol"], self.bars
-        self.images = {name: data.load_split(config["data"], name, *options).to(device) for name in ("train", "val")}
-        count, size = len(self.images["train"].names), config["batch_size"]
-        if size * world > count:
-            raise UserError(f"--batch-size {size} × {world} processes: more than the {count} training images")
-        self.steps = math.ceil(count / (size * world))
-        names = ("encoder", "layer", "decoder", "weights", "width", "seed", "protocol")
-        self.encoder, self.decoder = (m.to(device) for m in build_model(**{name: config[name] for name in names}))
-        self.lpips = LPIPS().to(device) if config["lpips_weight"] else None
-        self.features = feature_shape(self.encoder)
-        if config["compile"]:
-            self.encoder.compile()
-            self.decoder.compile()
-        self.model, self.kept = self.decoder, {}
-        if world > 1:
-            if device.type == "cuda":
-                self.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.decoder)
-            self.model = torch.nn.parallel.DistributedDataParallel(self.decoder)
-        self.optimizer = torch.optim.Adam(self.decoder.parameters(), lr=config["lr"])
-        if config["schedule"] == "plateau":
-            lowest = 1e-7 if config["protocol"] == "documented" else 1e-6
-            self.scheduler = ReduceLROnPlateau(self.optimizer, factor=0.5, patience=5, min_lr=lowest)
-        else:  # warm-up and annealing, a step at a time
-            total = config["epochs"] * self.steps
-            self.scheduler = OneCycleLR(self.optimizer, config["lr"], total, cycle_momentum=False)
-        # How far it has come; `step`, `sums` and `seconds` are of the epoch that is running.
-        self.epoch = self.step = self.bad_epochs = 0
-        self.sums, self.seconds = torch.zeros(5, dtype=torch.float64, device=device), 0.0
-        self.best_epoch, self.best_loss, self.history = 0, math.inf, []
-
-    def describe(self):
-        """What will happen, in three lines."""
-        c, shape = self.config, " × ".join(map(str, self.features))
-        train, val = (len(self.images[name].names) for name in ("train", "val"))
-        return (
-            f"{c['encoder']} {c['layer']}, {c['weights']} weights: features {shape}\n"
-            f"{c['decoder']} decoder: {count_parameters(self.decoder):,} trainable parameters\n"
-            f"{c['data']}: {train} training and {val} validation images, {self.steps} steps an epoch, "
-            f"{self.world} × {self.device}, to {self.out}"
+    # --- resume, or make room for a new run
+    same = {key: value for key, value in config.items() if key not in MAY_DIFFER}
+    same |= {"processes": world, "training images": train_images.names}
+    same |= {"weights_sha256": inverter.encoder.weights_sha256}
+    resumed = args.resume and resume(state, same, out, rank, world)
+    if resumed:
+        print(
+            f"{'finished' if finished(state, config) else 'resumed'} after epoch {state.epoch}, step {state.step}"
         )
+    if rank == 0 and not finished(state, config):
+        remove_what_will_not_be_true(out, resumed)
+    if not resumed:
+        save_last(state, same, out, rank)  # a run can be resumed from its first moment on
+    if rank == 0:
+        write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
-    def save_last(self):
-        """Write last.pt, from which `restore` goes on bit for bit."""
-        sums = all_processes(self.sums.clone())
-        if self.rank == 0:
-            state = {"about": self.about(), "sums": sums, "rng": torch.get_rng_state()}
-            state |= {name: getattr(self, name) for name in self.PROGRESS}
-            state |= {name: getattr(self, name).state_dict() for name in ("decoder", "optimizer", "scheduler")}
-            save(state, self.out / "last.pt")
-
-    def about(self):
-        """What a resumption must have in common with the run: the configuration, the processes and the images."""
-        same = {key: value for key, value in self.config.items() if key not in MAY_DIFFER}
-        return same | {"processes": self.world, "training images": self.images["train"].names}
-
-    def restore(self):
-        """Go on from last.pt, which only the first process reads. Raises UserError if it is of another run."""
-        path = self.out / "last.pt"
-        states = [load(path) if self.rank == 0 else None]
-        if self.world > 1:
-            dist.broadcast_object_list(states)
-        (state,) = states
-        try:
-            for key, value in self.about().items():
-                if state["about"][key] != value:
-                    raise UserError(
-                        f"--resume: {key} is {reprlib.repr(value)}, the run in {self.out} has "
-                        f"{reprlib.repr(state['about'][key])}; give the same, or another --out"
-                    )
-            for name in ("decoder", "optimizer", "scheduler"):
-                getattr(self, name).load_state_dict(state[name])
-            for name in self.PROGRESS:
-                setattr(self, name, state[name])
-            self.sums = state["sums"].to(self.device) * (self.rank == 0)  # they are those of all processes
-            torch.set_rng_state(state["rng"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(f"{path}: not the last.pt of such a run ({error})") from None
-
-    def encode(self, images):
-        """Features of `images` (B, 3, 224, 224) in [0, 1]; bfloat16 with --amp."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config["amp"]):
-            return self.encoder(images)
-
-    def decode(self, decoder, features):
-        """Images from `features`, in float32 even with --amp, as the losses want them."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config["amp"]):
-            return decoder(features).float()
-
-    def validation_features(self, number, images):
-        """Features of the validation batch `number`, kept for the next epoch if those of all batches are not too large.
-
-        Deep layers have small features that take most of a validation's time.
-        """
-        if number in self.kept:
-            return self.kept[number]
-        features = self.encode(images)
-        if features.nbytes * len(self.images["val"].names) <= KEPT_FEATURES * len(images):
-            self.kept[number] = features
-        return features
-
-    def set_training(self):
-        """Training mode; once --freeze-bn steps are done, batch norm normalises as it will in validation."""
-        self.model.train()
-        if self.config["freeze_bn"] and self.epoch * self.steps + self.step >= self.config["freeze_bn"]:
-            for layer in self.decoder.modules():
-                if isinstance(layer, (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)):
-                    layer.eval()
-
-    def train_step(self, batch):
-        """One step of the optimiser on `batch`, (B, 3, 224, 224) in [0, 1]; its terms, without gradient."""
-        values = terms(self.decode(self.model, self.encode(batch)), batch, self.config, self.lpips)
-        self.optimizer.zero_grad()
-        values[0].mean().backward()
-        self.optimizer.step()
-        if self.config["schedule"] == "onecycle":
-            self.scheduler.step()
-        return values.detach()
-
-    def train_epoch(self, signals):
-        """Train to the end of the epoch; per-image averages of its terms."""
-        size, images = self.config["batch_size"], self.images["train"]
-        plan = data.epoch_plan(images.sizes, self.config["seed"], self.epoch)
-        total = self.steps * size * self.world
-        if self.world > 1:  # every process takes as many steps, so the last ones wrap around
-            plan = [part[torch.arange(total, device=self.device) % len(part)] for part in plan]
-        start, losses = time.perf_counter() - self.seconds, []
-        title = f"Epoch {self.epoch + 1}/{self.config['epochs']}"
-        with tqdm(None, title, self.steps, initial=self.step, unit="step", leave=False, disable=self.bars) as bar:
-            while self.step < self.steps:
-                first = (self.step * self.world + self.rank) * size
-                batch = data.crops(images, *(part[first : first + size] for part in plan))
-                self.set_training()
-                values = self.train_step(batch)
-                self.sums[:4] += values.sum(1)
-                self.sums[4] += len(batch)
-                losses.append(values[0].mean())
-                self.step += 1
-                bar.update()
-                if len(losses) == 20 or self.step == self.steps or signals.received:  # each look waits for a GPU
-                    check_finite(losses, self.epoch, self.step - 1)
-                    bar.set_postfix(loss=f"{losses[-1]:.4f}")
-                    losses.clear()
-                self.seconds = time.perf_counter() - start
-                ask = self.world == 1 or self.device.type == "cpu"  # without waiting for other GPUs
-                if ask or self.step % 20 == 0 or self.step == self.steps:
-                    signals.check()
-        return averages(self.sums)
-
-    @torch.no_grad()
-    def validate(self, signals):
-        """Per-image averages of the terms over the validation images, each measured by one process."""
-        if self.world > 1 and self.device.type == "cpu":  # gloo: batch norm's statistics are those of process 0
-            for buffer in self.decoder.buffers():
-                dist.broadcast(buffer, 0)
-        self.decoder.eval()
-        pixels, size = self.images["val"].pixels[self.rank :: self.world], self.config["batch_size"]
-        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        parts = tqdm(pixels.split(size), "Validation", unit="step", leave=False, disable=self.bars)
-        for number, part in enumerate(parts):
-            batch = data.center_crops(part)
-            output = self.decode(self.decoder, self.validation_features(number, batch))
-            sums[:4] += terms(output, batch, self.config, self.lpips).sum(1)
-            sums[4] += len(batch)
-            if self.world == 1:  # several processes may have unequal numbers of batches
-                signals.check()
-        return averages(sums)
-
-    def end_epoch(self, train, val):
-        """Schedule, keep the best, write the files and the epoch's line."""
-        lr = self.optimizer.param_groups[0]["lr"]
-        if not math.isfinite(val["loss"]):
-            raise UserError(f"the validation loss of epoch {self.epoch + 1} is {val['loss']}; {DIVERGED}")
-        if self.config["schedule"] == "plateau":
-            self.scheduler.step(val["loss"])
-        self.epoch += 1
-        row = {"epoch": self.epoch}
-        row |= {f"train_{name}": train[name] for name in COLUMNS} | {f"val_{name}": val[name] for name in COLUMNS}
-        row |= {"lr": lr, "seconds": round(self.seconds, 2)}
-        row["images_per_second"] = round(len(self.images["train"].names) / max(self.seconds, 1e-9), 2)
-        self.history.append(row)
-        better = val["loss"] < self.best_loss
-        self.bad_epochs = 0 if better else self.bad_epochs + 1
-        if better:
-            self.best_epoch, self.best_loss = self.epoch, val["loss"]
-        self.step, self.seconds = 0, 0.0
-        self.sums.zero_()
-        if self.rank == 0:
-            if better:
-                self.save_best()
-            write_history(self.history, self.out / "history.csv")
-            draw_curves(self.history, self.out / "curves.png")
-            self.tracker.log(row, better, self.encoder, self.decoder, self.images["val"].pixels)
-            if not self.bars:  # --quiet
-                print(epoch_line(row, self.config["epochs"], better), flush=True)
-        self.save_last()  # last, so that whatever was interrupted before is done again
-
-    def finished(self):
-        return self.epoch >= self.config["epochs"] or self.bad_epochs >= self.config["patience"]
-
-    def save_best(self):
-        """Write best.pt: the decoder and what rebuilds it, nothing of the encoder."""
-        packages = ("torch", "torchvision", "timm", "lpips", "numpy")
-        state = {
-            "decoder": self.decoder.state_dict(),
-            "config": self.config,
-            "epoch": self.epoch,
-            "val_loss": self.best_loss,
-            "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
-        }
-        save(state, self.out / "best.pt")
-
-    def fit(self, signals):
-        """Train until the epochs are over or the validation loss has stopped falling."""
-        if not (self.epoch or self.step):
-            self.save_last()  # a run can be resumed from its first moment on
-        while not self.finished():
-            try:
-                train = self.train_epoch(signals)
-                val = self.validate(signals)
-            except Interrupted:
-                self.save_last()
-                raise
-            self.end_epoch(train, val)
-
-
-def claim(out, resume, overwrite):
-    """Make the folder of the run and lock it. Raises UserError if it is in use or holds a run that must not be lost."""
-    out = make_folder(out)
-    lock = FileLock(out / ".lock")
+    # --- the loop
+    tracker = Tracker("none" if rank else args.tracker, out, config)
+    kept = {}  # validation features
     try:
-        lock.acquire(timeout=0)  # the kernel frees it when the process ends, however it ends
-    except Timeout:
-        raise UserError(f"--out {out}: another training is writing there; choose another --out") from None
-    best, last = (out / "best.pt").exists(), (out / "last.pt").exists()
-    if (best or last) and not resume and not overwrite:
-        raise UserError(f"--out {out}: holds a run; --resume goes on, --overwrite replaces; or another --out")
-    if best and not last and resume:
-        raise UserError(f"--out {out}: holds best.pt but no last.pt to go on from; --overwrite, or another --out")
-    for leftover in out.glob(".*.tmp*"):  # of a process that was killed while it wrote
-        leftover.unlink()
-    return lock
+        with Signals(device) as signals:
+            while not finished(state, config):
+                try:
+                    batches = epoch_batches(train_images, config, state, steps, rank, world)
+                    trained = train_epoch(model, batches, loss, state, config, steps, signals, bars)
+                    start = time.perf_counter()
+                    options = (config["batch_size"], rank, world, signals, bars)
+                    validated, targets, outputs = validate(inverter, val_images.pixels, loss, kept, *options)
+                    val_seconds = time.perf_counter() - start
+                except Interrupted:
+                    save_last(state, same, out, rank)
+                    raise
+                row, better = end_epoch(state, trained, validated, val_seconds, len(train_images.names))
+                if rank == 0:
+                    if better:
+                        save_best(inverter, config, state, out)
+                    write_history(state.history, out / "history.csv")
+                    draw_curves(state.history, out / "curves.png")
+                    tracker.log(row, better, targets, outputs)
+                    if not bars:  # --quiet
+                        print(epoch_line(row, config["epochs"], better), flush=True)
+                save_last(
+                    state, same, out, rank
+                )  # last, so that whatever was interrupted before is done again
+    except Interrupted:
+        print(f"stopped in epoch {state.epoch + 1} after step {state.step}; go on with: {resumption(world)}")
+        sys.exit(128 + signals.received)
+    finally:
+        tracker.close()
+        if lock:
+            lock.release()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print(f"best: epoch {state.best_epoch}, validation loss {state.best_loss:.4f}, in {out / 'best.pt'}")
+    return state
 
 
-def set_up(device, deterministic=True):
-    """Repeatable algorithms, where there are, or else the fastest; TF32 on CUDA; freed memory kept."""
+# --- Before the first step -------------------------------------------------------------------------------
+
+
+def set_up(deterministic=True):
+    """Repeatable algorithms, where there are, or else the fastest; freed memory kept.
+
+    Where there are none, PyTorch warns and goes on: the gradients of max pooling and of float32 attention on CUDA.
+    """
     keep_freed_memory()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not deterministic
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
 
 
-def train(args):
-    """Train as `args` (a Namespace of the flags) say, and write the run's files."""
-    device = select_device(args.device)
-    set_up(device, args.deterministic)
-    torch.manual_seed(args.seed)
-    rank, world, device = start_processes(device)
-    if args.download:
-        if args.data == "sample":
-            raise UserError("--download --data sample: the sample needs no download; give a folder for DIV2K")
-        args.data = args.data or data.DIV2K_ROOT
-        data.download_div2k(args.data, bars=disable_bars(args))
-    config = {key: value for key, value in vars(args).items() if key not in NOT_CONFIG}
-    config["data"] = data.resolve(args.data)
-    lock = claim(args.out, args.resume, args.overwrite) if rank == 0 else None
+def download(args):
+    """Fetch DIV2K into args.data, which is then where it is."""
+    if args.data == "sample":
+        raise UserError("--download --data sample: the sample needs no download; give a folder for DIV2K")
+    args.data = args.data or data.DIV2K_ROOT
+    data.download_div2k(args.data, bars=disable_bars(args))
 
-    job = Run(config, device, rank, world, disable_bars(args, rank), args.tracker)
-    print(job.describe())
-    stale = []
-    if all_processes(torch.tensor(int(rank == 0 and args.resume and (job.out / "last.pt").exists()), device=device)):
-        job.restore()
-        print(f"{'finished' if job.finished() else 'resumed'} after epoch {job.epoch}, step {job.step}")
-    else:
-        stale = [*(job.out / name for name in FILES), *job.out.glob(EVENTS)]
-    if not job.finished():
-        stale += [job.out / name for name in RESULTS + INVERSION]  # of what was there: will not be true
-    if rank == 0:
-        for path in stale:
-            path.unlink(missing_ok=True)
-        write_text(job.out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+def claim(out, resume, overwrite):
+    """Make the folder of the run and lock it. Raises UserError if it is in use or holds what must not be lost."""
+    out = make_folder(out)
+    lock = FileLock(out / ".lock")
     try:
-        with Signals(device) as signals:
-            job.fit(signals)
-    except Interrupted:
-        again = [flag for flag in sys.argv if flag not in ("--overwrite", "--resume")]
-        again = shlex.join([*again, "--resume"])
-        again = f"python {again}" if world == 1 else f"torchrun, as before, {again}"
-        print(f"stopped in epoch {job.epoch + 1} after step {job.step}; go on with: {again}")
-        sys.exit(128 + signals.received)
-    finally:
-        job.tracker.close()
-        if lock:
-            lock.release()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    print(f"best: epoch {job.best_epoch}, validation loss {job.best_loss:.4f}, in {job.out / 'best.pt'}")
-    return job
+        lock.acquire(timeout=0)  # the kernel frees it when the process ends, however it ends
+    except Timeout:
+        raise UserError(f"--out {out}: another training is writing there; choose another --out") from None
+    best = (out / "best.pt").exists()
+    last = (out / "last.pt").exists()
+    if (best or last) and not resume and not overwrite:
+        raise UserError(f"--out {out}: holds a run; --resume goes on, --overwrite replaces; or another --out")
+    if best and not last and resume:
+        raise UserError(
+            f"--out {out}: holds best.pt but no last.pt to go on from; --overwrite, or another --out"
+        )
+    others = [name for name in FILES + RESULTS + INVERSION if (out / name).exists()]
+    others += [path.name for path in out.glob(EVENTS)]
+    if others and not best and not last and not overwrite:
+        raise UserError(
+            f"--out {out}: holds {others[0]} of no run; choose another --out, or --overwrite replaces it"
+        )
+    for name in FILES:
+        for path in leftovers(out / name):
+            path.unlink()
+    return lock
+
+
+def remove_what_will_not_be_true(out, resumed):
+    """Remove the results of a run that goes on, and with it the files of one that is replaced."""
+    names = RESULTS + INVERSION if resumed else FILES + RESULTS + INVERSION
+    events = [] if resumed else out.glob(EVENTS)
+    for path in (*(out / name for name in names), *events):
+        path.unlink(missing_ok=True)
+
+
+def steps_of_an_epoch(images, batch_size, world):
+    """Steps in which `world` processes take all `images` in batches of `batch_size`. Raises UserError if too large."""
+    if batch_size * world > images:
+        raise UserError(
+            f"--batch-size {batch_size} × {world} processes: more than the {images} training images"
+        )
+    return math.ceil(images / (batch_size * world))
+
+
+def make_scheduler(optimizer, config, steps, lowest_lr):
+    """The learning rate's: `plateau` goes by the validation loss (paper 3.3.4), `onecycle` warms up and anneals."""
+    if config["schedule"] == "plateau":
+        return ReduceLROnPlateau(optimizer, factor=0.5, patience=5, min_lr=lowest_lr)
+    return OneCycleLR(optimizer, config["lr"], config["epochs"] * steps, cycle_momentum=False)
+
+
+def description(config, inverter, train_count, val_count, steps, world, device):
+    """What will happen, in three lines."""
+    shape = " × ".join(map(str, inverter.shape))
+    return (
+        f"{config['encoder']} {config['layer']}, {config['weights']} weights: features {shape}\n"
+        f"{config['decoder']} decoder: {count_parameters(inverter.decoder):,} trainable parameters\n"
+        f"{config['data']}: {train_count} training and {val_count} validation images, {steps} steps an epoch, "
+        f"{world} × {device}, to {config['out']}"
+    )
+
+
+# --- What changes, and is kept ---------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """All that changes while a decoder trains: what last.pt holds and --resume goes on from, bit for bit."""
+
+    decoder: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    meter: Meter  # of the epoch that is running, as are `step` and `seconds`
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    bad_epochs: int = 0  # since the best
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    history: list = field(default_factory=list)  # a dictionary an epoch
+
+
+PROGRESS = ("epoch", "step", "seconds", "bad_epochs", "best_epoch", "best_loss", "history")
+
+
+def save_last(state, same, out, rank):
+    """Write last.pt; same: what a resumption must have in common with the run, a dictionary."""
+    sums = state.meter.total()
+    if rank == 0:
+        content = {"about": same, "sums": sums, "rng": torch.get_rng_state()}
+        content |= {name: getattr(state, name) for name in PROGRESS}
+        content |= {name: getattr(state, name).state_dict() for name in ("decoder", "optimizer", "scheduler")}
+        save(content, out / "last.pt")
+
+
+def resume(state, same, out, rank, world):
+    """Put last.pt into `state`, if it is there, and return whether it is. Raises UserError if it is of another run."""
+    contents = [load(out / "last.pt") if rank == 0 and (out / "last.pt").exists() else None]
+    if world > 1:
+        dist.broadcast_object_list(contents)  # only the first process reads
+    content = contents[0]
+    if content is None:
+        return False
+    try:
+        for key, value in same.items():
+            if content["about"][key] != value:
+                raise UserError(
+                    f"--resume: {key} is {reprlib.repr(value)}, the run in {out} has "
+                    f"{reprlib.repr(content['about'][key])}; give the same, or another --out"
+                )
+        for name in ("decoder", "optimizer", "scheduler"):
+            getattr(state, name).load_state_dict(content[name])
+        for name in PROGRESS:
+            setattr(state, name, content[name])
+        state.meter.restart(content["sums"] if rank == 0 else None)
+        torch.set_rng_state(content["rng"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{out / 'last.pt'}: not the last.pt of such a run ({error})") from None
+    return True
+
+
+def save_best(inverter, config, state, out):
+    """Write best.pt: the decoder and what rebuilds it, nothing of the encoder."""
+    packages = ("torch", "torchvision", "timm", "lpips", "numpy")
+    content = {
+        "decoder": inverter.decoder.state_dict(),
+        "config": config,
+        "shape": list(inverter.shape),
+        "weights_sha256": inverter.encoder.weights_sha256,
+        "epoch": state.epoch,
+        "val_loss": state.best_loss,
+        "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
+    }
+    save(content, out / "best.pt")
+
+
+# --- An epoch --------------------------------------------------------------------------------------------
+
+
+def finished(state, config):
+    """Whether the epochs are over or the validation loss has stopped falling."""
+    return state.epoch >= config["epochs"] or state.bad_epochs >= config["patience"]
+
+
+def epoch_batches(images, config, state, steps, rank, world):
+    """Yield this process's batches, (B, 3, 224, 224) in [0, 1], of the epoch of `state`, from its step on."""
+    size = config["batch_size"]
+    plan = data.epoch_plan(images.sizes, config["seed"], state.epoch)
+    if world > 1:  # every process takes as many steps, so the last ones wrap around
+        places = torch.arange(steps * size * world, device=images.sizes.device) % len(images.names)
+        plan = [part[places] for part in plan]
+    for step in range(state.step, steps):
+        first = (step * world + rank) * size
+        yield data.crops(images, *(part[first : first + size] for part in plan))
+
+
+def train_epoch(model, batches, loss, state, config, steps, signals, bars):
+    """Train on `batches` to the end of the epoch, which is counted in `state`; averages of the loss's terms.
+
+    Raises UserError for a loss that is not finite, and Interrupted where a signal arrived.
+    """
+    start = time.perf_counter() - state.seconds
+    losses = []
+    title = f"Epoch {state.epoch + 1}/{config['epochs']}"
+    with tqdm(None, title, steps, initial=state.step, unit="step", leave=False, disable=bars) as bar:
+        for batch in batches:
+            model.train()
+            done = state.epoch * steps + state.step
+            if config["freeze_bn"] and done >= config["freeze_bn"]:
+                freeze_batch_norm(state.decoder)
+            terms = train_step(model, batch, loss, state.optimizer)
+            if config["schedule"] == "onecycle":
+                state.scheduler.step()
+            state.meter.add(terms)
+            losses.append(terms["loss"].mean())
+            state.step += 1
+            bar.update()
+            last = state.step == steps
+            if last or len(losses) == 20 or signals.received:  # each look waits for a GPU
+                check_finite(losses, state.epoch, state.step)
+                bar.set_postfix(loss=f"{losses[-1]:.4f}")
+                losses.clear()
+            state.seconds = time.perf_counter() - start
+            if last or state.step % 20 == 0 or not signals.costly:
+                signals.check()
+    return state.meter.averages()
+
+
+def train_step(model, images, loss, optimizer):
+    """One step of `optimizer` on `images` (B, 3, 224, 224) in [0, 1]; {term of the loss: (B,)}, without gradient."""
+    terms = loss(model(images), images)
+    optimizer.zero_grad()
+    terms["loss"].mean().backward()
+    optimizer.step()
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def freeze_batch_norm(decoder):
+    """Have batch norm normalise as it will in validation: by the running statistics, which stay as they are."""
+    for layer in decoder.modules():
+        if isinstance(layer, (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)):
+            layer.eval()
+
+
+def check_finite(losses, epoch, step):
+    """Raise UserError if one of `losses`, those of the last steps up to number `step`, is not finite."""
+    bad = (~torch.isfinite(torch.stack(losses))).nonzero()
+    if len(bad):
+        step = step - len(losses) + 1 + int(bad[0])
+        raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {step}; {DIVERGED}")
+
+
+@torch.no_grad()
+def validate(inverter, pixels, loss, kept, batch_size, rank, world, signals, bars):
+    """Measure the central crops of all `pixels`, uint8 (N, 256, 256, 3), each by one process.
+
+    kept: {number of a batch: features}, for the next validation. Returns averages of the loss's terms, and of some
+    images of this process the targets and outputs, (SHOWN, 3, 224, 224) in [0, 1] each.
+    """
+    if world > 1 and pixels.device.type == "cpu":  # gloo: batch norm's statistics are those of process 0
+        for buffer in inverter.decoder.buffers():
+            dist.broadcast(buffer, 0)
+    inverter.eval()
+    total = len(pixels)
+    pixels = pixels[rank::world]
+    shown = evenly_spaced(len(pixels), SHOWN)
+    targets, outputs = [], []
+    meter = Meter(TERMS, pixels.device)
+    parts = tqdm(pixels.split(batch_size), "Validation", unit="step", leave=False, disable=bars)
+    for number, part in enumerate(parts):
+        batch = data.center_crops(part)
+        features = kept[number] if number in kept else inverter.encode(batch)
+        if features.nbytes * total <= KEPT_FEATURES * len(
+            batch
+        ):  # deep layers', which take long and are small
+            kept[number] = features
+        output = inverter.decode(features)
+        meter.add(loss(output, batch))
+        here = [i - number * batch_size for i in shown if i // batch_size == number]
+        targets.append(target(batch[here], loss.protocol).clamp(0, 1))
+        outputs.append(output[here])
+        if world == 1:  # several processes may have unequal numbers of batches
+            signals.check()
+    return meter.averages(), torch.cat(targets), torch.cat(outputs)
+
+
+def end_epoch(state, trained, validated, val_seconds, images):
+    """Count the epoch in `state`; its row of the history, and whether its validation loss is the lowest so far.
+
+    trained, validated: averages of the loss's terms. images: their number in the epoch's training. Raises UserError
+    for a validation loss that is not finite.
+    """
+    if not math.isfinite(validated["loss"]):
+        raise UserError(f"the validation loss of epoch {state.epoch + 1} is {validated['loss']}; {DIVERGED}")
+    row = {"epoch": state.epoch + 1}
+    row |= {f"train_{name}": trained[name] for name in TERMS}
+    row |= {f"val_{name}": validated[name] for name in TERMS}
+    row |= {"lr": state.optimizer.param_groups[0]["lr"], "seconds": round(state.seconds, 2)}
+    row |= {
+        "images_per_second": round(images / max(state.seconds, 1e-9), 2),
+        "val_seconds": round(val_seconds, 2),
+    }
+    if isinstance(state.scheduler, ReduceLROnPlateau):
+        state.scheduler.step(validated["loss"])
+    state.history.append(row)
+    state.epoch += 1
+    state.step = 0
+    state.seconds = 0.0
+    state.meter.restart()
+    better = validated["loss"] < state.best_loss
+    if better:
+        state.best_epoch = state.epoch
+        state.best_loss = validated["loss"]
+        state.bad_epochs = 0
+    else:
+        state.bad_epochs += 1
+    return row, better
+
+
+def resumption(world):
+    """The command that goes on with this run."""
+    flags = [flag for flag in sys.argv if flag not in ("--overwrite", "--resume")]
+    again = shlex.join([*flags, "--resume"])
+    return f"python {again}" if world == 1 else f"torchrun, as before, {again}"
 
 
 if __name__ == "__main__":

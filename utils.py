@@ -1,11 +1,13 @@
-"""What the scripts share: names, errors, devices, and files that are written whole or not at all.
+"""What at least two files share: errors, devices and processes, and files that are written whole or not at all.
 
 Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once.
 """
 
-import argparse
+import csv
 import ctypes
+import hashlib
 import io
+import json
 import os
 import re
 import sys
@@ -13,83 +15,18 @@ import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
-# The layers of each encoder, shallow to deep (models.py builds them), and the decoders (decoders.py).
-LAYERS = {
-    "vgg16": [f"block{i}" for i in range(1, 6)],
-    "resnet34": [f"layer{i}" for i in range(1, 5)],
-    "vit_small": [f"block{i}" for i in range(12)],
-    "alexnet": [f"conv{i}" for i in range(1, 6)],
-}
-DECODERS = ["tconv", "frequency", "wavelet", "attention"]
-TRACKERS = ["tensorboard", "wandb", "none"]
-METRICS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}
-RESULTS = (  # files of an evaluation
+RESULTS = (  # files of an evaluation; the first says what was measured, and is written last
     "metrics.json",
     "per_image.csv",
     "reconstructions.png",
     "histograms.png",
     "reconstructions.zip",
 )
-INVERSION = ("inversion.json", "inversion.csv", "inversion.png")  # files of evaluate.py --invert
-PROTOCOLS = ["documented", "published"]  # the recipe that a number was measured with: README, "Protocol"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+INVERSION = ("inversion.json", "inversion.csv", "inversion.png")  # files of invert.py, likewise
 
 
 class UserError(Exception):
     """Something that the user can put right; shown as one line, `error: …`."""
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that shows defaults in its help and reports a mistake as a UserError."""
-
-    def __init__(self, doc, **kwargs):
-        super().__init__(description=doc, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message} (--help explains every flag)")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults after each flag that has one, the description as it is written."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def positive_int(text):
-    return at_least(int, text, 1)
-
-
-def whole_number(text):
-    return at_least(int, text, 0, 2**32)
-
-
-def positive_float(text):
-    return at_least(float, text, 5e-324)
-
-
-def non_negative_float(text):
-    return at_least(float, text, 0)
-
-
-def at_least(kind, text, minimum, limit=float("inf")):
-    """`text` as an int or float from `minimum` to below `limit`; else argparse's own error, with the value."""
-    try:
-        value = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number") from None
-    if not minimum <= value < limit:
-        bound = "positive" if minimum else "zero or positive"
-        raise argparse.ArgumentTypeError(f"{text} is not {bound}{f' and below {limit}' if value >= limit else ''}")
-    return value
-
-
-def check_layer(encoder, layer):
-    """Raise UserError unless `layer` is one of `encoder`'s."""
-    if encoder not in LAYERS:
-        raise UserError(f"--encoder {encoder}: not an encoder; choose from {', '.join(LAYERS)}")
-    if layer not in LAYERS[encoder]:
-        raise UserError(f"--layer {layer}: not a layer of {encoder}; choose from {', '.join(LAYERS[encoder])}")
 
 
 def run(main):
@@ -106,8 +43,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             sys.exit(fail(f"--compile: {str(error)[:200]}; leave it out, or install what it wants"))
-        short = "out of memory|allocate memory|size calculation overflowed"
-        if isinstance(error, RuntimeError) and not re.search(short, str(error)):
+        if not out_of_memory(error):
             raise
         sys.exit(fail(f"out of memory; a smaller --batch-size or --width needs less ({str(error)[:80]})"))
 
@@ -116,6 +52,15 @@ def fail(message):
     """Print `error: message` as one line on stderr and return the exit status for it, 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory is too small: Python's, or PyTorch's on the CPU or a GPU."""
+    short = "out of memory|allocate memory|size calculation overflowed"
+    return isinstance(error, MemoryError) or bool(re.search(short, str(error)))
+
+
+# --- Files -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -135,10 +80,24 @@ def atomic(path):
         temporary.unlink(missing_ok=True)
 
 
+def leftovers(path):
+    """The temporary files that `atomic` left beside `path`, of processes that were killed while they wrote it."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp{re.escape(path.suffix)}")
+    return [file for file in path.parent.glob(".*.tmp*") if name.fullmatch(file.name)]
+
+
 def write_text(path, text):
     """Write `text` to `path`, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_csv(path, header, rows):
+    """Write a CSV file of `header` and `rows`, sequences of cells, to `path`, whole or not at all."""
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def make_folder(path):
@@ -152,6 +111,42 @@ def make_folder(path):
     except OSError as error:
         raise UserError(f"--out {path}: cannot write there ({error.strerror})") from None
     return path
+
+
+def same_data(a, b):
+    """Whether two values that data.resolve returned are the same data."""
+    return a == b or "sample" not in (a, b) and Path(a).resolve() == Path(b).resolve()
+
+
+def refuse_other_results(out, files, about):
+    """Raise UserError if the folder `out` holds one of `files` that is not a result of what `about` says.
+
+    files: RESULTS or INVERSION, of which the first, a JSON file, has the keys and values of `about`, a dictionary.
+    """
+    found = [name for name in files if (out / name).exists()]
+    if not found or (
+        found[0] != files[0] and (out / "best.pt").exists()
+    ):  # none, or of one that was interrupted
+        return
+    advice = "give another --out, or remove it"
+    if found[0] != files[0]:
+        raise UserError(f"{out / found[0]}: no finished evaluation wrote it; {advice}")
+    try:
+        content = json.loads((out / files[0]).read_text(encoding="utf-8"))
+        other = [key for key, value in about.items() if content.get(key) != value]
+    except (ValueError, AttributeError, RecursionError):
+        raise UserError(f"{out / files[0]}: not a result of this program; {advice}") from None
+    if other:
+        raise UserError(f"{out / files[0]}: is the result of another {other[0]}; {advice}")
+
+
+def digest(path, algorithm="sha256"):
+    """The digest of the file at `path`, as hexadecimal digits."""
+    found = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 def save(state, path):
@@ -169,7 +164,7 @@ def load(path, what="checkpoint", mmap=False, legacy=False):
 
     Every byte is checked against the archive's CRC-32; legacy: a file in PyTorch's format before 1.6, which is
     no archive, is read too. Raises UserError, naming `path` and `what` it should have been, for a file that
-    is missing, damaged or of another kind.
+    is missing, damaged or of another kind; what memory is too small for is raised as it is.
     """
     import torch
 
@@ -185,25 +180,19 @@ def load(path, what="checkpoint", mmap=False, legacy=False):
     except UserError:
         raise
     except Exception as error:  # zip, pickle and torch each have their own for a file that is not theirs
+        if out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a {what} that can be read safely ({reason[:120]})") from None
 
 
-def select_device(name):
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch.device; raises UserError for one that is not there."""
-    import torch
+# --- Running ---------------------------------------------------------------------------------------------
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use --device cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N")
-    return device
+
+def evenly_spaced(total, count):
+    """At most `count` whole numbers from 0 to `total` − 1, evenly spaced, with the first and the last."""
+    count = min(count, total)
+    return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 def disable_bars(args, rank=0):
@@ -211,7 +200,9 @@ def disable_bars(args, rank=0):
 
     --bars is for run_all.sh, which reads standard error while a person watches it.
     """
-    return True if args.quiet or rank else False if args.bars else None
+    if args.quiet or rank:
+        return True
+    return False if args.bars else None
 
 
 def keep_freed_memory():
@@ -226,23 +217,59 @@ def keep_freed_memory():
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def select_device(name):
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch.device; raises UserError for one that is not there.
+
+    On CUDA float32 is float32 from then on: no TF32, in the losses, the metrics or anywhere; --amp is the fast way.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        here = torch.cuda.device_count()
+        raise UserError(f"--device {name}: this machine has {here} CUDA devices; use --device cpu")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
 def start_processes(device):
     """Join the processes that torchrun started, if it did: (rank, number of processes, device of this one).
 
-    NCCL on CUDA, gloo on the CPU. Only the first process prints.
+    NCCL on CUDA, gloo on the CPU. Only the first process prints. Without WORLD_SIZE there is one, whatever RANK says.
     """
     import torch
     import torch.distributed as dist
 
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
-            missing = ", ".join(sorted(missing))
-            raise UserError(f"WORLD_SIZE is {world}, but {missing} not set: start with torchrun, or unset WORLD_SIZE")
-        if device.type == "cuda":
-            device = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if dist.get_rank():
-            sys.stdout = open(os.devnull, "w")
-    return int(os.environ.get("RANK", 0)), world, device
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not re.fullmatch(r"[1-9]\d{0,5}", text):
+        raise UserError(
+            f"WORLD_SIZE is {text!r}, which is no number of processes: start with torchrun, or unset it"
+        )
+    world = int(text)
+    if world == 1:
+        return 0, 1, device
+    if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        missing = ", ".join(sorted(missing))
+        raise UserError(
+            f"WORLD_SIZE is {world}, but {missing} not set: start with torchrun, or unset WORLD_SIZE"
+        )
+    for name in ("RANK", "LOCAL_RANK"):
+        if not os.environ[name].isdecimal() or int(os.environ[name]) >= world:
+            raise UserError(
+                f"{name} is {os.environ[name]!r}, should be 0 to {world - 1}: start with torchrun"
+            )
+    if device.type == "cuda":
+        device = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), world, device

@@ -9,8 +9,10 @@ from PIL import Image
 
 import data
 import evaluate
+import invert
 import train
 import utils
+from flags import parse_evaluate, parse_invert, parse_train
 
 REPOSITORY = Path(__file__).parent.parent
 NATURAL = REPOSITORY.parent / "shared" / "data" / "natural"
@@ -51,7 +53,7 @@ def run_train():
     """Run train.py with these flags, here: the exit status, 0 if it ended well."""
 
     def call(*flags):
-        return status(lambda: train.train(train.parse_args([str(flag) for flag in flags])))
+        return status(lambda: train.train(parse_train([str(flag) for flag in flags])))
 
     return call
 
@@ -61,7 +63,17 @@ def run_evaluate():
     """Run evaluate.py with these flags, here: the exit status, 0 if it ended well."""
 
     def call(*flags):
-        return status(lambda: evaluate.evaluate(evaluate.parse_args([str(flag) for flag in flags])))
+        return status(lambda: evaluate.evaluate(parse_evaluate([str(flag) for flag in flags])))
+
+    return call
+
+
+@pytest.fixture
+def run_invert():
+    """Run invert.py with these flags, here: the exit status, 0 if it ended well."""
+
+    def call(*flags):
+        return status(lambda: invert.main(parse_invert([str(flag) for flag in flags])))
 
     return call
 
@@ -92,7 +104,7 @@ def trained(photos, tmp_path_factory):
     """The folder of a short real training on `photos`; not to be changed."""
     out = tmp_path_factory.mktemp("trained")
     flags = ["--data", photos, "--out", out, "--epochs", 2, "--lr", 2e-3, "--quiet"]
-    train.train(train.parse_args([str(flag) for flag in flags]))
+    train.train(parse_train([str(flag) for flag in flags]))
     return out
 
 

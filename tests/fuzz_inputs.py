@@ -17,11 +17,13 @@ import yaml
 from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 import data
-import evaluate
 import train
+from flags import parse_train
+from models import load_inverter
+from training import parts_of
 from utils import UserError
 
 YAML = "encoder: vgg16\nlayer: block1\ndecoder: tconv\nepochs: 30\nlr: 1e-4\nmse_weight: 0.5\nwidth: null\nseed: 42\n"
@@ -49,10 +51,6 @@ def mutate(content, draw):
     return bytes(content)
 
 
-def config_of(args):
-    return {key: value for key, value in vars(args).items() if key not in train.NOT_CONFIG}
-
-
 class Fuzzer:
     """Good files of every kind in `folder`; each method tries one mutation: True if accepted, UserError if refused."""
 
@@ -65,14 +63,14 @@ class Fuzzer:
                 self.tile.save(self.folder / split / f"{i}.png")
         for name in ("good.png", "good.jpg", "good.tif", "good.webp"):
             self.tile.save(self.folder / name)
-        flags = ["--data", str(self.folder), "--out", str(self.folder), "--width", "4", "--batch-size", "2"]
-        args = train.parse_args(flags)
-        self.job = train.Run(config_of(args), torch.device("cpu"), bars=True)
-        self.job.best_loss, self.job.epoch = 0.5, 1
-        self.job.save_best()
-        self.job.save_last()
+        parts = parts_of(self.folder, "--width", 4, "--batch-size", 2)
+        self.state = parts.state
+        self.state.best_loss = 0.5
+        self.state.epoch = 1
+        train.save_best(parts.inverter, parts.config, self.state, self.folder)
+        train.save_last(self.state, {}, self.folder, rank=0)
         self.good = {name: (self.folder / name).read_bytes() for name in ("best.pt", "last.pt")}
-        self.weights = {key: value.clone() for key, value in self.job.decoder.state_dict().items()}
+        self.weights = {key: value.clone() for key, value in self.state.decoder.state_dict().items()}
 
     def same_weights(self, decoder):
         return all(torch.equal(value, self.weights[key]) for key, value in decoder.state_dict().items())
@@ -88,17 +86,17 @@ class Fuzzer:
 
     def checkpoint(self, draw):
         (self.folder / "bad.pt").write_bytes(mutate(self.good["best.pt"], draw))
-        _, decoder, checkpoint = evaluate.load_model(self.folder / "bad.pt")
-        assert self.same_weights(decoder) and checkpoint["val_loss"] == 0.5, "wrong weights were accepted"
+        inverter, checkpoint = load_inverter(self.folder / "bad.pt")
+        assert self.same_weights(inverter.decoder) and checkpoint["val_loss"] == 0.5, "wrong weights were accepted"
 
     def last(self, draw):
         (self.folder / "last.pt").write_bytes(mutate(self.good["last.pt"], draw))
-        self.job.restore()
-        assert self.same_weights(self.job.decoder) and self.job.epoch == 1, "a wrong state was accepted"
+        train.resume(self.state, {}, self.folder, rank=0, world=1)
+        assert self.same_weights(self.state.decoder) and self.state.epoch == 1, "a wrong state was accepted"
 
     def config(self, draw):
         (self.folder / "bad.yaml").write_bytes(content := mutate(YAML.encode(), draw))
-        args = train.parse_args(["--config", str(self.folder / "bad.yaml")])
+        args = parse_train(["--config", str(self.folder / "bad.yaml")])
         values = yaml.safe_load(content)
         assert args.epochs >= 1 and args.lr > 0 and args.mse_weight >= 0 and 0 <= args.seed < 2**32
         assert all(str(getattr(args, key)) == str(values[key]) or float(getattr(args, key)) == float(values[key])

@@ -22,8 +22,9 @@ sys.path.insert(0, str(REPOSITORY))
 
 import data
 import train
+from flags import parse_train
 
-TIMES = ("seconds", "images_per_second")
+TIMES = ("seconds", "val_seconds", "images_per_second")
 
 
 def same(x, y):
@@ -55,7 +56,7 @@ def read_run(folder):
 def run(flags, log):
     """What each process does: train.py with `flags`, printing to the file `log`."""
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
-    train.train(train.parse_args(flags))
+    train.train(parse_train(flags))
 
 
 def check(runs, seed=0):

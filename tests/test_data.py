@@ -17,6 +17,8 @@ from PIL import Image
 from torchvision.transforms import functional as tv
 
 import data
+from metrics import target
+from study import PUBLISHED_CODE
 from utils import UserError
 
 
@@ -106,6 +108,20 @@ def test_damaged_cache_is_built_again(own_photos, decoded, tmp_path, capsys):
     assert len(decoded) == 3 and "decoding again" in capsys.readouterr().out
 
 
+def test_finished_cache_needs_no_lock(own_photos, tmp_path, monkeypatch):
+    """So that it can be in a folder where nothing may be written."""
+    cache = tmp_path / "cache"
+    good = data.load_split(str(own_photos), "test", cache).pixels
+    for lock in cache.glob("*.lock"):
+        lock.unlink()
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(data, "FileLock", refuse)
+    assert torch.equal(data.load_split(str(own_photos), "test", cache).pixels, good)
+
+
 # --- odd and bad images ----------------------------------------------------------------------------------
 
 
@@ -193,7 +209,7 @@ def test_published_images_keep_their_shape(tmp_path):
         photos[i] = photos[i].resize(size)
         photos[i].save(tmp_path / "train" / f"{i}.png")
     resized = {f"{i}.png": torch.from_numpy(np.array(tv.resize(p, 256))).permute(2, 0, 1) for i, p in enumerate(photos)}
-    train, val = (data.load_split(str(tmp_path), split, protocol="published") for split in ("train", "val"))
+    train, val = (data.load_split(str(tmp_path), split, protocol=PUBLISHED_CODE) for split in ("train", "val"))
     assert (len(train.names), len(val.names)) == (4, 1)
     expected = tv.center_crop(resized[val.names[0]], [224, 224])[None].float() / 255
     assert torch.equal(data.center_crops(val.pixels), expected)
@@ -217,8 +233,8 @@ def test_epoch_plan_reaches_every_crop_of_a_wide_image():
 def test_published_target_is_the_normalised_image():
     images = torch.rand(2, 3, 8, 8)
     expected = tv.normalize(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    torch.testing.assert_close(data.target(images, "published"), expected)
-    assert torch.equal(data.target(images), images)
+    torch.testing.assert_close(target(images, PUBLISHED_CODE), expected)
+    assert torch.equal(target(images), images)
 
 
 def test_epoch_plan_uses_every_image_once_and_every_crop():

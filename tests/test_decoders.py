@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from decoders import BUILDERS, MultiHeadAttention, TransformerBlock, build_decoder
 from models import Encoder, count_parameters
-from utils import DECODERS
+from study import DECODERS
 
 SHAPES = [  # every distinct feature shape of every encoder's layers
     *[(64, 112, 112), (128, 56, 56), (256, 28, 28), (512, 14, 14), (512, 7, 7)],  # VGG16
@@ -29,10 +29,6 @@ def psnr(decoder, features, images):
         error = (decoder(features) - images).square().mean((1, 2, 3))
     decoder.train()
     return -10 * error.log10().mean().item()
-
-
-def test_names():
-    assert list(BUILDERS) == DECODERS
 
 
 @pytest.mark.parametrize(

@@ -21,26 +21,26 @@ from torchvision.transforms import functional as tv
 
 import data
 import evaluate
-from models import imagenet_weights
+import metrics
+from models import load_inverter
+from weights import imagenet_weights
 
 
 @pytest.fixture(scope="module")
 def measured(trained, photos):
-    """(values, encoder, decoder, pixels) of the trained checkpoint on the test photographs."""
-    encoder, decoder, _ = evaluate.load_model(trained / "best.pt")
+    """(values, inverter, pixels) of the trained checkpoint on the test photographs."""
+    inverter, _ = load_inverter(trained / "best.pt")
     pixels = data.load_split(str(photos), "test").pixels
-    values, milliseconds = evaluate.evaluate_model(encoder, decoder, pixels, batch_size=2)
-    assert milliseconds > 0
-    return values, encoder, decoder, pixels
+    return evaluate.evaluate_model(inverter, pixels, batch_size=2).values, inverter, pixels
 
 
 @pytest.fixture(scope="module")
 def pairs(measured):
     """(image, reconstruction) as float64 arrays (224, 224, 3), computed one at a time."""
-    _, encoder, decoder, pixels = measured
+    _, inverter, pixels = measured
     images = pixels[:, 16:240, 16:240].permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
-        outputs = torch.cat([decoder(encoder(image[None])) for image in images]).clamp(0, 1)
+        outputs = torch.cat([inverter(image[None]) for image in images]).clamp(0, 1)
     pairs = zip(images, outputs, strict=True)
     return [tuple(picture.permute(1, 2, 0).double().numpy() for picture in pair) for pair in pairs]
 
@@ -53,8 +53,8 @@ def test_psnr_is_scikit_images(measured, pairs):
 def test_psnr_by_hand():
     a = torch.zeros(2, 3, 8, 8)
     b = torch.stack([torch.full((3, 8, 8), 0.1), torch.full((3, 8, 8), 0.5)])
-    assert evaluate.psnr(a, b).tolist() == pytest.approx([20, 20 * math.log10(2)], abs=1e-4)
-    assert evaluate.psnr(a, a).tolist() == [100, 100]
+    assert metrics.psnr(a, b).tolist() == pytest.approx([20, 20 * math.log10(2)], abs=1e-4)
+    assert metrics.psnr(a, a).tolist() == [100, 100]
 
 
 def test_ssim_is_wang_2004(measured, pairs):
@@ -94,8 +94,8 @@ def test_lpips_is_the_packages(measured, pairs):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_result_does_not_depend_on_the_batch_size(measured, batch_size):
-    values, encoder, decoder, pixels = measured
-    again, _ = evaluate.evaluate_model(encoder, decoder, pixels, batch_size)
+    values, inverter, pixels = measured
+    again = evaluate.evaluate_model(inverter, pixels, batch_size).values
     for name in values:
         assert again[name] == pytest.approx(values[name], abs=1e-4)
 
@@ -112,7 +112,7 @@ def test_files_and_table(measured, trained, photos, tmp_path, run_evaluate, caps
         assert metrics[name] == pytest.approx(expected, abs=1e-4)
         assert f"{metrics[name]['mean']:.4f} ±" in screen and f"{metrics[name]['max']:.4f}" in screen
     assert (metrics["images"], metrics["data"], metrics["protocol"]) == (3, str(photos), "documented")
-    assert (metrics["weights"], metrics["config"]["layer"]) == ("imagenet", "block1") and metrics["ms_per_image"] > 0
+    assert (metrics["weights"], metrics["config"]["layer"]) == ("imagenet", "block1") and metrics["inference_ms"] > 0
     with open(tmp_path / "per_image.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == ["00.jpg", "01.jpg", "02.jpg"]
@@ -128,12 +128,12 @@ def test_published_metrics(photos, tmp_path, run_train, run_evaluate):
     assert run_train(*flags) == 0 and run_evaluate("--ckpt", tmp_path / "best.pt") == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["protocol"] == metrics["config"]["protocol"] == "published"
-    encoder, decoder, _ = evaluate.load_model(tmp_path / "best.pt")
+    inverter, _ = load_inverter(tmp_path / "best.pt")
     with Image.open(photos / "test" / "00.jpg") as picture:
         image = tv.center_crop(tv.to_tensor(picture.convert("RGB")), 224)[None]
     target = tv.normalize(image, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).clamp(0, 1)[0].numpy()
     with torch.no_grad():
-        output = decoder(encoder(image))[0].numpy()
+        output = inverter(image)[0].numpy()
     with open(tmp_path / "per_image.csv", newline="") as file:
         row = next(csv.DictReader(file))
     assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(target, output, data_range=1), abs=1e-3)
@@ -147,17 +147,15 @@ def test_published_metrics(photos, tmp_path, run_train, run_evaluate):
         assert np.abs(np.asarray(strip)[:, :224] / 255 - target.transpose(1, 2, 0)).max() < 0.003
 
 
-def test_samples_for_the_page(trained, photos, tmp_path, run_evaluate):
+def test_samples_for_the_page(pairs, trained, tmp_path, run_evaluate):
     """JPEGs of the test images and of what the decoder makes of them, under their rows in per_image.csv."""
     assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path, "--quiet") == 0
-    encoder, decoder, _ = evaluate.load_model(trained / "best.pt")
-    pixels = data.load_split(str(photos), "test").pixels
     with zipfile.ZipFile(tmp_path / "reconstructions.zip") as archive:
         kinds = ("original", "reconstruction")
         assert sorted(archive.namelist()) == [f"{i:05}-{kind}.jpg" for i in range(3) for kind in kinds]
-        for kind, expected in zip(kinds, evaluate.reconstruct(encoder, decoder, pixels[2]), strict=True):
+        for kind, expected in zip(kinds, pairs[2], strict=True):
             with Image.open(archive.open(f"00002-{kind}.jpg")) as picture:
-                error = np.asarray(picture) / 255 - expected[0].permute(1, 2, 0).numpy()
+                error = np.asarray(picture) / 255 - expected
             assert np.abs(error).mean() < 0.02
 
 
@@ -169,8 +167,8 @@ def test_python_of_the_readme():
     exec(code, names := {})
     assert names["features"].shape == (4, 64, 112, 112)
     assert names["output"].shape == names["batch"].shape == (4, 3, 224, 224)
-    assert len(names["values"]["psnr"]) == 4 and names["milliseconds"] > 0
-    again = evaluate.psnr(names["output"].clamp(0, 1), names["batch"])
+    assert len(names["values"]["psnr"]) == 4
+    again = metrics.psnr(names["output"].clamp(0, 1), names["batch"])
     assert names["values"]["psnr"] == pytest.approx(again.tolist(), abs=1e-3)
 
 
@@ -182,10 +180,67 @@ def test_other_data_and_folder(trained, photos, own_photos, tmp_path, run_evalua
 
 
 def test_interrupted_evaluation_leaves_no_old_numbers(trained, tmp_path, run_evaluate, monkeypatch):
-    (tmp_path / "metrics.json").write_text("{}")
+    assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path, "--quiet") == 0
     monkeypatch.setattr(evaluate, "draw_histograms", lambda *_: sys.exit(143))
     assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path, "--quiet") == 143
     assert (tmp_path / "per_image.csv").exists() and not (tmp_path / "metrics.json").exists()
+
+
+def test_networks_run_once(trained, photos, monkeypatch, tmp_path, run_evaluate):
+    """Three test images in one batch; what is timed is one image by itself, six times."""
+    batches = []
+    real = evaluate.load_inverter
+
+    def counted(path):
+        inverter, checkpoint = real(path)
+        inverter.encoder.register_forward_hook(lambda module, args, output: batches.append(len(output)))
+        return inverter, checkpoint
+
+    monkeypatch.setattr(evaluate, "load_inverter", counted)
+    assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path, "--quiet") == 0
+    assert batches == [3] + 6 * [1]
+
+
+# --- what it must not replace ----------------------------------------------------------------------------
+
+
+def test_results_of_other_data_have_a_folder_of_their_own(trained, photos, own_photos, tmp_path, run_evaluate):
+    run = shutil.copytree(trained, tmp_path / "run")
+    assert run_evaluate("--ckpt", run / "best.pt", "--quiet") == 0
+    before = (run / "metrics.json").read_bytes()
+    (own_photos / "test" / "00.jpg").unlink()
+    assert run_evaluate("--ckpt", run / "best.pt", "--data", own_photos, "--quiet") == 0
+    assert (run / "metrics.json").read_bytes() == before
+    assert json.loads((run / "own_photos" / "metrics.json").read_text())["images"] == 2
+    assert run_evaluate("--ckpt", run / "best.pt", "--data", f"{photos}/../{photos.name}", "--quiet") == 0
+    assert json.loads((run / "metrics.json").read_text())["data"] == str(photos)  # the same folder by another name
+
+
+@pytest.mark.parametrize("kind", ["of other data", "of another program", "of no evaluation"])
+def test_results_of_another_are_not_replaced(trained, own_photos, tmp_path, run_evaluate, error_line, kind):
+    out = tmp_path / "results"
+    name = "per_image.csv" if kind == "of no evaluation" else "metrics.json"
+    if kind == "of other data":
+        assert run_evaluate("--ckpt", trained / "best.pt", "--data", own_photos, "--out", out, "--quiet") == 0
+    else:
+        out.mkdir()
+        (out / name).write_text("[1, 2]")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert run_evaluate("--ckpt", trained / "best.pt", "--out", out, "--quiet") == 2
+    assert name in (line := error_line()) and "--out" in line
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_nothing_of_a_checkpoint_says_where_to_write(checkpoint, tmp_path, run_evaluate):
+    config = checkpoint["config"] | {"cache": str(tmp_path / "elsewhere"), "out": str(tmp_path / "elsewhere")}
+    torch.save(checkpoint | {"config": config}, tmp_path / "best.pt")
+    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
+    assert (tmp_path / "metrics.json").exists() and not (tmp_path / "elsewhere").exists()
+
+
+def test_invert_says_where_it_went(run_evaluate, error_line):
+    assert run_evaluate("--encoder", "vgg16", "--layer", "block1", "--invert", "--steps", "5") == 2
+    assert "python invert.py" in error_line()
 
 
 def test_data_folder_that_is_gone(checkpoint, photos, tmp_path, run_evaluate, error_line):
@@ -194,6 +249,19 @@ def test_data_folder_that_is_gone(checkpoint, photos, tmp_path, run_evaluate, er
     assert run_evaluate("--ckpt", tmp_path / "best.pt") == 2
     assert "gone" in (line := error_line()) and "--data" in line
     assert run_evaluate("--ckpt", tmp_path / "best.pt", "--data", photos) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--report", "runs", "--out", "elsewhere"], "--out: not with --report"),
+        (["--images", "a.jpg", "--data", "sample"], "--data: not with --images"),
+        (["--steps", "5"], "unrecognized arguments: --steps 5"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message, run_evaluate, error_line):
+    assert run_evaluate(*flags) == 2
+    assert message in error_line()
 
 
 class Evil:

@@ -11,8 +11,8 @@ from PIL import Image
 import data
 import invert
 import report
-from evaluate import load_model, psnr
-from models import Encoder
+from metrics import psnr
+from models import Encoder, load_inverter
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +54,17 @@ def test_mean_pairwise_distance_is_numpys(encoder, pixels):
     features = [encoder(data.center_crops(image[None])).flatten().double().numpy() for image in pixels]
     pairs = [(0, 1), (0, 2), (1, 2)]
     expected = np.mean([np.linalg.norm(features[a] - features[b]) for a, b in pairs])
-    assert invert.mean_pairwise_distance(encoder, pixels, torch.device("cpu"), 2) == pytest.approx(expected, rel=1e-4)
+    assert invert.mean_pairwise_distance(encoder, pixels, 2) == pytest.approx(expected, rel=1e-4)
 
 
-def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_evaluate, encoder, pixels, capsys):
-    flags = ("--ckpt", trained / "best.pt", "--invert", "--count", 1, "--steps", 3, "--out", tmp_path, "--quiet")
-    assert run_evaluate(*flags) == 0
+def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_invert, encoder, pixels, capsys):
+    flags = ("--ckpt", trained / "best.pt", "--count", 1, "--steps", 3, "--out", tmp_path, "--quiet")
+    assert run_invert(*flags) == 0
     screen = capsys.readouterr().out
     found = json.loads((tmp_path / "inversion.json").read_text())
     start, inversion = found["metrics"]["start"], found["metrics"]["inversion"]
     assert (found["start"], found["images"], found["steps"], found["data"]) == ("tconv", 1, 3, str(photos))
-    decoder = load_model(trained / "best.pt")[1]
+    decoder = load_inverter(trained / "best.pt")[0].decoder
     image = data.center_crops(pixels[:1])
     features = encoder(image)
     with torch.no_grad():
@@ -89,39 +89,39 @@ def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_evaluate, 
     assert "invert again" in report.inversion(tmp_path, metrics)
 
 
-def test_from_noise_and_random_weights(photos, tmp_path, run_evaluate):
-    flags = ("--encoder", "alexnet", "--layer", "conv2", "--weights", "random", "--invert", "--data", photos)
-    assert run_evaluate(*flags, "--count", 1, "--steps", 2, "--out", tmp_path, "--quiet") == 0
+def test_from_noise_and_random_weights(photos, tmp_path, run_invert, error_line):
+    flags = ("--encoder", "alexnet", "--layer", "conv2", "--weights", "random", "--data", photos)
+    assert run_invert(*flags, "--count", 1, "--steps", 2, "--out", tmp_path, "--quiet") == 0
     found = json.loads((tmp_path / "inversion.json").read_text())
     assert [found[key] for key in ("encoder", "layer", "weights", "start")] == ["alexnet", "conv2", "random", "noise"]
+    before = (tmp_path / "inversion.json").read_bytes()
+    other = ("--encoder", "alexnet", "--layer", "conv1", "--weights", "random", "--data", photos)
+    assert run_invert(*other, "--count", 1, "--steps", 2, "--out", tmp_path, "--quiet") == 2
+    assert "is the result of another layer" in error_line()
+    assert (tmp_path / "inversion.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--encoder", "vgg16"], "only with --invert"),
-        (["--encoder", "vgg16", "--ckpt", "best.pt", "--invert"], "give one of them"),
-        (["--layer", "block2", "--invert"], "--layer: only with --encoder"),
-        (["--encoder", "vgg16", "--layer", "conv1", "--invert"], "not a layer of vgg16"),
-        (["--invert", "--steps", "0"], "--steps: 0 is not positive"),
-        (["--steps", "5"], "--steps: only with --invert"),
-        (["--invert", "--images", "a.jpg"], "not allowed with argument --invert"),
-        (["--report", "runs", "--out", "elsewhere"], "--out: not with --report"),
-        (["--images", "a.jpg", "--data", "sample"], "--data: not with --images"),
+        (["--encoder", "vgg16", "--ckpt", "best.pt"], "give one of them"),
+        (["--layer", "block2"], "--layer: only with --encoder"),
+        (["--encoder", "vgg16", "--layer", "conv1"], "not a layer of vgg16"),
+        (["--steps", "0"], "--steps: 0 is not positive"),
+        (["--images", "a.jpg"], "unrecognized arguments: --images a.jpg"),
     ],
 )
-def test_mistakes(flags, message, run_evaluate, error_line):
-    assert run_evaluate(*flags) == 2
+def test_mistakes(flags, message, run_invert, error_line):
+    assert run_invert(*flags) == 2
     assert message in error_line()
 
 
-def test_one_test_image_or_the_published_protocol(checkpoint, own_photos, tmp_path, run_evaluate, error_line):
+def test_one_test_image_or_the_published_protocol(checkpoint, own_photos, tmp_path, run_invert, error_line):
     for file in sorted((own_photos / "test").iterdir())[1:]:
         file.unlink()
-    flags = ("--encoder", "vgg16", "--invert", "--data", own_photos, "--out", tmp_path)
-    assert run_evaluate(*flags) == 2
+    assert run_invert("--encoder", "vgg16", "--data", own_photos, "--out", tmp_path) == 2
     assert "one test image" in error_line()
     config = checkpoint["config"] | {"protocol": "published"}
     torch.save(checkpoint | {"config": config}, tmp_path / "best.pt")
-    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--invert") == 2
+    assert run_invert("--ckpt", tmp_path / "best.pt") == 2
     assert "trained as published" in error_line()

@@ -15,10 +15,13 @@ import torch
 import torchvision
 from conftest import REPOSITORY
 
-import models
+import utils
+import weights
 from decoders import build_decoder
-from models import LPIPS, Encoder, build_model, count_parameters, feature_shape
-from utils import LAYERS, UserError
+from metrics import LPIPS
+from models import Encoder, build_inverter, count_parameters, feature_shape, load_inverter
+from study import LAYERS, PUBLISHED_CODE
+from utils import UserError
 
 VGG_SHAPES = {
     "block1": (64, 112, 112),
@@ -32,7 +35,7 @@ VGG_SHAPES = {
 @pytest.fixture(scope="module")
 def vgg_features():
     """torchvision's own whole feature stack with the ImageNet weights."""
-    state = models.imagenet_weights("vgg16")
+    state = weights.imagenet_weights("vgg16")
     with torch.device("meta"):
         net = torchvision.models.vgg16().features.eval()
     own = {key.removeprefix("features."): state[key] for key in state if key.startswith("features.")}
@@ -64,11 +67,15 @@ def test_vgg16_features_are_torchvisions(layer, vgg_features, image):
     assert not z.requires_grad and not any(p.requires_grad for p in encoder.parameters())
 
 
-def test_first_values_of_the_weights():
-    assert Encoder("vgg16").trunk[0].weight[0, 0, 0].tolist() == pytest.approx([-0.5537, 0.1427, 0.5290], abs=1e-4)
-    assert Encoder("alexnet", "conv1").trunk[0].weight[0, 0, 0, :3].tolist() == pytest.approx(
-        [0.1186, 0.0941, 0.0954], abs=1e-4
-    )
+def test_other_weights_in_the_cache_are_refused(tmp_path, monkeypatch):
+    """The right names and shapes, but not ImageNet's values."""
+    state = weights.imagenet_weights("vgg16")
+    state["features.0.weight"] = state["features.0.weight"] + 0.01
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    utils.save(state, tmp_path / "hub" / "checkpoints" / "vgg16-features.pth")
+    with pytest.raises(UserError, match="features.0.weight begins"):
+        Encoder("vgg16")
 
 
 def test_encoder_stays_in_eval_mode():
@@ -86,9 +93,9 @@ def test_random_weights_are_seeded():
 
 
 def test_tconv_at_block1_has_33731_parameters():
-    assert count_parameters(build_decoder("tconv", (64, 112, 112))) == 33_731
-    # 64·32·4·4 + 32, batch norm 2·32, 32·3·3·3 + 3: paper 3.2.1, with the biases it leaves out
-    assert 64 * 32 * 16 + 32 + 2 * 32 + 32 * 27 + 3 == 33_731
+    # paper 3.2.1, with the biases that it leaves out: the transposed convolution, batch norm, the last convolution
+    by_hand = (64 * 32 * 4 * 4 + 32) + 2 * 32 + (32 * 3 * 3 * 3 + 3)
+    assert count_parameters(build_decoder("tconv", (64, 112, 112))) == by_hand == 33_731
 
 
 @pytest.mark.parametrize("shape", VGG_SHAPES.values())
@@ -103,9 +110,11 @@ def test_tconv_gives_images_at_every_block(shape):
 def test_decoder_initialisation_is_seeded_and_leaves_the_generator_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    a, b = build_decoder("tconv", (64, 112, 112)), build_decoder("tconv", (64, 112, 112), seed=7)
+    a, b, c = (build_decoder("tconv", (64, 112, 112), seed=seed).state_dict() for seed in (7, 7, 8))
     assert torch.equal(before, torch.get_rng_state())
-    assert not torch.equal(a.to_rgb.weight, b.to_rgb.weight)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not torch.equal(a["to_rgb.weight"], c["to_rgb.weight"])
+    assert not torch.equal(a["upsample.0.weight"], c["upsample.0.weight"])
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +123,7 @@ def reference_lpips():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    state = models.imagenet_weights("alexnet")
+    state = weights.imagenet_weights("alexnet")
     trunk = {key.split(".", 1)[1]: key for key in net.net.state_dict()}  # "0.weight" → "slice1.0.weight"
     net.net.load_state_dict({trunk[key.removeprefix("features.")]: state[key] for key in state if "features" in key})
     return net
@@ -166,7 +175,7 @@ def test_lpips_takes_features_of_the_target():
 )
 def test_unknown_names_list_the_valid_ones(encoder, layer, decoder, names):
     with pytest.raises(UserError) as error:
-        build_model(encoder, layer, decoder)
+        build_inverter(encoder, layer, decoder)
     assert all(name in str(error.value) for name in names)
 
 
@@ -215,10 +224,10 @@ def test_unreachable_weights_say_what_was_tried(tmp_path, monkeypatch):
 def test_unpickler_admits_numpy_arrays_alone(tmp_path):
     array = {"Conv_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
     old = pickle.dumps(array, protocol=3).replace(b"numpy._core", b"numpy.core")
-    assert np.array_equal(models.NumpyUnpickler(io.BytesIO(old)).load()["Conv_0"]["kernel"], array["Conv_0"]["kernel"])
+    assert np.array_equal(weights.NumpyUnpickler(io.BytesIO(old)).load()["Conv_0"]["kernel"], array["Conv_0"]["kernel"])
     for evil in (os.system, eval, np.load, torch.Tensor):
         with pytest.raises(pickle.UnpicklingError, match="not allowed"):
-            models.NumpyUnpickler(io.BytesIO(pickle.dumps(evil))).load()
+            weights.NumpyUnpickler(io.BytesIO(pickle.dumps(evil))).load()
 
 
 # --- the other encoders ------------------------------------------------------------------------------------
@@ -269,12 +278,12 @@ def test_weights_of_old_files_are_read(random_networks, image, tmp_path):
 
 def test_two_first_runs_fetch_weights_together(tmp_path):
     """With an empty cache and whatever this machine can reach: both get them, and the file is whole."""
-    code = "from models import imagenet_weights; print(imagenet_weights('alexnet')['features.0.weight'].sum().item())"
+    code = "from weights import imagenet_weights; print(imagenet_weights('alexnet')['features.0.weight'].sum().item())"
     environment = os.environ | {"TORCH_HOME": str(tmp_path)}
     options = {"cwd": REPOSITORY, "env": environment, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([sys.executable, "-c", code], **options) for _ in range(2)]
     sums = {float(process.communicate(timeout=300)[0].split()[-1]) for process in processes}
-    assert sums == {models.imagenet_weights("alexnet")["features.0.weight"].sum().item()}
+    assert sums == {weights.imagenet_weights("alexnet")["features.0.weight"].sum().item()}
 
 
 @pytest.mark.parametrize(("layer", "module"), [*zip(LAYERS["alexnet"], (2, 5, 7, 9, 12), strict=True)])
@@ -302,11 +311,60 @@ def test_vit_features_are_timms(random_networks, image, layer):
     assert len(calls) == index + 1  # no block behind the layer is run
 
 
-def test_published_vit_taps_are_one_block_off(random_networks, image):
-    file = random_networks["vit_small"][1]
+def test_published_vit_is_one_block_off_and_sees_imagenets_normalisation(random_networks, image):
+    net, file = random_networks["vit_small"]
     for layer, index in (("block1", 0), ("block0", 11)):  # block0 never stops
-        encoder = Encoder("vit_small", layer, file, protocol="published")
-        assert torch.equal(encoder(image), Encoder("vit_small", f"block{index}", file)(image))
+        with torch.no_grad():
+            (expected,) = net.get_intermediate_layers(normalized(image), n=[index], reshape=True)
+        encoder = Encoder("vit_small", layer, file, protocol=PUBLISHED_CODE)
+        torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- the inverter, and checkpoints -------------------------------------------------------------------------
+
+
+def test_inverter_encodes_without_and_inverts_with_a_gradient(image):
+    inverter = build_inverter()
+    images = image.clone().requires_grad_()
+    features = inverter.encode(images)
+    assert not features.requires_grad and inverter.shape == tuple(features.shape[1:]) == (64, 112, 112)
+    inverter.encoder(images).sum().backward()  # what optimisation of pixels needs
+    assert images.grad.abs().max() > 0
+    assert torch.equal(inverter(image), inverter.decode(features))
+    inverter.train()
+    assert inverter.decoder.training and not inverter.encoder.training
+
+
+def test_checkpoint_needs_no_trial_pass(trained, monkeypatch):
+    monkeypatch.setattr(Encoder, "forward", None)  # calling it would fail
+    inverter, checkpoint = load_inverter(trained / "best.pt")
+    assert inverter.shape == (64, 112, 112) and not inverter.decoder.training
+
+
+def test_another_file_of_weights_is_refused(photos, tmp_path, run_train, run_evaluate, error_line):
+    """The checkpoint keeps the SHA-256 of --weights FILE."""
+    net = torchvision.models.alexnet()
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    flags = ("--encoder", "alexnet", "--layer", "conv1", "--weights", tmp_path / "w.pth", "--data", photos)
+    assert run_train(*flags, "--out", tmp_path / "run", "--epochs", 1, "--width", 8, "--quiet") == 0
+    assert run_evaluate("--ckpt", tmp_path / "run" / "best.pt", "--quiet") == 0
+    net.features[0].bias.data += 1
+    torch.save(net.state_dict(), tmp_path / "w.pth")
+    assert run_evaluate("--ckpt", tmp_path / "run" / "best.pt", "--quiet") == 2
+    assert "w.pth: SHA-256 is" in (line := error_line()) and "trained with" in line
+    assert run_train(*flags, "--out", tmp_path / "run", "--epochs", 1, "--width", 8, "--resume") == 2
+    assert "--resume: weights_sha256" in error_line()
+
+
+def test_too_little_memory_is_not_blamed_on_the_checkpoint(trained, monkeypatch, run_evaluate, error_line):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    for owner, name in ((torch, "load"), (torch.nn.Module, "load_state_dict")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, full)
+            assert run_evaluate("--ckpt", trained / "best.pt") == 2
+        assert error_line().startswith("out of memory")
 
 
 def test_table_lists_every_encoder_layer_and_decoder():

@@ -8,27 +8,19 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import data
-import evaluate
 import report
+from flags import config_of, parse_train
+from metrics import summary
+from pictures import to_pixels, write_samples
+from study import METRICS, PUBLISHED
+from utils import write_csv
 
-NAMES = list(report.PUBLISHED)
+NAMES = list(PUBLISHED)
 UNRUN, FAILED, CONTROL = NAMES[3], NAMES[7], NAMES[12]
 EVIL = "</script><img src=x onerror=console.error(1)>.png"  # a name that a file may have
-
-
-class Darken(torch.nn.Module):
-    """A decoder that gives back three quarters of what it gets."""
-
-    def __init__(self):
-        super().__init__()
-        self.factor = torch.nn.Parameter(torch.tensor(0.75))
-
-    def forward(self, z):
-        return self.factor * z
 
 
 def thirty_tiles():
@@ -40,7 +32,8 @@ def thirty_tiles():
 def runs(tmp_path_factory):
     """A folder of thirteen evaluated experiments with 24 of 30 test images each, one that failed, one not run."""
     folder = tmp_path_factory.mktemp("runs")
-    evaluate.write_samples(torch.nn.Identity(), Darken(), thirty_tiles(), folder / "samples.zip")
+    images = data.center_crops(thirty_tiles())
+    write_samples(to_pixels(images), to_pixels(0.75 * images), folder / "samples.zip")  # three quarters come back
     draw = np.random.RandomState(0)
     for number, name in enumerate(NAMES):
         (folder / name).mkdir()
@@ -52,21 +45,21 @@ def runs(tmp_path_factory):
         psnr = 20 + number / 2 + draw.rand(30)
         psnr[29] = 11  # the last image is the worst
         values = {"psnr": psnr, "ssim": 0.5 + 0.01 * psnr, "lpips": 1 - 0.03 * psnr}
-        evaluate.write_per_image(
-            [EVIL, *(f"{i:04}.png" for i in range(1, 30))], values, folder / name / "per_image.csv"
-        )
-        encoder, layer, decoder = re.match(r"\d+_(vgg16|resnet34|vit_small)_([a-z]+\d)_([a-z]+)", name).groups()
-        metrics = {metric: evaluate.summary(values[metric]) for metric in values}
-        metrics |= {"images": 30, "ms_per_image": 12.5, "data": "photos", "protocol": "documented", "epoch": 3}
+        images = [EVIL, *(f"{i:04}.png" for i in range(1, 30))]
+        columns = [values[metric].tolist() for metric in METRICS]
+        write_csv(folder / name / "per_image.csv", ("image", *METRICS), zip(images, *columns, strict=True))
+        config = config_of(parse_train(["--config", str(report.CONFIGS / f"{name}.yaml")]))
+        metrics = {metric: summary(values[metric]) for metric in values}
+        metrics |= {"images": 30, "inference_ms": 12.5, "data": "/a/photos", "protocol": "documented", "epoch": 3}
         metrics |= {"weights": "random" if name == CONTROL else "imagenet", "parameters": 10 ** (4 + number % 4)}
-        metrics |= {"features": [64, 224 >> (number % 5 + 1), 112], "config": {"encoder": encoder, "decoder": decoder}}
+        metrics |= {"shape": [64, 224 >> (number % 5 + 1), 112], "config": config}
         (folder / name / "metrics.json").write_text(json.dumps(metrics))
         with open(folder / name / "history.csv", "w", newline="") as file:
             writer = csv.writer(file)
             columns = [f"{split}_{term}" for split in ("train", "val") for term in ("loss", "mse", "lpips", "psnr")]
-            writer.writerow(["epoch", *columns, "lr", "seconds"])
+            writer.writerow(["epoch", *columns, "lr", "seconds", "val_seconds"])
             for epoch in range(1, 11):
-                writer.writerow([epoch, *(1 / epoch for _ in columns), 1e-4, 6.0])
+                writer.writerow([epoch, *(1 / epoch for _ in columns), 1e-4, 5.0, 1.0])
     report.write_report(folder)
     return folder
 
@@ -85,7 +78,7 @@ def test_page_has_every_experiment(content):
     assert rows[CONTROL]["note"] == "random weights (control)"
     first = rows[NAMES[0]]
     assert (first["published_psnr"], first["resolution"], first["protocol"]) == (17.35, 112, "documented")
-    assert first["minutes"] == 1.0 and 20 < first["psnr"] < 21
+    assert first["minutes"] == 1.0 and 20 < first["psnr"] < 21 and first["data"] == "photos"
     assert content["histories"][NAMES[0]]["val_loss"][1] == 0.5 and content["histories"][UNRUN] == {}
 
 
@@ -119,28 +112,79 @@ def test_grid_shows_the_originals_above_every_experiment(content, runs, monkeypa
     assert caption == "11.00 dB"
 
 
+def copied(runs, folder, name=NAMES[0], **changes):
+    """A copy in `folder` of an experiment of `runs`, with `changes` in its metrics.json."""
+    shutil.copytree(runs / name, folder)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps(metrics | changes))
+
+
 def test_other_runs_join_the_fifteen(runs, tmp_path):
-    shutil.copytree(runs / NAMES[0], tmp_path / "mine")
+    copied(runs, tmp_path / "mine")
     shutil.copy(runs / NAMES[0] / "metrics.json", tmp_path)
     rows = report.result_rows(tmp_path)
     assert [row["experiment"] for row in rows] == [*NAMES, ".", "mine"]
-    assert rows[-1]["published_psnr"] is None and rows[-1]["psnr"] == rows[-2]["psnr"] > 20
+    assert rows[-1]["psnr"] == rows[-2]["psnr"] > 20
 
 
-@pytest.mark.parametrize("damage", ["folder", "history.csv", "reconstructions.zip", "metrics.json"])
-def test_what_cannot_be_read_is_named(runs, tmp_path, run_evaluate, error_line, damage):
-    shutil.copytree(runs / NAMES[0], tmp_path / "runs" / NAMES[0])
-    if damage == "folder":
-        shutil.rmtree(tmp_path / "runs")
+def test_published_numbers_go_by_configuration_not_by_name(runs, tmp_path):
+    config = json.loads((runs / NAMES[0] / "metrics.json").read_text())["config"]
+    copied(runs, tmp_path / "mine")  # experiment 1 under another name
+    copied(runs, tmp_path / NAMES[0], config=config | {"layer": "block2"})  # experiment 2 under that of 1
+    copied(runs, tmp_path / "other", config=config | {"width": 8})
+    rows = {row["experiment"]: row for row in report.result_rows(tmp_path)}
+    assert rows["mine"]["published_psnr"] == 17.35 and rows["mine"]["note"] == ""
+    assert rows[NAMES[0]]["published_psnr"] == 16.89 and rows[NAMES[0]]["note"] == "not this experiment: layer block2"
+    assert rows["other"]["published_psnr"] is None and rows["other"]["published_inference"] is None
+    (line,) = [line for line in report.results_table(list(rows.values())).splitlines() if "| other |" in line]
+    assert "12–15" not in line and "– → 12.5" in line
+
+
+def test_data_are_named_as_shortly_as_tells_them_apart(runs, tmp_path):
+    for name, source in (("a", "/one/photos"), ("b", "/two/photos"), ("c", "/one/natural"), ("d", "sample")):
+        copied(runs, tmp_path / name, data=source)
+    labels = {row["experiment"]: row.get("data") for row in report.result_rows(tmp_path)}
+    assert [labels[name] for name in "abcd"] == ["one/photos", "two/photos", "natural", "sample"]
+
+
+def test_folder_that_is_not_there(tmp_path, run_evaluate, error_line):
+    assert run_evaluate("--report", tmp_path / "runs") == 2
+    assert "no such folder" in error_line()
+
+
+@pytest.mark.parametrize("content", ["epoch,seconds\n1,soon\n", "[]", "", '{"psnr": {"mean": NaN}}', "[" * 100_000, "shape"])
+@pytest.mark.parametrize("name", ["history.csv", "reconstructions.zip", "metrics.json"])
+def test_what_cannot_be_read_is_named_in_its_row(runs, tmp_path, run_evaluate, name, content):
+    """The other experiments keep theirs."""
+    folder = tmp_path / "runs"
+    copied(runs, folder / NAMES[0])
+    copied(runs, folder / NAMES[1], NAMES[1])
+    if content == "shape":
+        content = json.dumps(json.loads((runs / NAMES[0] / "metrics.json").read_text()) | {"shape": []})
+    (folder / NAMES[0] / name).write_text(content)
+    assert run_evaluate("--report", folder) == 0
+    bad, good = report.result_rows(folder)[:2]
+    page = (folder / "report.html").read_text()
+    rows = json.loads(re.search(r'<script id="content" type="application/json">(.*?)</script>', page, re.S)[1])["rows"]
+    if (name, content) == ("history.csv", ""):
+        assert rows[0]["minutes"] is None
+    elif name == "history.csv" and content == "[]":
+        assert rows[0]["minutes"] is None
     else:
-        (tmp_path / "runs" / NAMES[0] / damage).write_text("epoch,seconds\n1,soon\n")
-    status = run_evaluate("--report", tmp_path / "runs")
-    if damage == "metrics.json":  # one row less
-        assert status == 0
-        assert "evaluate again" in report.result_rows(tmp_path / "runs")[0]["note"]
-    else:
-        assert status == 2 and (damage if damage != "folder" else "no such folder") in error_line()
-        assert not (tmp_path / "runs" / "report.html").exists()
+        assert name in rows[0]["note"] and "again" in rows[0]["note"]
+    assert ("psnr" in bad) == (name != "metrics.json") and good["note"] == "" and good["psnr"] > 20
+
+
+def test_page_has_no_nan(runs, tmp_path):
+    copied(runs, tmp_path / NAMES[0])
+    (tmp_path / NAMES[0] / "history.csv").write_text("epoch,val_psnr,seconds\n1,nan,2.0\n2,inf,2.0\n")
+    report.write_report(tmp_path)
+    text = re.search(r'application/json">(.*?)</script>', (tmp_path / "report.html").read_text(), re.S)[1]
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    assert json.loads(text, parse_constant=refuse)["histories"][NAMES[0]]["val_psnr"] == [None, None]
 
 
 # --- In a browser ----------------------------------------------------------------------------------------

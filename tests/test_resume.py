@@ -14,11 +14,12 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from kill_resume import read_run, same
-from test_train import job_for, parse
+from training import parse, parts_of, validate
 
 import data
 import train
 import utils
+from metrics import TERMS
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,29 @@ def test_mutated_inputs():
     assert fuzz_inputs.check(count=50) == 0
 
 
+# --- what a training must not replace, and locks -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "history.csv", "curves.png", "config.yaml", "inversion.csv"])
+def test_files_of_no_run_are_not_replaced(photos, tmp_path, run_train, error_line, name):
+    """The folder of an evaluation, say."""
+    (tmp_path / name).write_text("precious")
+    (tmp_path / ".draft.tmp").write_text("precious")
+    flags = ("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet")
+    for again in ((), ("--resume",)):
+        assert run_train(*flags, *again) == 2
+        assert f"holds {name} of no run" in (line := error_line()) and "--overwrite" in line
+    assert (tmp_path / name).read_text() == (tmp_path / ".draft.tmp").read_text() == "precious"
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_only_its_own_temporary_files_are_removed(photos, tmp_path, run_train):
+    for name in (".best.pt.123.tmp.pt", ".notes.tmp", ".best.pt.old.tmp.pt"):
+        (tmp_path / name).write_text("")
+    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet") == 0
+    assert sorted(path.name for path in tmp_path.glob(".*.tmp*")) == [".best.pt.old.tmp.pt", ".notes.tmp"]
+
+
 # --- locks and full disks --------------------------------------------------------------------------------
 
 
@@ -158,9 +182,10 @@ def test_two_runs_in_one_folder_are_refused_and_a_killed_one_does_not_block(phot
 
 def test_two_processes_build_one_cache(own_photos, tmp_path):
     code = (
-        "import data; from pathlib import Path; real = data.decode\n"
-        "data.decode = lambda path, *rest: print(path.name) or real(path, *rest)\n"
-        f"print(data.load_split({str(own_photos)!r}, 'test', {str(tmp_path / 'cache')!r}).pixels.sum())"
+        "import data; real, names = data.decode, []\n"
+        "data.decode = lambda path, *rest: names.append(path.name) or real(path, *rest)\n"
+        f"total = data.load_split({str(own_photos)!r}, 'test', {str(tmp_path / 'cache')!r}).pixels.sum()\n"
+        "print(*names, total)"
     )
     both = [
         subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
@@ -200,38 +225,98 @@ def test_full_disk_keeps_the_previous_file(tmp_path, small_files):
 # --- several processes -----------------------------------------------------------------------------------
 
 
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # on a free port
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+
+def test_gradients_of_two_processes_are_those_of_the_joint_batch(photos, tmp_path):
+    """A step of plain gradient descent; batch norm is fixed, since on the CPU each process has its own."""
+    script = tmp_path / "gradients.py"
+    script.write_text(
+        "import sys, torch, train, torch.distributed as dist\n"
+        "from training import parts_of\n"
+        "parts = parts_of(sys.argv[1], '--width', 8)\n"
+        "parts.inverter.eval()\n"
+        "optimizer = torch.optim.SGD(parts.inverter.decoder.parameters(), lr=1)\n"
+        "dist.init_process_group('gloo')\n"
+        "rank, world = dist.get_rank(), dist.get_world_size()\n"
+        "config = parts.config | {'batch_size': 4 // world}\n"
+        "batch = next(train.epoch_batches(parts.train, config, parts.state, 2, rank, world))\n"
+        "model = torch.nn.parallel.DistributedDataParallel(parts.inverter)\n"
+        "train.train_step(model, batch, parts.loss, optimizer)\n"
+        "torch.save(parts.inverter.decoder.state_dict(), f'{sys.argv[2]}/{world}-{rank}.pt')\n"
+    )
+    for processes in (1, 2):
+        launch = [*LAUNCH[:-1], f"--nproc_per_node={processes}", script, photos, tmp_path]
+        subprocess.run(list(map(str, launch)), cwd=REPOSITORY, env=environment(), check=True, timeout=300)
+    joint, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    before = parts_of(photos, "--width", 8).inverter.decoder.state_dict()
+    assert (joint["to_rgb.weight"] - before["to_rgb.weight"]).abs().max() > 1e-3
+    for key in joint:
+        assert torch.equal(first[key], second[key])
+        torch.testing.assert_close(first[key], joint[key], rtol=1e-4, atol=1e-6)
+
+
+def test_rank_without_world_size_is_one_process(photos, tmp_path, run_train, run_evaluate, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet") == 0
+    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
+    assert (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "2"}, "start with torchrun"),
+        ({"WORLD_SIZE": "2", "RANK": "5", "LOCAL_RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}, "RANK is '5'"),
+    ],
+)
+def test_processes_without_torchrun(photos, tmp_path, run_train, error_line, monkeypatch, variables, message):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert run_train("--data", photos, "--out", tmp_path) == 2
+    assert message in error_line()
+
+
 def test_two_gloo_processes(photos, tmp_path):
     """Both end with the same parameters; validation and test measure what one process measures."""
     script = tmp_path / "ranks.py"
     script.write_text(
-        "import sys, torch, train\n"
-        "job = train.train(train.parse_args(sys.argv[1:]))\n"
-        f"torch.save([job.decoder.state_dict(), job.history], f'{tmp_path}/rank{{job.rank}}.pt')\n"
+        "import os, sys, torch, train\n"
+        "from flags import parse_train\n"
+        "state = train.train(parse_train(sys.argv[1:]))\n"
+        f"torch.save([state.decoder.state_dict(), state.history], '{tmp_path}/rank' + os.environ['RANK'] + '.pt')\n"
     )
     flags = ["--data", photos, "--out", tmp_path / "run", "--epochs", 2, "--batch-size", 2, "--lr", 1e-3, "--width", 8]
     flags += ["--freeze-bn", 3]  # of four steps
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29511"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [str(part) for part in [*launch, script, *flags]]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
+    command = [str(part) for part in [*LAUNCH, script, *flags]]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/2") == 1  # the first process speaks
     (a, rows), (b, other_rows) = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in other_rows]
 
-    job = job_for(photos, tmp_path / "run", width=8)
+    parts = parts_of(photos, "--width", 8)
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    job.decoder.load_state_dict(state["decoder"])
-    val = job.validate(train.Signals(job.device))
-    for name in train.COLUMNS:
+    parts.inverter.decoder.load_state_dict(state["decoder"])
+    val, _, _ = validate(parts)
+    for name in TERMS:
         assert rows[-1][f"val_{name}"] == pytest.approx(val[name], abs=1e-5)
 
     results = []
-    for prefix, out in ((launch, "two"), ([sys.executable], "one")):
+    for prefix, out in ((LAUNCH, "two"), ([sys.executable], "one")):
         flags = ["evaluate.py", "--ckpt", tmp_path / "run" / "best.pt", "--out", tmp_path / out]
         command = [str(part) for part in [*prefix, *flags]]
-        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True, timeout=300)
         results.append(json.loads((tmp_path / out / "metrics.json").read_text()))
     assert results[0]["images"] == results[1]["images"] == 3
     for name in ("psnr", "ssim", "lpips"):
@@ -240,8 +325,9 @@ def test_two_gloo_processes(photos, tmp_path):
 
 def test_second_signal_ends_at_once():
     code = (
-        "import os, signal, time, torch, train\n"
-        "with train.Signals(torch.device('cpu')):\n"
+        "import os, signal, time, torch\n"
+        "from signals import Signals\n"
+        "with Signals(torch.device('cpu')):\n"
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)  # as a launcher may\n"
         "    print('still here', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"

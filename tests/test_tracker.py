@@ -12,11 +12,11 @@ import torch
 from conftest import REPOSITORY
 from kill_resume import read_run, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_train import history, job_for
+from test_train import history
 
-import data
 import tracker
 import train
+from flags import parse_train
 from utils import load
 
 SHORT = ("--epochs", 2, "--width", 8, "--lr", 1e-3, "--mse-weight", 1, "--lpips-weight", 0, "--quiet")
@@ -26,7 +26,7 @@ SHORT = ("--epochs", 2, "--width", 8, "--lr", 1e-3, "--mse-weight", 1, "--lpips-
 def tracked(photos, tmp_path_factory):
     """The folder of a run of two epochs with TensorBoard, the default; not to be changed."""
     out = tmp_path_factory.mktemp("tracked")
-    train.train(train.parse_args([str(flag) for flag in ("--data", photos, "--out", out, *SHORT)]))
+    train.train(parse_train([str(flag) for flag in ("--data", photos, "--out", out, *SHORT)]))
     return out
 
 
@@ -62,20 +62,16 @@ def test_grid_of_validation_images_each_epoch(tracked):
     assert shown.Images(tag)[0].encoded_image_string != shown.Images(tag)[1].encoded_image_string
 
 
-def test_grid_is_originals_above_reconstructions(photos):
-    job = job_for(photos, width=8)
-    pixels = job.images["train"].pixels  # 8, of which 6 are shown
-    grid = tracker.validation_grid(job.encoder, job.decoder, pixels)
+def test_grid_is_targets_above_outputs():
+    targets, outputs = torch.rand(2, 6, 3, 224, 224)
+    grid = tracker.validation_grid(targets, outputs)
     assert grid.shape == (3, 2 * 114 + 2, 6 * 114 + 2) and 0 <= grid.min() and grid.max() <= 1
-    images = data.center_crops(pixels[[0, 7]])
-    for column, image in ((0, images[0]), (5, images[1])):
-        left = 2 + 114 * column
-        half = torch.nn.functional.interpolate(image[None], scale_factor=0.5, mode="bilinear")  # the mean of 2×2
-        assert torch.allclose(grid[:, 2:114, left : left + 112], half[0], atol=1e-5)
-        with torch.no_grad():
-            output = job.decoder(job.encoder(image[None]))
-        half = torch.nn.functional.interpolate(output, scale_factor=0.5, mode="bilinear")
-        assert torch.allclose(grid[:, 116:228, left : left + 112], half[0], atol=1e-5)
+    for top, pictures in ((2, targets), (116, outputs)):
+        for number in (0, 5):
+            left = 2 + 114 * number
+            half = torch.nn.functional.interpolate(pictures[number : number + 1], scale_factor=0.5, mode="bilinear")
+            shown = grid[:, top : top + 112, left : left + 112]
+            assert torch.allclose(shown, half[0], atol=1e-5)  # the mean of 2×2
 
 
 def test_hyper_parameters_and_final_metrics(tracked, tmp_path, run_evaluate):
@@ -99,15 +95,15 @@ def test_hyper_parameters_and_final_metrics(tracked, tmp_path, run_evaluate):
 
 def test_resuming_repeats_no_step(tracked, photos, tmp_path, monkeypatch, run_train):
     """Stopped after the second epoch was tracked and before it was saved: it comes again, and is shown once."""
-    real = train.Run.save_last
+    real = train.save_last
 
-    def stop(self):
-        if self.epoch == 2:
+    def stop(state, *rest):
+        if state.epoch == 2:
             raise KeyboardInterrupt
-        real(self)
+        real(state, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "save_last", stop)
+        patch.setattr(train, "save_last", stop)
         assert run_train("--data", photos, "--out", tmp_path, *SHORT) == 130
     assert steps(tmp_path, "loss/train") == [1, 2]
     assert run_train("--data", photos, "--out", tmp_path, *SHORT, "--resume") == 0

@@ -1,0 +1,296 @@
+"""The scripts' flags, and the YAML files that give their values; without torch, so that `--help` is instant."""
+
+import argparse
+import reprlib
+import sys
+
+import yaml
+
+from study import DECODERS, LAYERS, PROTOCOLS
+from utils import UserError
+
+TRACKERS = ["tensorboard", "wandb", "none"]
+# Flags that say how to run, not what: they are no part of a run's configuration.
+NOT_CONFIG = ("config", "resume", "overwrite", "download", "cache", "tracker", "quiet", "bars")
+LARGEST = 2**31 - 1  # of a whole number; seeds go to 2**32 - 1
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows defaults in its help and reports a mistake as a UserError."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, formatter_class=HelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message} (--help explains every flag)")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults after each flag that has one, the description as it is written."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def positive_int(text):
+    return number(int, text, minimum=1)
+
+
+def whole_number(text):
+    return number(int, text, minimum=0)
+
+
+def seed(text):
+    return number(int, text, minimum=0, maximum=2**32 - 1)
+
+
+def positive_float(text):
+    return number(float, text, minimum=5e-324, maximum=sys.float_info.max)
+
+
+def non_negative_float(text):
+    return number(float, text, minimum=0, maximum=sys.float_info.max)
+
+
+def number(kind, text, minimum, maximum=LARGEST):
+    """`text` as an int or finite float from `minimum` to `maximum`; else argparse's own error, with the value."""
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not {'a whole' if kind is int else 'a'} number"
+        ) from None
+    if not minimum <= value:
+        raise argparse.ArgumentTypeError(f"{text} is not {'positive' if minimum else 'zero or positive'}")
+    if value > maximum:
+        raise argparse.ArgumentTypeError(f"{text} is too large; at most {maximum}")
+    return value
+
+
+def check_layer(encoder, layer):
+    """Raise UserError unless `layer` is one of `encoder`'s."""
+    if encoder not in LAYERS:
+        raise UserError(f"--encoder {encoder}: not an encoder; choose from {', '.join(LAYERS)}")
+    if layer not in LAYERS[encoder]:
+        raise UserError(
+            f"--layer {layer}: not a layer of {encoder}; choose from {', '.join(LAYERS[encoder])}"
+        )
+
+
+def add_running_flags(group):
+    """What every script that computes takes."""
+    group.add_argument("--cache", help="folder of decoded images (default: ~/.cache/feature-inversion)")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--quiet", action="store_true", help="no progress: neither bars nor a line an epoch")
+    group.add_argument("--bars", action="store_true", help="progress bars even where there is no terminal")
+
+
+# --- train.py ----------------------------------------------------------------------------------------
+
+
+def train_parser(doc=None):
+    """train.py's flags; each is also a key of the YAML file, with `_` for `-`."""
+    layers = "; ".join(f"{encoder}: {list(names)[0]}…{list(names)[-1]}" for encoder, names in LAYERS.items())
+    parser = Parser(doc)
+    what = parser.add_argument_group("what is inverted, and by what")
+    what.add_argument("--encoder", choices=list(LAYERS), default="vgg16", help="frozen network")
+    what.add_argument("--layer", default="block1", help=f"where its features are taken ({layers})")
+    what.add_argument(
+        "--weights", default="imagenet", help="`imagenet`; `random`, the control; or a state-dict file"
+    )
+    what.add_argument("--decoder", choices=DECODERS, default="tconv", help="trained network")
+    what.add_argument(
+        "--width", type=positive_int, help="the decoder's main number of channels (default: its own)"
+    )
+    images = parser.add_argument_group("images")
+    images.add_argument(
+        "--data", help="folder of DIV2K or with train/ and test/; `sample` (default: DIV2K if there)"
+    )
+    images.add_argument("--download", action="store_true", help="first fetch DIV2K (3.7 GB) into --data")
+    how = parser.add_argument_group("training (defaults: the study's)")
+    how.add_argument("--epochs", type=positive_int, default=30, help="at most")
+    how.add_argument("--batch-size", type=positive_int, default=4, help="images a step, per process")
+    how.add_argument(
+        "--lr", type=positive_float, default=1e-4, help="Adam's learning rate; onecycle: the highest"
+    )
+    how.add_argument(
+        "--schedule", choices=["plateau", "onecycle"], default="plateau", help="of the learning rate"
+    )
+    freeze = "then fix batch norm's statistics; 0: never"
+    how.add_argument("--freeze-bn", type=whole_number, default=0, metavar="STEPS", help=freeze)
+    how.add_argument(
+        "--patience", type=positive_int, default=15, help="epochs without a better validation loss"
+    )
+    how.add_argument(
+        "--mse-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed"
+    )
+    how.add_argument(
+        "--lpips-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed"
+    )
+    how.add_argument(
+        "--protocol", choices=list(PROTOCOLS), default="documented", help="published: the study's code"
+    )
+    how.add_argument("--seed", type=seed, default=42, help="of initialisation, order, crops and flips")
+    running = parser.add_argument_group("running")
+    running.add_argument("--config", help="YAML file with values of these flags; the command line wins")
+    running.add_argument("--out", default="runs", help="folder of this run")
+    again = running.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
+    again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    switch = argparse.BooleanOptionalAction
+    repeatable = "repeatable on CUDA too (not the attention decoder there)"
+    running.add_argument("--deterministic", action=switch, default=True, help=repeatable)
+    running.add_argument(
+        "--amp", action=switch, default=False, help="encoder and decoder in bfloat16 (slow on CPUs)"
+    )
+    running.add_argument(
+        "--compile", action=switch, default=False, help="torch.compile them first; for long runs"
+    )
+    running.add_argument(
+        "--tracker", choices=TRACKERS, default="tensorboard", help="live curves; wandb: install it"
+    )
+    add_running_flags(running)
+    return parser
+
+
+def parse_train(argv=None, doc=None):
+    """train.py's command line over YAML file over defaults → argparse.Namespace. Raises UserError."""
+    parser = train_parser(doc)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    if args.config:
+        args = parser.parse_args([*read_config(args.config, parser), *argv])
+    check_layer(args.encoder, args.layer)
+    if not args.mse_weight and not args.lpips_weight:
+        raise UserError(
+            "--mse-weight 0 --lpips-weight 0: nothing to minimise; give at least one a positive weight"
+        )
+    return args
+
+
+def config_of(args):
+    """The configuration of a run, {flag: value}, from train.py's flags."""
+    return {flag: value for flag, value in vars(args).items() if flag not in NOT_CONFIG}
+
+
+def read_config(path, parser):
+    """The YAML file at `path` as command-line flags, checked like them. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.safe_load(file)
+    except (yaml.YAMLError, OSError, RecursionError, ValueError) as error:
+        raise UserError(f"--config {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--config {path}: is {type(values).__name__}, should be lines of `key: value`")
+    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    flags = []
+    for key, value in values.items():
+        if key not in actions:
+            known = ", ".join(actions)
+            raise UserError(f"--config {path}: unknown key {reprlib.repr(key)}; the keys are {known}")
+        try:
+            flags += as_flags(actions[key], value)
+        except UserError as error:
+            raise UserError(f"--config {path}: {key}: {error}") from None
+    try:
+        parser.parse_args(flags)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    return flags
+
+
+def as_flags(action, value):
+    """A YAML value of the flag that `action` defines, as a part of a command line. Raises UserError."""
+    name = action.dest.replace("_", "-")
+    if isinstance(action.default, bool):
+        if not isinstance(value, bool):
+            raise UserError(f"{reprlib.repr(value)} should be true or false")
+        if value:
+            return [f"--{name}"]
+        return [f"--no-{name}"] if isinstance(action, argparse.BooleanOptionalAction) else []
+    if value is None and action.default is None:
+        return []
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UserError(f"{reprlib.repr(value)} should be a number or a word")
+    return [f"--{name}={value}"]
+
+
+# --- evaluate.py and invert.py -------------------------------------------------------------------------
+
+
+def parse_evaluate(argv=None, doc=None):
+    """evaluate.py's command line → argparse.Namespace. Raises UserError."""
+    parser = Parser(doc)
+    what = parser.add_argument_group("what to do")
+    what.add_argument("--ckpt", help="measure this checkpoint, which train.py wrote (default: runs/best.pt)")
+    what = what.add_mutually_exclusive_group()
+    what.add_argument(
+        "--images", nargs="+", metavar="PATH", help="instead: reconstruct these pictures and folders"
+    )
+    what.add_argument(
+        "--report", metavar="RUNS", help="instead: the page and tables of the experiments in this folder"
+    )
+    what.add_argument(
+        "--invert", action="store_true", help="instead: says which command does that, invert.py"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)"
+    )
+    out = "folder for the results (default: the checkpoint's, and in it one named like other --data)"
+    how.add_argument("--out", help=out)
+    how.add_argument(
+        "--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it"
+    )
+    add_running_flags(how)
+    args, unknown = parser.parse_known_args(argv)
+    if args.invert:
+        raise UserError("--invert: is a script of its own, python invert.py, which takes --ckpt or --encoder")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    refuse_ignored(args, "report", ("ckpt", "data", "cache", "out"))
+    refuse_ignored(args, "images", ("data", "cache"))
+    args.ckpt = args.ckpt or "runs/best.pt"
+    return args
+
+
+def refuse_ignored(args, flag, ignored):
+    """Raise UserError if one of the flags `ignored` is given beside `flag`, which makes no use of it."""
+    for name in ignored:
+        if getattr(args, flag) and getattr(args, name):
+            raise UserError(f"--{name}: not with --{flag}")
+
+
+def parse_invert(argv=None, doc=None):
+    """invert.py's command line → argparse.Namespace. Raises UserError."""
+    parser = Parser(doc)
+    what = parser.add_argument_group("what is inverted")
+    what.add_argument("--ckpt", help="start from this checkpoint's reconstructions (default: runs/best.pt)")
+    what.add_argument("--encoder", choices=list(LAYERS), help="start from noise, without a checkpoint")
+    what.add_argument("--layer", help="of --encoder (default: its first)")
+    what.add_argument("--weights", help="of --encoder: `imagenet`, `random` or a file (default: imagenet)")
+    what.add_argument(
+        "--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)"
+    )
+    what.add_argument("--count", type=positive_int, default=10, help="test images, evenly spaced among all")
+    how = parser.add_argument_group("how")
+    how.add_argument("--steps", type=positive_int, default=300, help="of Adam")
+    how.add_argument("--tv-weight", type=non_negative_float, default=0.3, help="of the total variation")
+    how.add_argument(
+        "--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it"
+    )
+    how.add_argument(
+        "--out", help="folder for the results (default: the checkpoint's; from noise: runs/noise_…)"
+    )
+    add_running_flags(how)
+    args = parser.parse_args(argv)
+    if args.encoder and args.ckpt:
+        raise UserError("--encoder with --ckpt: the checkpoint knows its own; give one of them")
+    if args.encoder:
+        args.layer = args.layer or list(LAYERS[args.encoder])[0]
+        args.weights = args.weights or "imagenet"
+        check_layer(args.encoder, args.layer)
+    elif args.layer or args.weights:
+        raise UserError(f"--{'layer' if args.layer else 'weights'}: only with --encoder")
+    args.ckpt = args.ckpt or "runs/best.pt"
+    return args

@@ -1,0 +1,175 @@
+"""How far an image is from its target: PSNR, SSIM and LPIPS, the loss made of them, and averages of each."""
+
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from skimage.metrics import structural_similarity
+from torch import nn
+
+from study import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD
+from weights import imagenet_weights
+
+TERMS = ("loss", "mse", "lpips", "psnr")  # what Loss gives, and an epoch averages
+
+
+def target(images, protocol=DOCUMENTED):
+    """What an output for `images` (B, 3, H, W) in [0, 1] is held against in the loss.
+
+    `documented`: the images. `published`: ImageNet-normalised, about -2.1 to 2.6, which no sigmoid reaches; clipped
+    to [0, 1] it is also what the published metrics saw (README, "Protocol").
+    """
+    if not protocol.normalized_target:
+        return images
+    mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
+    std = images.new_tensor(IMAGENET_STD)[:, None, None]
+    return (images - mean) / std
+
+
+def psnr(images, target):
+    """Peak signal-to-noise ratio in dB of each image (B, 3, H, W) in [0, 1] (paper 3.4.1); 100 dB where equal."""
+    return -10 * torch.log10((images - target).square().mean((1, 2, 3)).clamp_min(1e-10))
+
+
+def ssim(image, target, protocol=DOCUMENTED):
+    """Structural similarity of two images (3, H, W) in [0, 1] (paper 3.4.2).
+
+    `documented`: as Wang et al. 2004 define it, 11×11 Gaussian window. `published`: scikit-image's 7×7 uniform one.
+    """
+    pair = image.cpu().numpy(), target.cpu().numpy()
+    return structural_similarity(*pair, channel_axis=0, data_range=1.0, **protocol.ssim_window)
+
+
+@torch.no_grad()
+def measure(images, target, lpips, protocol=DOCUMENTED):
+    """{metric: one float an image} of `images` against `target`, (B, 3, H, W) in [0, 1]; lpips: an LPIPS."""
+    with ThreadPoolExecutor() as pool:
+        similarity = list(pool.map(ssim, images, target, [protocol] * len(images)))  # each on one core
+    return {
+        "psnr": psnr(images, target).tolist(),
+        "ssim": similarity,
+        "lpips": lpips(images, target).tolist(),
+    }
+
+
+class LPIPS(nn.Module):
+    """LPIPS v0.1 with AlexNet (Zhang et al. 2018; paper 3.4.3), equal to the lpips package's.
+
+    Takes images (B, 3, H, W) in [0, 1], H and W at least 31. Its scaling of [-1, 1] images is ImageNet
+    normalisation of [0, 1] ones. Written out, because training wants the target's features without
+    autograd and once, and a gradient that is finite where a feature vector is exactly zero.
+    """
+
+    def __init__(self):
+        super().__init__()
+        with torch.device("meta"):  # no memory or time for the classifier
+            trunk = torchvision.models.alexnet().features[:12]
+        state = imagenet_weights("alexnet")
+        trunk.load_state_dict({key: state[f"features.{key}"] for key in trunk.state_dict()}, assign=True)
+        trunk.to(memory_format=torch.channels_last)
+        self.slices = nn.ModuleList(trunk[a:b] for a, b in ((0, 2), (2, 5), (5, 8), (8, 10), (10, 12)))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+        folder = Path(importlib.util.find_spec("lpips").origin).parent
+        linear = torch.load(folder / "weights/v0.1/alex.pth", map_location="cpu", weights_only=True)
+        for i in range(5):
+            self.register_buffer(f"linear{i}", linear[f"lin{i}.model.1.weight"])  # (1, C, 1, 1)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    def features(self, images):
+        """Five maps (B, C, h, w) of unit-length feature vectors."""
+        x = (images - self.mean) / self.std
+        maps = []
+        for layers in self.slices:
+            x = layers(x)
+            norm = x.square().sum(1, keepdim=True).clamp_min(1e-20).sqrt()
+            maps.append(x / (norm + 1e-10))
+        return maps
+
+    def forward(self, images, target):
+        """Distances (B,) of `images` from `target`: images, or what `features` gave for them."""
+        if torch.is_tensor(target):
+            with torch.no_grad():
+                target = self.features(target)
+        distance = 0
+        for i, (a, b) in enumerate(zip(self.features(images), target, strict=True)):
+            distance = distance + F.conv2d((a - b).square(), getattr(self, f"linear{i}")).mean((1, 2, 3))
+        return distance
+
+
+class Loss(nn.Module):
+    """mse_weight · MSE + lpips_weight · LPIPS of outputs against the protocol's target of images (paper 3.3.2).
+
+    A term with weight zero takes no part in the gradient, and LPIPS is then not computed.
+    """
+
+    def __init__(self, mse_weight=0.5, lpips_weight=0.5, protocol=DOCUMENTED):
+        super().__init__()
+        self.mse_weight = mse_weight
+        self.lpips_weight = lpips_weight
+        self.protocol = protocol
+        self.lpips = LPIPS() if lpips_weight else None
+
+    def forward(self, output, images):
+        """{term of TERMS: (B,), one value an image} of output and images (B, 3, H, W) in [0, 1].
+
+        `lpips` is NaN where it was not asked for; `psnr`, in dB, is against the target clipped to [0, 1].
+        """
+        wanted = target(images, self.protocol)
+        mse = ((output if self.mse_weight else output.detach()) - wanted).square().mean((1, 2, 3))
+        loss = self.mse_weight * mse if self.mse_weight else 0
+        if self.lpips:
+            distance = self.lpips(output, wanted)
+            loss = loss + self.lpips_weight * distance
+        else:
+            distance = torch.full_like(mse, torch.nan)
+        return {
+            "loss": loss,
+            "mse": mse,
+            "lpips": distance,
+            "psnr": psnr(output.detach(), wanted.clamp(0, 1)),
+        }
+
+
+class Meter:
+    """Averages of named values per image (not per batch, which may differ in size), over all processes."""
+
+    def __init__(self, names, device="cpu"):
+        self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in (*names, "images")}
+
+    def add(self, values):
+        """Add {name: (B,)}, one value an image."""
+        for name, value in values.items():
+            self.sums[name] += value.sum()
+        self.sums["images"] += len(value)
+
+    def total(self):
+        """The sums over all processes, {name: float}, and the number of `images`."""
+        sums = torch.stack(list(self.sums.values()))
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return dict(zip(self.sums, sums.tolist(), strict=True))
+
+    def averages(self):
+        """{name: mean over the images of all processes}."""
+        total = self.total()
+        images = total.pop("images")
+        return {name: value / images for name, value in total.items()}
+
+    def restart(self, total=None):
+        """Go on from what `total` gave, or from nothing; of several processes one gets the sums of all."""
+        for name, value in self.sums.items():
+            value.fill_(total[name] if total else 0)
+
+
+def summary(values):
+    """Mean, standard deviation (population), minimum and maximum of an array, as a dictionary of floats."""
+    return {name: float(getattr(values, name)()) for name in ("mean", "std", "min", "max")}

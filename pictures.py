@@ -1,0 +1,95 @@
+"""What a person looks at: pictures beside each other, and figures of the metrics."""
+
+import zipfile
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from study import METRICS
+from utils import atomic, evenly_spaced
+
+
+def to_pixels(images):
+    """Images (B, 3, H, W) in [0, 1] as 8-bit pixels, uint8 (B, H, W, 3), on the CPU."""
+    return (255 * images).round().byte().permute(0, 2, 3, 1).cpu()
+
+
+def to_picture(pixels):
+    """uint8 pixels (H, W, 3) as a PIL image."""
+    return Image.fromarray(pixels.numpy())
+
+
+def difference(a, b):
+    """5 × |a − b| of uint8 pixels."""
+    return (5 * (a.int() - b.int()).abs()).clamp(max=255).byte()
+
+
+def from_worst_to_best(psnr, count=6):
+    """Indices of `count` images, evenly spaced from the lowest to the highest PSNR."""
+    return np.argsort(psnr)[evenly_spaced(len(psnr), count)]
+
+
+def save_figure(figure, path, dpi=100):
+    """Write a matplotlib figure to `path`, whole or not at all."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=dpi)
+
+
+def draw_grid(rows, path):
+    """A figure of `rows`: {label: [(PIL image, what stands above it) or None, …]}, all equally long."""
+    columns = len(next(iter(rows.values())))
+    figure = Figure(figsize=(2.2 * columns + 0.4, 2.4 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (label, cells) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(label, parse_math=False)  # names of files and folders may have a $
+        for axis, cell in zip(line, cells, strict=True):
+            axis.set(xticks=[], yticks=[])
+            if cell:
+                axis.imshow(cell[0])
+                axis.set_title(cell[1], fontsize=8, parse_math=False)
+    save_figure(figure, path)
+
+
+def draw_reconstructions(targets, outputs, names, psnr, path, label="original"):
+    """Target, reconstruction and 5× difference of six images, uint8 (N, H, W, 3) each, from worst to best PSNR.
+
+    label: of the row of targets.
+    """
+    rows = {label: [], "reconstruction": [], "5 × difference": []}
+    for i in from_worst_to_best(psnr):
+        rows[label].append((to_picture(targets[i]), names[i][:24]))
+        rows["reconstruction"].append((to_picture(outputs[i]), f"{psnr[i]:.2f} dB"))
+        rows["5 × difference"].append((to_picture(difference(targets[i], outputs[i])), ""))
+    draw_grid(rows, path)
+
+
+def draw_histograms(values, path):
+    """How the metrics, {metric: (N,)}, are distributed over the test images."""
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    for axis, (name, label) in zip(figure.subplots(1, 3), METRICS.items(), strict=True):
+        mean = values[name].mean()
+        axis.hist(values[name], bins=20)
+        axis.axvline(mean, color="black", linestyle="--", label=f"mean {mean:.3f}")
+        axis.set(xlabel=label, ylabel="images")
+        axis.legend()
+    save_figure(figure, path)
+
+
+def write_samples(targets, outputs, path, count=24):
+    """A zip of `count` evenly spaced test images and their reconstructions, uint8 (N, H, W, 3) each, for the page.
+
+    The members are N-original.jpg and N-reconstruction.jpg, N being the image's row in per_image.csv, from 0
+    (report.py reads them).
+    """
+    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        for i in evenly_spaced(len(targets), count):
+            for kind, pixels in (("original", targets[i]), ("reconstruction", outputs[i])):
+                with archive.open(f"{i:05}-{kind}.jpg", "w") as file:  # with full colour, for 5× differences
+                    to_picture(pixels).save(file, "JPEG", quality=90, subsampling=0)
+
+
+def strip(target, output):
+    """Target | reconstruction | 5× difference, uint8 (H, W, 3) each, as one PIL image."""
+    return to_picture(torch.cat([target, output, difference(target, output)], 1))

@@ -1,0 +1,48 @@
+"""The parts of a training, built as train.py builds them, for tests that look at one of them."""
+
+from types import SimpleNamespace
+
+import torch
+
+import data
+import train
+from flags import config_of, parse_train
+from metrics import TERMS, Loss, Meter
+from models import inverter_of
+from signals import Signals
+from study import PROTOCOLS
+
+CPU = torch.device("cpu")
+
+
+def parse(*flags):
+    return parse_train([str(flag) for flag in flags])
+
+
+def parts_of(photos, *flags):
+    """Configuration, images, networks, loss and State of a training on `photos`."""
+    config = config_of(parse("--data", photos, *flags))
+    protocol = PROTOCOLS[config["protocol"]]
+    parts = SimpleNamespace(config=config, signals=Signals(CPU))
+    parts.train = data.load_split(str(photos), "train", protocol=protocol)
+    parts.val = data.load_split(str(photos), "val", protocol=protocol)
+    parts.inverter = inverter_of(config)
+    parts.loss = Loss(config["mse_weight"], config["lpips_weight"], protocol)
+    parts.steps = train.steps_of_an_epoch(len(parts.train.names), config["batch_size"], 1)
+    optimizer = torch.optim.Adam(parts.inverter.decoder.parameters(), lr=config["lr"])
+    scheduler = train.make_scheduler(optimizer, config, parts.steps, protocol.lowest_lr)
+    parts.state = train.State(parts.inverter.decoder, optimizer, scheduler, Meter(TERMS))
+    return parts
+
+
+def train_epoch(parts):
+    """The rest of the epoch of parts.state; averages of the loss's terms."""
+    batches = train.epoch_batches(parts.train, parts.config, parts.state, parts.steps, rank=0, world=1)
+    options = (parts.state, parts.config, parts.steps, parts.signals, True)
+    return train.train_epoch(parts.inverter, batches, parts.loss, *options)
+
+
+def validate(parts, kept=None):
+    """(averages, targets, outputs) of the validation images."""
+    options = (parts.config["batch_size"], 0, 1, parts.signals, True)
+    return train.validate(parts.inverter, parts.val.pixels, parts.loss, {} if kept is None else kept, *options)

