@@ -4,10 +4,11 @@
   python bench.py --json bench.json
   python bench.py --data FOLDER            on its training images, rather than on 2K PNGs made here
 
-Plain: eager, NCHW, 2K PNGs decoded and resized every epoch by four workers, LPIPS from the lpips package, which
-computes the target's features under autograd, and a look at the loss every step. It has a process of its own, and
-both run in one go, the steps by turns, so that what else the machine does slows both: ratios can be compared between
-machines, times cannot. On CUDA the step is timed with bfloat16, channels last and torch.compile on and off too.
+Plain: eager, NCHW, 2K PNGs decoded and resized every epoch by four workers, LPIPS from the lpips package,
+which computes the target's features under autograd, and a look at the loss every step. It has a process of
+its own, and both run in one go, the steps by turns, so that what else the machine does slows both: ratios can
+be compared between machines, times cannot. On CUDA the step is timed with bfloat16, channels last and
+torch.compile on and off too.
 """
 
 from flags import Parser, config_of, parse_train, positive_int
@@ -69,7 +70,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 def make_photographs(folder, count):
-    """Fill `folder` with `count` PNGs of DIV2K's size and kind, in train/ and test/: enlarged tiles of the sample."""
+    """Fill train/ and test/ in `folder` with `count` PNGs like DIV2K's: enlarged tiles of the sample."""
     draw = np.random.RandomState(0)
     tiles = data.sample_tiles("train").pixels
     for i in range(count):
@@ -78,9 +79,7 @@ def make_photographs(folder, count):
         picture = Image.fromarray(tiles[i % len(tiles)].numpy()).resize(
             (2040, 1356), Image.Resampling.BICUBIC
         )
-        grain = draw.normal(
-            0, 4, (1356, 2040, 1)
-        )  # a photograph's, without which PNGs are smaller than they are
+        grain = draw.normal(0, 4, (1356, 2040, 1))  # a photograph's, which makes PNGs large
         Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8)).save(
             name, compress_level=6
         )
@@ -223,7 +222,7 @@ def timed(device, function, repeats=5):
 
 
 def by_turns(device, functions, rounds, times=6):
-    """{name: median seconds} of `functions`, called `times` times in a row by turns; the first of a row is left out."""
+    """{name: median seconds} of `functions`, called by turns, `times` in a row without the first."""
     seconds = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -245,7 +244,7 @@ def peak_flops(device):
 
 
 class Ours:
-    """Experiment 1 on the photographs in `folder`, built and trained as train.py does; flags: `amp`, `compile`."""
+    """Experiment 1 on the photographs in `folder`, trained as train.py does; flags: `amp`, `compile`."""
 
     def __init__(self, folder, device, *flags):
         flags = [f"--{flag}" for flag in flags]
@@ -349,7 +348,7 @@ def bench_step(plain, ours, folder, rounds, show):
 
 
 def bench_epoch(plain, ours, folder, show):
-    """The second epoch on the photographs, a step of it, since ours leaves a fifth of the images for validation."""
+    """A step of the second epoch: ours leaves a fifth of the photographs for validation."""
     slow = plain("epoch", f"{folder}/train")
     ours.epoch()
     fast = ours.epoch()
@@ -358,7 +357,7 @@ def bench_epoch(plain, ours, folder, show):
 
 
 def bench_evaluation(plain, ours, folder, show):
-    """All three metrics of the photographs, which must be the same in both; ours has seen the images before."""
+    """All three metrics of the photographs, the same in both; ours has seen the images before."""
     files = data.image_files(Path(folder, "train"))
     Path(folder, "again").mkdir()
     Path(folder, "again", "test").symlink_to(Path(folder, "train"))
@@ -409,7 +408,8 @@ def bench(args):
             link_photographs(args.data, folder, args.images)
         else:
             make_photographs(folder, args.images)
-        # In processes of their own, and first, since what can be asked for is the peak of the largest child so far.
+        # In processes of their own, and first, since what can be asked for is the peak of the largest child
+        # so far.
         flags = (
             "--data",
             folder,

@@ -18,7 +18,7 @@ def upsamplings(height, size):
 
 
 def resize(x, size):
-    """`x` (B, C, H, W) as (B, C, *size), bilinear; for AlexNet's 27, 13 and 6, no power of two below 224, too."""
+    """`x` (B, C, H, W) as (B, C, *size), bilinear: for AlexNet's 27, 13 and 6, no power of two below 224."""
     return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear")
 
 
@@ -57,7 +57,7 @@ def conv_block(channels, out, kernel=3):
 
 
 class ChannelAttention(nn.Module):
-    """Squeeze-and-excitation (paper 3.2.2, "Frequency Fusion"): (B, C, H, W) scaled by a weight per channel."""
+    """Squeeze-and-excitation (paper 3.2.2): (B, C, H, W) scaled by a weight per channel."""
 
     def __init__(self, channels):
         super().__init__()
@@ -71,7 +71,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """(B, C, H, W) scaled by a weight per position, from the channels' mean and maximum there (paper 3.2.2)."""
+    """(B, C, H, W) scaled by a weight per position, of the channels' mean and maximum (paper 3.2.2)."""
 
     def __init__(self):
         super().__init__()
@@ -244,7 +244,7 @@ class WaveletDecoder(nn.Module):
 
 
 def sinusoidal_positions(height, width, channels):
-    """Sines and cosines of row and column at falling frequencies (Vaswani et al. 2017): (height·width, channels)."""
+    """Sines and cosines of row and column (Vaswani et al. 2017): (height·width, channels)."""
     frequencies = 10_000 ** -torch.linspace(0, 1, math.ceil(channels / 4))
     rows, columns = (torch.arange(n)[:, None] * frequencies for n in (height, width))
     rows = torch.cat([rows.sin(), rows.cos()], 1)[:, None].expand(-1, width, -1)
@@ -253,7 +253,7 @@ def sinusoidal_positions(height, width, channels):
 
 
 class MultiHeadAttention(nn.Module):
-    """softmax(QKᵀ/√d)V over all positions, in heads of d = 64 (paper 3.2.2): (B, N, width) → (B, N, width)."""
+    """softmax(QKᵀ/√d)V over all positions, in heads of d = 64 (paper 3.2.2): (B, N, width) → the same."""
 
     def __init__(self, width):
         super().__init__()
@@ -289,7 +289,8 @@ class TransformerBlock(nn.Module):
 class AttentionDecoder(nn.Module):
     """Attention decoder (paper 3.2.2): features (B, C, H, W) → images (B, 3, size, size) in [0, 1].
 
-    width: channels of a token; the map goes to TransposedConv with the features' own channels, or `width` if fewer.
+    width: channels of a token; the map goes to TransposedConv with the features' own channels, or `width` if
+    fewer.
     """
 
     def __init__(self, shape, width=384, size=IMAGE_SIZE):
@@ -297,7 +298,8 @@ class AttentionDecoder(nn.Module):
         channels, height, breadth = shape
         mapped = min(channels, width)
         self.embed = conv_bn(channels, width, 1)
-        # Fixed: learned positions would be 4.8 million parameters at 112×112, and another count at each layer.
+        # Fixed: learned positions would be 4.8 million parameters at 112×112, and another count at each
+        # layer.
         self.register_buffer("positions", sinusoidal_positions(height, breadth, width), persistent=False)
         self.blocks = nn.Sequential(*(TransformerBlock(width) for _ in range(4)))
         self.to_map = nn.Linear(width, mapped, bias=False)  # a bias would end in TransposedConv's first BN
@@ -320,10 +322,10 @@ BUILDERS = {
 def build_decoder(decoder, shape, width=None, seed=42):
     """Decoder `decoder` for features of `shape` (C, H, W), initialised from `seed`.
 
-    Kaiming initialisation (paper 3.3.4) as PyTorch's own layers have it, uniform with a = √5, but from the
-    true fan-in of a transposed convolution too.
-    width: the decoder's main number of channels, its own default where None. Raises UserError for an
-    unknown name.
+    Kaiming initialisation (paper 3.3.4) as PyTorch's own layers have it, uniform within ±1/√fan, but with a
+    fan of 16 C for transposed convolutions, where PyTorch counts 16 times the channels that come out and an
+    output pixel sees 4 C (docs/conclusions.md). width: the decoder's main number of channels, its own default
+    where None. Raises UserError for an unknown name.
     """
     if decoder not in DECODERS:
         raise UserError(f"--decoder {decoder}: not a decoder; choose from {', '.join(DECODERS)}")
@@ -331,8 +333,6 @@ def build_decoder(decoder, shape, width=None, seed=42):
         torch.manual_seed(seed)
         net = BUILDERS[decoder](shape, width) if width else BUILDERS[decoder](shape)
         for layer in net.modules():
-            if isinstance(
-                layer, nn.ConvTranspose2d
-            ):  # its weight is (in, out, k, k): "fan_out" counts what comes in
+            if isinstance(layer, nn.ConvTranspose2d):
                 nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), mode="fan_out")
     return net.to(memory_format=torch.channels_last)

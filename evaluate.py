@@ -5,19 +5,18 @@
   python evaluate.py --ckpt runs/best.pt --images holiday.jpg pictures/      your own pictures
   python evaluate.py --report runs                                           the experiments, side by side
 
-The checkpoint knows its encoder, layer, decoder and data. Writes metrics.json, per_image.csv, reconstructions.png,
-reconstructions.zip and histograms.png beside it (of other --data: to a folder of its name there), or to --out;
---images writes to images/ there, and --report writes report.html, a page to open in a browser, results.md, .csv and
-.png and grid.png to the folder of the experiments. What optimisation finds in the features: python invert.py --help
+The checkpoint knows its encoder, layer, decoder and data. Writes metrics.json, per_image.csv,
+reconstructions.png, reconstructions.zip and histograms.png beside it (of other --data: to a folder of its
+name there), or to --out; --images writes to images/ there, and --report writes report.html, a page to open in
+a browser, results.md, .csv and .png and grid.png to the folder of the experiments. What optimisation finds in
+the features: python invert.py --help
 """
 
 from flags import parse_evaluate
 from utils import run
 
 if __name__ == "__main__":
-    ARGS = run(
-        lambda: parse_evaluate(doc=__doc__)
-    )  # before torch is imported, so that --help answers at once
+    ARGS = run(lambda: parse_evaluate(doc=__doc__))  # before torch is imported: --help answers at once
 
 import json
 import time
@@ -102,7 +101,7 @@ def evaluate(args):
 
 @torch.no_grad()
 def evaluate_model(inverter, pixels, batch_size=4, bars=None, protocol=DOCUMENTED):
-    """Reconstruct the central 224×224 of `pixels`, uint8 (N, 256, 256, 3), and measure each image: an Evaluation.
+    """Reconstruct and measure the central 224×224 of `pixels`, uint8 (N, 256, 256, 3): an Evaluation.
 
     Where the inverter is, it computes; bars: tqdm's `disable`; protocol: that of the training.
     """
@@ -126,7 +125,7 @@ def evaluate_model(inverter, pixels, batch_size=4, bars=None, protocol=DOCUMENTE
 
 @torch.no_grad()
 def time_inference(inverter, pixels, repeats=5):
-    """Milliseconds that the inverter takes for one image by itself: the median of `repeats`, after one for nothing."""
+    """Milliseconds for one image by itself: the median of `repeats`, after one that does not count."""
     image = data.center_crops(pixels[:1]).to(inverter.device)
     inverter.eval()
     seconds = []
@@ -221,8 +220,8 @@ def picture_files(paths):
 def reconstruct_pictures(inverter, files, out, made_by, bars=None, protocol=DOCUMENTED):
     """Write original | reconstruction | 5× difference of each file, its central square at 224×224, to `out`.
 
-    made_by: the checkpoint's digest, which a PNG that was written keeps, with its picture's: only such a one is ever
-    replaced. protocol: that of the training; of `published`, the original is what its metrics see.
+    made_by: the checkpoint's digest, which a PNG that was written keeps, with its picture's: only such a one
+    is ever replaced. protocol: that of the training; of `published`, the original is what its metrics see.
     """
     size = (IMAGE_SIZE, IMAGE_SIZE)
     squares = [

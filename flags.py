@@ -1,4 +1,4 @@
-"""The scripts' flags, and the YAML files that give their values; without torch, so that `--help` is instant."""
+"""The scripts' flags, and YAML files with their values; without torch, so that `--help` is instant."""
 
 import argparse
 import reprlib
@@ -53,7 +53,7 @@ def non_negative_float(text):
 
 
 def number(kind, text, minimum, maximum=LARGEST):
-    """`text` as an int or finite float from `minimum` to `maximum`; else argparse's own error, with the value."""
+    """`text` as an int or finite float from `minimum` to `maximum`, else argparse's own error."""
     try:
         value = kind(text)
     except ValueError:
@@ -77,12 +77,12 @@ def check_layer(encoder, layer):
         )
 
 
-def add_running_flags(group):
-    """What every script that computes takes."""
-    group.add_argument("--cache", help="folder of decoded images (default: ~/.cache/feature-inversion)")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--quiet", action="store_true", help="no progress: neither bars nor a line an epoch")
-    group.add_argument("--bars", action="store_true", help="progress bars even where there is no terminal")
+def add_running_flags(add):
+    """What every script that computes takes; add: a group's add_argument."""
+    add("--cache", help="folder of decoded images (default: ~/.cache/feature-inversion)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--quiet", action="store_true", help="no progress: neither bars nor a line an epoch")
+    add("--bars", action="store_true", help="progress bars even where there is no terminal")
 
 
 # --- train.py ----------------------------------------------------------------------------------------
@@ -92,64 +92,41 @@ def train_parser(doc=None):
     """train.py's flags; each is also a key of the YAML file, with `_` for `-`."""
     layers = "; ".join(f"{encoder}: {list(names)[0]}…{list(names)[-1]}" for encoder, names in LAYERS.items())
     parser = Parser(doc)
-    what = parser.add_argument_group("what is inverted, and by what")
-    what.add_argument("--encoder", choices=list(LAYERS), default="vgg16", help="frozen network")
-    what.add_argument("--layer", default="block1", help=f"where its features are taken ({layers})")
-    what.add_argument(
-        "--weights", default="imagenet", help="`imagenet`; `random`, the control; or a state-dict file"
-    )
-    what.add_argument("--decoder", choices=DECODERS, default="tconv", help="trained network")
-    what.add_argument(
-        "--width", type=positive_int, help="the decoder's main number of channels (default: its own)"
-    )
-    images = parser.add_argument_group("images")
-    images.add_argument(
-        "--data", help="folder of DIV2K or with train/ and test/; `sample` (default: DIV2K if there)"
-    )
-    images.add_argument("--download", action="store_true", help="first fetch DIV2K (3.7 GB) into --data")
-    how = parser.add_argument_group("training (defaults: the study's)")
-    how.add_argument("--epochs", type=positive_int, default=30, help="at most")
-    how.add_argument("--batch-size", type=positive_int, default=4, help="images a step, per process")
-    how.add_argument(
-        "--lr", type=positive_float, default=1e-4, help="Adam's learning rate; onecycle: the highest"
-    )
-    how.add_argument(
-        "--schedule", choices=["plateau", "onecycle"], default="plateau", help="of the learning rate"
-    )
+    add = parser.add_argument_group("what is inverted, and by what").add_argument
+    add("--encoder", choices=list(LAYERS), default="vgg16", help="frozen network")
+    add("--layer", default="block1", help=f"where its features are taken ({layers})")
+    add("--weights", default="imagenet", help="`imagenet`; `random`, the control; or a state-dict file")
+    add("--decoder", choices=DECODERS, default="tconv", help="trained network")
+    add("--width", type=positive_int, help="the decoder's main number of channels (default: its own)")
+    add = parser.add_argument_group("images").add_argument
+    add("--data", help="folder of DIV2K or with train/ and test/; `sample` (default: DIV2K if there)")
+    add("--download", action="store_true", help="first fetch DIV2K (3.7 GB) into --data")
+    add = parser.add_argument_group("training (defaults: the study's)").add_argument
+    add("--epochs", type=positive_int, default=30, help="at most")
+    add("--batch-size", type=positive_int, default=4, help="images a step, per process")
+    add("--lr", type=positive_float, default=1e-4, help="Adam's learning rate; onecycle: the highest")
+    add("--schedule", choices=["plateau", "onecycle"], default="plateau", help="of the learning rate")
     freeze = "then fix batch norm's statistics; 0: never"
-    how.add_argument("--freeze-bn", type=whole_number, default=0, metavar="STEPS", help=freeze)
-    how.add_argument(
-        "--patience", type=positive_int, default=15, help="epochs without a better validation loss"
-    )
-    how.add_argument(
-        "--mse-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed"
-    )
-    how.add_argument(
-        "--lpips-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed"
-    )
-    how.add_argument(
-        "--protocol", choices=list(PROTOCOLS), default="documented", help="published: the study's code"
-    )
-    how.add_argument("--seed", type=seed, default=42, help="of initialisation, order, crops and flips")
+    add("--freeze-bn", type=whole_number, default=0, metavar="STEPS", help=freeze)
+    add("--patience", type=positive_int, default=15, help="epochs without a better validation loss")
+    add("--mse-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
+    add("--lpips-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
+    add("--protocol", choices=list(PROTOCOLS), default="documented", help="published: the study's code")
+    add("--seed", type=seed, default=42, help="of initialisation, order, crops and flips")
     running = parser.add_argument_group("running")
-    running.add_argument("--config", help="YAML file with values of these flags; the command line wins")
-    running.add_argument("--out", default="runs", help="folder of this run")
+    add = running.add_argument
+    add("--config", help="YAML file with values of these flags; the command line wins")
+    add("--out", default="runs", help="folder of this run")
     again = running.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
     again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     switch = argparse.BooleanOptionalAction
     repeatable = "repeatable on CUDA too (not the attention decoder there)"
-    running.add_argument("--deterministic", action=switch, default=True, help=repeatable)
-    running.add_argument(
-        "--amp", action=switch, default=False, help="encoder and decoder in bfloat16 (slow on CPUs)"
-    )
-    running.add_argument(
-        "--compile", action=switch, default=False, help="torch.compile them first; for long runs"
-    )
-    running.add_argument(
-        "--tracker", choices=TRACKERS, default="tensorboard", help="live curves; wandb: install it"
-    )
-    add_running_flags(running)
+    add("--deterministic", action=switch, default=True, help=repeatable)
+    add("--amp", action=switch, default=False, help="encoder and decoder in bfloat16 (slow on CPUs)")
+    add("--compile", action=switch, default=False, help="torch.compile them first; for long runs")
+    add("--tracker", choices=TRACKERS, default="tensorboard", help="live curves; wandb: install it")
+    add_running_flags(add)
     return parser
 
 
@@ -222,27 +199,18 @@ def parse_evaluate(argv=None, doc=None):
     """evaluate.py's command line → argparse.Namespace. Raises UserError."""
     parser = Parser(doc)
     what = parser.add_argument_group("what to do")
-    what.add_argument("--ckpt", help="measure this checkpoint, which train.py wrote (default: runs/best.pt)")
-    what = what.add_mutually_exclusive_group()
-    what.add_argument(
-        "--images", nargs="+", metavar="PATH", help="instead: reconstruct these pictures and folders"
-    )
-    what.add_argument(
-        "--report", metavar="RUNS", help="instead: the page and tables of the experiments in this folder"
-    )
-    what.add_argument(
-        "--invert", action="store_true", help="instead: says which command does that, invert.py"
-    )
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)"
-    )
+    add = what.add_argument
+    add("--ckpt", help="measure this checkpoint, which train.py wrote (default: runs/best.pt)")
+    add = what.add_mutually_exclusive_group().add_argument
+    add("--images", nargs="+", metavar="PATH", help="instead: reconstruct these pictures and folders")
+    add("--report", metavar="RUNS", help="instead: the page and tables of the experiments in this folder")
+    add("--invert", action="store_true", help="instead: says which command does that, invert.py")
+    add = parser.add_argument_group("how").add_argument
+    add("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
     out = "folder for the results (default: the checkpoint's, and in it one named like other --data)"
-    how.add_argument("--out", help=out)
-    how.add_argument(
-        "--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it"
-    )
-    add_running_flags(how)
+    add("--out", help=out)
+    add("--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it")
+    add_running_flags(add)
     args, unknown = parser.parse_known_args(argv)
     if args.invert:
         raise UserError("--invert: is a script of its own, python invert.py, which takes --ckpt or --encoder")
@@ -264,25 +232,19 @@ def refuse_ignored(args, flag, ignored):
 def parse_invert(argv=None, doc=None):
     """invert.py's command line → argparse.Namespace. Raises UserError."""
     parser = Parser(doc)
-    what = parser.add_argument_group("what is inverted")
-    what.add_argument("--ckpt", help="start from this checkpoint's reconstructions (default: runs/best.pt)")
-    what.add_argument("--encoder", choices=list(LAYERS), help="start from noise, without a checkpoint")
-    what.add_argument("--layer", help="of --encoder (default: its first)")
-    what.add_argument("--weights", help="of --encoder: `imagenet`, `random` or a file (default: imagenet)")
-    what.add_argument(
-        "--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)"
-    )
-    what.add_argument("--count", type=positive_int, default=10, help="test images, evenly spaced among all")
-    how = parser.add_argument_group("how")
-    how.add_argument("--steps", type=positive_int, default=300, help="of Adam")
-    how.add_argument("--tv-weight", type=non_negative_float, default=0.3, help="of the total variation")
-    how.add_argument(
-        "--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it"
-    )
-    how.add_argument(
-        "--out", help="folder for the results (default: the checkpoint's; from noise: runs/noise_…)"
-    )
-    add_running_flags(how)
+    add = parser.add_argument_group("what is inverted").add_argument
+    add("--ckpt", help="start from this checkpoint's reconstructions (default: runs/best.pt)")
+    add("--encoder", choices=list(LAYERS), help="start from noise, without a checkpoint")
+    add("--layer", help="of --encoder (default: its first)")
+    add("--weights", help="of --encoder: `imagenet`, `random` or a file (default: imagenet)")
+    add("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
+    add("--count", type=positive_int, default=10, help="test images, evenly spaced among all")
+    add = parser.add_argument_group("how").add_argument
+    add("--steps", type=positive_int, default=300, help="of Adam")
+    add("--tv-weight", type=non_negative_float, default=0.3, help="of the total variation")
+    add("--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it")
+    add("--out", help="folder for the results (default: the checkpoint's; from noise: runs/noise_…)")
+    add_running_flags(add)
     args = parser.parse_args(argv)
     if args.encoder and args.ckpt:
         raise UserError("--encoder with --ckpt: the checkpoint knows its own; give one of them")

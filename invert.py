@@ -4,8 +4,8 @@
   python invert.py --encoder vgg16 --layer block3            from noise, without a decoder
   python invert.py --ckpt runs/best.pt --count 4 --steps 100
 
-What is recovered is a lower bound on what the features hold, and at shallow layers far above any decoder. Writes
-inversion.json, .csv and .png beside the checkpoint, or to --out.
+What is recovered is a lower bound on what the features hold, and at shallow layers far above any decoder.
+Writes inversion.json, .csv and .png beside the checkpoint, or to --out.
 """
 
 from flags import parse_invert
@@ -110,17 +110,17 @@ def from_checkpoint(args):
 
 
 def total_variation(images):
-    """Mean squared difference of neighbouring pixels, per image (B,), of (B, 3, H, W): the prior, with β = 2."""
+    """Mean squared difference of neighbouring pixels, (B,), of images (B, 3, H, W): the prior, with β = 2."""
     across = images.diff(dim=3).square()
     down = images.diff(dim=2).square()
     return across.mean((1, 2, 3)) + down.mean((1, 2, 3))
 
 
 def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=0.3, bars=None):
-    """Images (B, 3, H, W) in [0, 1] like `start` whose features are those given (B, C, H, W), found from `start`.
+    """Images (B, 3, H, W) in [0, 1], found from `start`, whose features are those given (B, C, H, W).
 
-    Minimises ‖φ(x) − φ‖² / ‖φ‖² + tv_weight · total variation by Adam, whose rate falls to 0 as a cosine. Each image
-    is by itself, whatever the batch.
+    Minimises ‖φ(x) − φ‖² / ‖φ‖² + tv_weight · total variation by Adam, whose rate falls to 0 as a cosine.
+    Each image is by itself, whatever the batch.
     """
     images = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([images], lr=lr)
@@ -138,7 +138,7 @@ def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=0.3, bars=None
 
 
 def noise(batch, first):
-    """Grey with a little noise, (B, 3, H, W) like `batch`, whose first image is number `first` of those to invert."""
+    """Grey with a little noise, like `batch` (B, 3, H, W), whose first image is number `first` of all."""
     draws = []
     for number in range(first, first + len(batch)):
         generator = torch.Generator().manual_seed(number)
@@ -148,7 +148,7 @@ def noise(batch, first):
 
 @torch.no_grad()
 def mean_pairwise_distance(encoder, pixels, batch_size=4):
-    """Mean Euclidean distance of the features of two different images, by which Mahendran & Vedaldi normalise.
+    """Mean Euclidean distance of two images' features, by which Mahendran & Vedaldi normalise.
 
     pixels: uint8 (N, 256, 256, 3), at least two.
     """
@@ -159,10 +159,10 @@ def mean_pairwise_distance(encoder, pixels, batch_size=4):
 
 
 def invert_images(encoder, decoder, pixels, scale, batch_size=4, bars=None, **options):
-    """Invert the features of uint8 `pixels` (N, 256, 256, 3), from what `decoder` makes of them, or from noise if None.
+    """Invert the features of uint8 `pixels` (N, 256, 256, 3), from what `decoder` makes of them or noise.
 
-    scale: what feature errors ‖φ(x) − φ‖ are divided by. Returns {"original", "start", "inversion": uint8 pixels
-    (N, 224, 224, 3)} and, for start and inversion, {key of FIGURES: (N,)}.
+    scale: what feature errors ‖φ(x) − φ‖ are divided by. Returns {"original", "start", "inversion": uint8
+    pixels (N, 224, 224, 3)} and, for start and inversion, {key of FIGURES: (N,)}.
     """
     device = encoder.mean.device
     lpips = LPIPS().to(device)
@@ -197,7 +197,7 @@ def invert_images(encoder, decoder, pixels, scale, batch_size=4, bars=None, **op
 
 
 def write_inversion(pictures, values, names, about, out):
-    """Print the table and write inversion.json, .csv and .png to the folder `out`; about: what the JSON also says."""
+    """Print the table and write the files to the folder `out`; about: what inversion.json also says."""
     print(f"{'':<16}" + "".join(f"{label:>20}" for label in FIGURES.values()))
     for kind, columns in values.items():
         line = f"{about['start'] if kind == 'start' else kind:<16}"

@@ -20,8 +20,8 @@ TERMS = ("loss", "mse", "lpips", "psnr")  # what Loss gives, and an epoch averag
 def target(images, protocol=DOCUMENTED):
     """What an output for `images` (B, 3, H, W) in [0, 1] is held against in the loss.
 
-    `documented`: the images. `published`: ImageNet-normalised, about -2.1 to 2.6, which no sigmoid reaches; clipped
-    to [0, 1] it is also what the published metrics saw (README, "Protocol").
+    `documented`: the images. `published`: ImageNet-normalised, about -2.1 to 2.6, which no sigmoid reaches;
+    clipped to [0, 1] it is also what the published metrics saw (README, "Protocol").
     """
     if not protocol.normalized_target:
         return images
@@ -31,14 +31,15 @@ def target(images, protocol=DOCUMENTED):
 
 
 def psnr(images, target):
-    """Peak signal-to-noise ratio in dB of each image (B, 3, H, W) in [0, 1] (paper 3.4.1); 100 dB where equal."""
+    """Peak signal-to-noise ratio in dB, (B,), of images (B, 3, H, W) in [0, 1] (paper 3.4.1); at most 100."""
     return -10 * torch.log10((images - target).square().mean((1, 2, 3)).clamp_min(1e-10))
 
 
 def ssim(image, target, protocol=DOCUMENTED):
     """Structural similarity of two images (3, H, W) in [0, 1] (paper 3.4.2).
 
-    `documented`: as Wang et al. 2004 define it, 11×11 Gaussian window. `published`: scikit-image's 7×7 uniform one.
+    `documented`: as Wang et al. 2004 define it, 11×11 Gaussian window. `published`: scikit-image's 7×7
+    uniform one.
     """
     pair = image.cpu().numpy(), target.cpu().numpy()
     return structural_similarity(*pair, channel_axis=0, data_range=1.0, **protocol.ssim_window)
@@ -106,7 +107,7 @@ class LPIPS(nn.Module):
 
 
 class Loss(nn.Module):
-    """mse_weight · MSE + lpips_weight · LPIPS of outputs against the protocol's target of images (paper 3.3.2).
+    """mse_weight · MSE + lpips_weight · LPIPS of outputs against images' targets (paper 3.3.2).
 
     A term with weight zero takes no part in the gradient, and LPIPS is then not computed.
     """

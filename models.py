@@ -1,4 +1,4 @@
-"""The networks: frozen encoders, and the Inverter that joins one to a decoder; built, and loaded from a checkpoint.
+"""The networks: frozen encoders, and the Inverter that joins one to a decoder; built, or loaded.
 
 python models.py                every layer and decoder, with its cost
 """
@@ -63,9 +63,9 @@ class Encoder(nn.Module):
     """A frozen network up to one layer: images (B, 3, 224, 224) in [0, 1] → features (B, C, H, W).
 
     encoder, layer: names in study.LAYERS. weights: `imagenet`; `random`, torchvision's or timm's own
-    initialisation from `seed`, the control; or the path of a state dict, whose SHA-256 is then `weights_sha256`.
-    Always in eval mode, parameters without gradient (paper 3.1.3); images may have one. Raises UserError for unknown
-    names and weights that can't be had or don't fit.
+    initialisation from `seed`, the control; or the path of a state dict, whose SHA-256 is then
+    `weights_sha256`. Always in eval mode, parameters without gradient (paper 3.1.3); images may have one.
+    Raises UserError for unknown names and weights that can't be had or don't fit.
     """
 
     def __init__(self, encoder="vgg16", layer="block1", weights="imagenet", seed=42, protocol=DOCUMENTED):
@@ -107,7 +107,7 @@ class Encoder(nn.Module):
 
 
 def load_trunk(net, trunk, state, source):
-    """Load into `net` the entries of `state` that `trunk` needs; raise UserError if one is missing or misshapen."""
+    """Load into `net` what `trunk` needs of `state`; raise UserError if something is missing or misshapen."""
     needed = {id(tensor) for tensor in [*trunk.parameters(), *trunk.buffers()]}
     own = {key: value for key, value in net.state_dict(keep_vars=True).items() if id(value) in needed}
     state = {
@@ -125,7 +125,7 @@ def load_trunk(net, trunk, state, source):
 
 
 class Inverter(nn.Module):
-    """A frozen encoder and a decoder: images (B, 3, 224, 224) in [0, 1] → features (B, C, H, W) → images in [0, 1].
+    """A frozen encoder and a decoder: images (B, 3, 224, 224) in [0, 1] → features (B, C, H, W) → images.
 
     shape: (C, H, W) of the features. amp: compute both in bfloat16; what comes out is float32.
     """
@@ -194,8 +194,9 @@ def inverter_of(config, shape=None):
 def load_inverter(path):
     """(Inverter, checkpoint) of the best.pt at `path`, on the CPU, in eval mode, computing in float32.
 
-    The checkpoint, a dictionary, has `decoder`, `config`, `shape`, `weights_sha256`, `epoch` and `val_loss`; only what
-    rebuilds the networks is taken from it. Raises UserError for another file, and for another file of weights.
+    The checkpoint, a dictionary, has `decoder`, `config`, `shape`, `weights_sha256`, `epoch` and `val_loss`;
+    only what rebuilds the networks is taken from it. Raises UserError for another file, and for another file
+    of weights.
     """
     checkpoint = load(path)
     wanted = {"decoder", "config", "shape", "weights_sha256", "epoch", "val_loss"}

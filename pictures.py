@@ -53,7 +53,7 @@ def draw_grid(rows, path):
 
 
 def draw_reconstructions(targets, outputs, names, psnr, path, label="original"):
-    """Target, reconstruction and 5× difference of six images, uint8 (N, H, W, 3) each, from worst to best PSNR.
+    """Target, reconstruction and 5× difference of six of the images, uint8 (N, H, W, 3), by PSNR.
 
     label: of the row of targets.
     """
@@ -78,7 +78,7 @@ def draw_histograms(values, path):
 
 
 def write_samples(targets, outputs, path, count=24):
-    """A zip of `count` evenly spaced test images and their reconstructions, uint8 (N, H, W, 3) each, for the page.
+    """A zip of `count` evenly spaced test images and reconstructions, uint8 (N, H, W, 3), for the page.
 
     The members are N-original.jpg and N-reconstruction.jpg, N being the image's row in per_image.csv, from 0
     (report.py reads them).

@@ -1,4 +1,4 @@
-"""The experiments of a folder side by side, published and measured: a table, a chart and one page for a browser."""
+"""The experiments of a folder side by side, published and measured: a table, a chart and a page."""
 
 import base64
 import csv
@@ -49,17 +49,17 @@ class Damaged(Exception):
 
 
 def result_rows(runs):
-    """A dictionary for each of the fifteen experiments, and for every other evaluated run in the folder `runs`.
+    """A dictionary for each of the fifteen experiments and every other evaluated run in the folder `runs`.
 
-    The published numbers are those of the experiment that has the run's configuration, whatever its folder is called.
-    `note` says what is special about a run, or why there are no measurements.
+    The published numbers are those of the experiment that has the run's configuration, whatever its folder is
+    called. `note` says what is special about a run, or why there are no measurements.
     """
     experiments = {name: defining_of_file(CONFIGS / f"{name}.yaml") for name in PUBLISHED}
     found = [*runs.glob("metrics.json"), *runs.glob("*/metrics.json")]
     others = {str(path.parent.relative_to(runs)) for path in found} - PUBLISHED.keys()  # `.` is `runs` itself
     rows = []
     for name in [*PUBLISHED, *sorted(others)]:
-        row = {"experiment": name, "note": "not run"}
+        row = {"note": "not run"}
         experiment = name
         try:
             if (runs / name / "metrics.json").exists():
@@ -76,7 +76,7 @@ def result_rows(runs):
                 row["note"] = "not finished"
         except Damaged as error:
             row["note"] = str(error)
-        rows.append(published(experiment) | row)
+        rows.append({"experiment": name} | published(experiment) | row)
     label_data(rows)
     return rows
 
@@ -154,7 +154,7 @@ def measured(results, folder):
 
 
 def inversion(folder, results):
-    """What inversion.json in `folder` (invert.py) says of the networks and data that `results` are of, or ""."""
+    """What inversion.json in `folder` says of the networks and data that `results` are of, or ""."""
     if not (folder / "inversion.json").exists():
         return ""
     try:
@@ -193,7 +193,7 @@ def finite(text):
 
 
 def label_data(rows):
-    """Have the column `data` name each folder as shortly as tells it from the others, rather than by its whole path."""
+    """Have the column `data` name each folder as shortly as tells it from the others."""
     sources = {row["data"] for row in rows if "data" in row}
     labels = {}
     for source in sources:
@@ -214,8 +214,8 @@ def results_table(rows):
     """The results as Markdown."""
     headings = [*METRICS.values(), "parameters", "training", "inference", "data", "note"]
     lines = [
-        "Each cell: published → measured; protocol documented unless a note says another. training: minutes, with "
-        "validation; inference: milliseconds for an image by itself. Published times are those of an RTX 3090.",
+        "Each cell: published → measured; protocol documented unless a note says another. training: minutes, "
+        "with validation; inference: milliseconds for an image by itself. Published times: an RTX 3090.",
         "",
         f"| experiment | {' | '.join(headings)} |",
         f"| --- |{' --- |' * len(headings)}",
@@ -246,16 +246,15 @@ def draw_results(rows, path):
             values = [math.nan if row.get(key) is None else row[key] for row in rows]
             axis.barh(places + shift, values, 0.4, label=legend)
         axis.set_xlabel(label)
-        axis.set_yticks(
-            places, [row["experiment"] for row in rows], parse_math=False
-        )  # a folder's name may have a $
+        names = [row["experiment"] for row in rows]
+        axis.set_yticks(places, names, parse_math=False)  # a folder's name may have a $
         axis.invert_yaxis()
     figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     save_figure(figure, path)
 
 
 def draw_images(images, path, count=6):
-    """The originals of `count` evenly spaced `images`, which test_images returned, above what each experiment made."""
+    """The originals of `count` of test_images' `images`, above what each experiment made of them."""
     chosen = [images[i] for i in evenly_spaced(len(images), count)]
     grid = {"original": [(decoded(image["original"]), image["name"][:24]) for image in chosen]}
     for name in dict.fromkeys(name for image in chosen for name in image["runs"]):
@@ -275,7 +274,7 @@ def decoded(text):
 
 
 def page(runs, rows, images):
-    """report.html with the rows, training curves and test images of the folder `runs` in it: it needs nothing else."""
+    """report.html with the rows, curves and test images of the folder `runs` in it: it needs nothing else."""
     histories = {row["experiment"]: read_history(runs / row["experiment"])[0] for row in rows}
     content = json.dumps({"rows": rows, "histories": histories, "images": images}, allow_nan=False)
     # Every < is escaped, so that no name of a file can end the script element that the JSON stands in.
@@ -307,7 +306,7 @@ def test_images(runs, rows):
 
 
 def reconstructions(path):
-    """(name, original, {"picture", metric: value}) of each image in the zip at `path`; the pictures are in base64."""
+    """(name, original, {"picture", metric: value}) of each image in the zip at `path`, in base64."""
     with open(path.with_name("per_image.csv"), newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     with zipfile.ZipFile(path) as archive:

@@ -14,7 +14,7 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Within `with`: remembers the first of the stopping signals; a SIGINT after it ends the process at once."""
+    """Within `with`: remembers the first stopping signal; a SIGINT after it ends the process at once."""
 
     def __init__(self, device):
         self.received = 0

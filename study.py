@@ -1,9 +1,9 @@
-"""What the study compares, and what it published: names and numbers, without torch, for every file to look up."""
+"""What the study compares, and what it published: names and numbers for every file, without torch."""
 
 from typing import NamedTuple
 
-# The layers of each encoder, shallow to deep, and how many of its modules run up to there: those of torchvision's
-# `features`, ResNet's stages, ViT's blocks. models.py builds them.
+# The layers of each encoder, shallow to deep, and how many of its modules run up to there: those of
+# torchvision's `features`, ResNet's stages, ViT's blocks. models.py builds them.
 LAYERS = {
     "vgg16": {"block1": 5, "block2": 10, "block3": 17, "block4": 24, "block5": 31},
     "resnet34": {"layer1": 1, "layer2": 2, "layer3": 3, "layer4": 4},
@@ -63,7 +63,8 @@ class Published(NamedTuple):
     minutes: int | None = None  # of training
 
 
-# By the names of the files in configs/; 05 and 15 are from the study's public repository, the rest from its text.
+# By the names of the files in configs/; 05 and 15 are from the study's public repository, the rest from its
+# text.
 PUBLISHED = {
     "01_vgg16_block1_tconv": Published(17.35, 0.560, 0.398, "34K", 70),
     "02_vgg16_block2_tconv": Published(16.89, 0.512, 0.452),
@@ -82,11 +83,5 @@ PUBLISHED = {
     "15_resnet34_layer1_attention": Published(13.53, 0.376, 0.282),
 }
 PUBLISHED_INFERENCE = "12–15"  # milliseconds an image, of all fifteen, on an RTX 3090
-DEFINING = (
-    "encoder",
-    "layer",
-    "decoder",
-    "width",
-    "mse_weight",
-    "lpips_weight",
-)  # flags that make an experiment
+# The flags that make an experiment what it is.
+DEFINING = ("encoder", "layer", "decoder", "width", "mse_weight", "lpips_weight")

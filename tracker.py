@@ -1,4 +1,4 @@
-"""What a person sees of a training: the epoch's line, history.csv, curves.png, TensorBoard and Weights & Biases."""
+"""What a person sees of a training: the epoch's line, history.csv, curves.png, TensorBoard, wandb."""
 
 import math
 import sys
@@ -20,10 +20,10 @@ EVENTS = "events.out.tfevents.*"  # TensorBoard's files in the folder of a run
 
 
 class Tracker:
-    """Sends each epoch to `tensorboard`, `wandb` or, for `none`, nowhere; out: the run's folder, where it writes.
+    """Sends each epoch to `tensorboard`, `wandb` or, for `none`, nowhere; out: the run's folder.
 
-    It can't stop a training: whatever goes wrong (a package is missing, the disk full, the network down) is one
-    warning on stderr, and it is off from then on. It draws no random numbers.
+    It can't stop a training: whatever goes wrong (a package is missing, the disk full, the network down) is
+    one warning on stderr, and it is off from then on. It draws no random numbers.
     """
 
     def __init__(self, kind, out, config):
@@ -33,7 +33,7 @@ class Tracker:
         self.writer = None
 
     def log(self, row, better, targets, outputs):
-        """Send `row` of the history and some validation targets with their reconstructions, (N, 3, H, W) in [0, 1].
+        """Send `row` of the history and some validation targets and outputs, (N, 3, H, W) in [0, 1].
 
         better: `row` has the lowest validation loss so far, so that its metrics are the run's.
         """
@@ -69,7 +69,7 @@ def warn(kind, error):
 
 
 class TensorBoard:
-    """Event files in the folder of the run: scalars, pictures and hyper-parameters. epoch: the first to come."""
+    """Event files in the run's folder: scalars, pictures, hyper-parameters. epoch: the first to come."""
 
     def __init__(self, out, config, epoch):
         from torch.utils.tensorboard.summary import hparams
@@ -94,7 +94,7 @@ class TensorBoard:
 
 
 def summary_writer(out, **options):
-    """torch's SummaryWriter of folder `out`, whose thread does not print what it raises: `flush` raises it again."""
+    """torch's SummaryWriter of folder `out`, whose thread prints no errors: `flush` raises them again."""
     from torch.utils.tensorboard import SummaryWriter
 
     threading.excepthook = report_thread
@@ -107,7 +107,7 @@ def report_thread(failure):
 
 
 def add_test_metrics(out, epoch, means):
-    """Add `means`, {metric: value}, to the TensorBoard run in folder `out`, in place of those of an earlier evaluation.
+    """Add `means`, {metric: value}, to the TensorBoard run in folder `out`, in place of earlier ones.
 
     Nothing is done where there is no such run, and a failure is one warning on stderr.
     """
@@ -126,16 +126,15 @@ def add_test_metrics(out, epoch, means):
 
 
 class WeightsAndBiases:
-    """A run of the project `feature-inversion`, kept in wandb/ in the folder of the run. epoch: the first to come."""
+    """A run of the project `feature-inversion`, in wandb/ in the run's folder. epoch: the first to come."""
 
     def __init__(self, out, config, epoch):
         import wandb
 
         latest = out / "wandb" / "latest-run"  # wandb's link to a folder `run-DATE-ID`
         before = latest.resolve().name.rsplit("-", 1)[1] if epoch > 1 and latest.exists() else None
-        settings = wandb.Settings(
-            console="off", finish_timeout=60
-        )  # without a network it would wait for ever
+        # Without a time limit it would wait for a network for ever.
+        settings = wandb.Settings(console="off", finish_timeout=60)
         about = {"project": "feature-inversion", "name": out.name, "dir": out, "config": config}
         self.image = wandb.Image
         self.run = wandb.init(**about, id=before, resume="allow", settings=settings)
@@ -149,7 +148,7 @@ class WeightsAndBiases:
 
 
 def validation_grid(targets, outputs):
-    """`targets` above `outputs`, (N, 3, H, W) in [0, 1] each, at half their size, as one picture (3, h, w)."""
+    """`targets` above `outputs`, (N, 3, H, W) in [0, 1], at half their size, as one picture (3, h, w)."""
     return make_grid(F.avg_pool2d(torch.cat([targets, outputs]), 2), nrow=len(targets))
 
 

@@ -4,32 +4,27 @@
   python train.py --config configs/sample.yaml               three minutes on two cores, embedded photographs
   python train.py --layer block3 --data FOLDER --out runs/block3 --resume
 
-Writes best.pt, last.pt, config.yaml, history.csv, curves.png and TensorBoard's files to --out. Several GPUs or
-hosts: torchrun --nproc_per_node=N train.py … Watch: tensorboard --logdir runs. Next: python evaluate.py --help
+Writes best.pt, last.pt, config.yaml, history.csv, curves.png and TensorBoard's files to --out. Several GPUs
+or hosts: torchrun --nproc_per_node=N train.py … Watch: tensorboard --logdir runs. Next: python evaluate.py
+--help
 """
 
 from flags import config_of, parse_train
 from utils import run
 
 if __name__ == "__main__":
-    ARGS = run(
-        lambda: parse_train(doc=__doc__)
-    )  # before torch is imported: --help and a mistyped flag answer at once
+    ARGS = run(lambda: parse_train(doc=__doc__))  # before torch is imported: --help answers at once
 
 import math
 import os
-import reprlib
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import yaml
-from filelock import FileLock, Timeout
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from tqdm import tqdm
@@ -38,35 +33,27 @@ import data
 from metrics import TERMS, Loss, Meter, target
 from models import count_parameters, inverter_of
 from signals import Interrupted, Signals
+from state import State, claim, remove_what_will_not_be_true, resume, save_best, save_last
 from study import PROTOCOLS
-from tracker import EVENTS, Tracker, draw_curves, epoch_line, write_history
+from tracker import Tracker, draw_curves, epoch_line, write_history
 from utils import (
-    INVERSION,
-    RESULTS,
     UserError,
     disable_bars,
     evenly_spaced,
     keep_freed_memory,
-    leftovers,
-    load,
-    make_folder,
-    save,
     select_device,
     start_processes,
     write_text,
 )
 
-FILES = ("best.pt", "last.pt", "config.yaml", "history.csv", "curves.png")
 MAY_DIFFER = ("out", "device")  # between a run and its resumption
-KEPT_FEATURES = (
-    2**28
-)  # bytes of validation features that are computed once; those of shallow layers are larger
+KEPT_FEATURES = 2**28  # bytes of validation features that are computed once; shallow layers' are larger
 SHOWN = 6  # validation images, to the tracker
 DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
 
 
 def train(args):
-    """Train as `args` (a Namespace of the flags) say, and write the run's files; the State that it ends in."""
+    """Train as `args` (a Namespace of the flags) say, and write the run's files; the State at its end."""
     # --- device, processes and data
     device = select_device(args.device)
     set_up(args.deterministic)
@@ -102,9 +89,8 @@ def train(args):
     same |= {"weights_sha256": inverter.encoder.weights_sha256}
     resumed = args.resume and resume(state, same, out, rank, world)
     if resumed:
-        print(
-            f"{'finished' if finished(state, config) else 'resumed'} after epoch {state.epoch}, step {state.step}"
-        )
+        how = "finished" if finished(state, config) else "resumed"
+        print(f"{how} after epoch {state.epoch}, step {state.step}")
     if rank == 0 and not finished(state, config):
         remove_what_will_not_be_true(out, resumed)
     if not resumed:
@@ -137,9 +123,7 @@ def train(args):
                     tracker.log(row, better, targets, outputs)
                     if not bars:  # --quiet
                         print(epoch_line(row, config["epochs"], better), flush=True)
-                save_last(
-                    state, same, out, rank
-                )  # last, so that whatever was interrupted before is done again
+                save_last(state, same, out, rank)  # last: what was interrupted before is done again
     except Interrupted:
         print(f"stopped in epoch {state.epoch + 1} after step {state.step}; go on with: {resumption(world)}")
         sys.exit(128 + signals.received)
@@ -159,7 +143,8 @@ def train(args):
 def set_up(deterministic=True):
     """Repeatable algorithms, where there are, or else the fastest; freed memory kept.
 
-    Where there are none, PyTorch warns and goes on: the gradients of max pooling and of float32 attention on CUDA.
+    Where there are none PyTorch warns and goes on: on CUDA the gradient of float32 attention is not
+    repeatable.
     """
     keep_freed_memory()
     if deterministic:
@@ -177,44 +162,8 @@ def download(args):
     data.download_div2k(args.data, bars=disable_bars(args))
 
 
-def claim(out, resume, overwrite):
-    """Make the folder of the run and lock it. Raises UserError if it is in use or holds what must not be lost."""
-    out = make_folder(out)
-    lock = FileLock(out / ".lock")
-    try:
-        lock.acquire(timeout=0)  # the kernel frees it when the process ends, however it ends
-    except Timeout:
-        raise UserError(f"--out {out}: another training is writing there; choose another --out") from None
-    best = (out / "best.pt").exists()
-    last = (out / "last.pt").exists()
-    if (best or last) and not resume and not overwrite:
-        raise UserError(f"--out {out}: holds a run; --resume goes on, --overwrite replaces; or another --out")
-    if best and not last and resume:
-        raise UserError(
-            f"--out {out}: holds best.pt but no last.pt to go on from; --overwrite, or another --out"
-        )
-    others = [name for name in FILES + RESULTS + INVERSION if (out / name).exists()]
-    others += [path.name for path in out.glob(EVENTS)]
-    if others and not best and not last and not overwrite:
-        raise UserError(
-            f"--out {out}: holds {others[0]} of no run; choose another --out, or --overwrite replaces it"
-        )
-    for name in FILES:
-        for path in leftovers(out / name):
-            path.unlink()
-    return lock
-
-
-def remove_what_will_not_be_true(out, resumed):
-    """Remove the results of a run that goes on, and with it the files of one that is replaced."""
-    names = RESULTS + INVERSION if resumed else FILES + RESULTS + INVERSION
-    events = [] if resumed else out.glob(EVENTS)
-    for path in (*(out / name for name in names), *events):
-        path.unlink(missing_ok=True)
-
-
 def steps_of_an_epoch(images, batch_size, world):
-    """Steps in which `world` processes take all `images` in batches of `batch_size`. Raises UserError if too large."""
+    """Steps in which `world` processes take all `images`. Raises UserError if `batch_size` is too large."""
     if batch_size * world > images:
         raise UserError(
             f"--batch-size {batch_size} × {world} processes: more than the {images} training images"
@@ -223,7 +172,7 @@ def steps_of_an_epoch(images, batch_size, world):
 
 
 def make_scheduler(optimizer, config, steps, lowest_lr):
-    """The learning rate's: `plateau` goes by the validation loss (paper 3.3.4), `onecycle` warms up and anneals."""
+    """The learning rate's: `plateau` (paper 3.3.4), or `onecycle`, which warms up and anneals."""
     if config["schedule"] == "plateau":
         return ReduceLROnPlateau(optimizer, factor=0.5, patience=5, min_lr=lowest_lr)
     return OneCycleLR(optimizer, config["lr"], config["epochs"] * steps, cycle_momentum=False)
@@ -235,83 +184,9 @@ def description(config, inverter, train_count, val_count, steps, world, device):
     return (
         f"{config['encoder']} {config['layer']}, {config['weights']} weights: features {shape}\n"
         f"{config['decoder']} decoder: {count_parameters(inverter.decoder):,} trainable parameters\n"
-        f"{config['data']}: {train_count} training and {val_count} validation images, {steps} steps an epoch, "
-        f"{world} × {device}, to {config['out']}"
+        f"{config['data']}: {train_count} training and {val_count} validation images, "
+        f"{steps} steps an epoch, {world} × {device}, to {config['out']}"
     )
-
-
-# --- What changes, and is kept ---------------------------------------------------------------------------
-
-
-@dataclass
-class State:
-    """All that changes while a decoder trains: what last.pt holds and --resume goes on from, bit for bit."""
-
-    decoder: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    meter: Meter  # of the epoch that is running, as are `step` and `seconds`
-    epoch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    bad_epochs: int = 0  # since the best
-    best_epoch: int = 0
-    best_loss: float = math.inf
-    history: list = field(default_factory=list)  # a dictionary an epoch
-
-
-PROGRESS = ("epoch", "step", "seconds", "bad_epochs", "best_epoch", "best_loss", "history")
-
-
-def save_last(state, same, out, rank):
-    """Write last.pt; same: what a resumption must have in common with the run, a dictionary."""
-    sums = state.meter.total()
-    if rank == 0:
-        content = {"about": same, "sums": sums, "rng": torch.get_rng_state()}
-        content |= {name: getattr(state, name) for name in PROGRESS}
-        content |= {name: getattr(state, name).state_dict() for name in ("decoder", "optimizer", "scheduler")}
-        save(content, out / "last.pt")
-
-
-def resume(state, same, out, rank, world):
-    """Put last.pt into `state`, if it is there, and return whether it is. Raises UserError if it is of another run."""
-    contents = [load(out / "last.pt") if rank == 0 and (out / "last.pt").exists() else None]
-    if world > 1:
-        dist.broadcast_object_list(contents)  # only the first process reads
-    content = contents[0]
-    if content is None:
-        return False
-    try:
-        for key, value in same.items():
-            if content["about"][key] != value:
-                raise UserError(
-                    f"--resume: {key} is {reprlib.repr(value)}, the run in {out} has "
-                    f"{reprlib.repr(content['about'][key])}; give the same, or another --out"
-                )
-        for name in ("decoder", "optimizer", "scheduler"):
-            getattr(state, name).load_state_dict(content[name])
-        for name in PROGRESS:
-            setattr(state, name, content[name])
-        state.meter.restart(content["sums"] if rank == 0 else None)
-        torch.set_rng_state(content["rng"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{out / 'last.pt'}: not the last.pt of such a run ({error})") from None
-    return True
-
-
-def save_best(inverter, config, state, out):
-    """Write best.pt: the decoder and what rebuilds it, nothing of the encoder."""
-    packages = ("torch", "torchvision", "timm", "lpips", "numpy")
-    content = {
-        "decoder": inverter.decoder.state_dict(),
-        "config": config,
-        "shape": list(inverter.shape),
-        "weights_sha256": inverter.encoder.weights_sha256,
-        "epoch": state.epoch,
-        "val_loss": state.best_loss,
-        "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
-    }
-    save(content, out / "best.pt")
 
 
 # --- An epoch --------------------------------------------------------------------------------------------
@@ -367,7 +242,7 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars):
 
 
 def train_step(model, images, loss, optimizer):
-    """One step of `optimizer` on `images` (B, 3, 224, 224) in [0, 1]; {term of the loss: (B,)}, without gradient."""
+    """One step on `images` (B, 3, 224, 224) in [0, 1]; {term of the loss: (B,)}, without gradient."""
     terms = loss(model(images), images)
     optimizer.zero_grad()
     terms["loss"].mean().backward()
@@ -376,7 +251,7 @@ def train_step(model, images, loss, optimizer):
 
 
 def freeze_batch_norm(decoder):
-    """Have batch norm normalise as it will in validation: by the running statistics, which stay as they are."""
+    """Have batch norm normalise as it will in validation, by running statistics, which stay as they are."""
     for layer in decoder.modules():
         if isinstance(layer, (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)):
             layer.eval()
@@ -394,8 +269,8 @@ def check_finite(losses, epoch, step):
 def validate(inverter, pixels, loss, kept, batch_size, rank, world, signals, bars):
     """Measure the central crops of all `pixels`, uint8 (N, 256, 256, 3), each by one process.
 
-    kept: {number of a batch: features}, for the next validation. Returns averages of the loss's terms, and of some
-    images of this process the targets and outputs, (SHOWN, 3, 224, 224) in [0, 1] each.
+    kept: {number of a batch: features}, for the next validation. Returns averages of the loss's terms, and of
+    some images of this process the targets and outputs, (SHOWN, 3, 224, 224) in [0, 1] each.
     """
     if world > 1 and pixels.device.type == "cpu":  # gloo: batch norm's statistics are those of process 0
         for buffer in inverter.decoder.buffers():
@@ -425,10 +300,10 @@ def validate(inverter, pixels, loss, kept, batch_size, rank, world, signals, bar
 
 
 def end_epoch(state, trained, validated, val_seconds, images):
-    """Count the epoch in `state`; its row of the history, and whether its validation loss is the lowest so far.
+    """Count the epoch in `state`; its row of the history, and whether its validation loss is the lowest.
 
-    trained, validated: averages of the loss's terms. images: their number in the epoch's training. Raises UserError
-    for a validation loss that is not finite.
+    trained, validated: averages of the loss's terms. images: their number in the epoch's training. Raises
+    UserError for a validation loss that is not finite.
     """
     if not math.isfinite(validated["loss"]):
         raise UserError(f"the validation loss of epoch {state.epoch + 1} is {validated['loss']}; {DIVERGED}")

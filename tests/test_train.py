@@ -14,6 +14,7 @@ import yaml
 from conftest import REPOSITORY
 from kill_resume import read_run, same
 from skimage.metrics import peak_signal_noise_ratio
+from training import parse, parts_of, train_epoch, validate
 
 import data
 import evaluate
@@ -22,7 +23,6 @@ import train
 from metrics import LPIPS, Loss
 from models import Encoder, build_inverter, load_inverter
 from study import PUBLISHED_CODE
-from training import parse, parts_of, train_epoch, validate
 from utils import UserError, load
 
 
@@ -54,7 +54,13 @@ def test_command_line_wins_over_yaml_over_defaults(tmp_path):
     text = "lr: 1e-3\nepochs: 5\nlayer: block2\ndeterministic: false\nwidth: null\namp: true\nfreeze_bn: 20\n"
     (tmp_path / "c.yaml").write_text(text)
     args = parse("--config", tmp_path / "c.yaml", "--epochs", 7, "--no-amp", "--freeze-bn", 0)
-    assert (args.lr, args.epochs, args.layer, args.batch_size, args.deterministic) == (1e-3, 7, "block2", 4, False)
+    assert (args.lr, args.epochs, args.layer, args.batch_size, args.deterministic) == (
+        1e-3,
+        7,
+        "block2",
+        4,
+        False,
+    )
     assert (args.amp, args.freeze_bn) == (False, 0) and parse("--config", tmp_path / "c.yaml").amp
 
 
@@ -116,7 +122,9 @@ def test_mistake_on_the_command_line_is_one_line_at_once(flags, message):
 
 
 def test_help_names_every_layer_and_default():
-    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True
+    )
     text = " ".join(done.stdout.split())
     assert done.returncode == 0
     for part in (
@@ -133,7 +141,9 @@ def test_help_is_instant(script):
     """Nothing heavy is imported before the flags are read, which takes far less than a second."""
     command = [sys.executable, "-X", "importtime", script, "--help"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    imported = {
+        line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")
+    }
     assert done.returncode == 0 and "argparse" in imported
     assert not imported & {"torch", "torchvision", "numpy", "matplotlib", "skimage", "tensorboard", "wandb"}
     commands = [line for line in done.stdout.splitlines() if line.startswith("  python ")]
@@ -161,7 +171,7 @@ def test_every_config_file_is_valid():
 
 
 def test_early_stop_plateau_and_best_epoch_on_made_up_losses(photos, tmp_path, monkeypatch):
-    """Losses fall for three epochs, then never again: best is 3; lr halves after six bad epochs; 15 bad ones end it."""
+    """Losses fall for three epochs: best is 3; lr halves after six bad epochs; 15 bad ones end it."""
     losses = [0.5, 0.4, 0.3] + [0.35] * 40
     biases = []
     picture = torch.zeros(1, 3, 224, 224)
@@ -251,7 +261,9 @@ def test_compiled_training_is_the_same(photos, tmp_path, monkeypatch, run_train)
     assert run_train(*flags, "--out", tmp_path / "a") == 0 and not compiled
     assert run_train(*flags, "--out", tmp_path / "b", "--compile") == 0 and len(compiled) == 2
     a, b = (load(tmp_path / name / "best.pt") for name in "ab")
-    assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4) and a["decoder"].keys() == b["decoder"].keys()
+    assert (
+        a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4) and a["decoder"].keys() == b["decoder"].keys()
+    )
 
 
 def test_frozen_batch_norm(photos):
@@ -294,7 +306,10 @@ def test_validation_shows_what_the_metrics_see(photos):
     """Targets and outputs for the tracker are those that were measured, the protocol's too."""
     parts = parts_of(photos, "--protocol", "published", "--width", 8)
     averages, targets, outputs = validate(parts)
-    expected = [peak_signal_noise_ratio(*pair, data_range=1) for pair in zip(targets.numpy(), outputs.numpy(), strict=True)]
+    expected = [
+        peak_signal_noise_ratio(*pair, data_range=1)
+        for pair in zip(targets.numpy(), outputs.numpy(), strict=True)
+    ]
     assert len(targets) == 2 and averages["psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
     crop = data.center_crops(parts.val.pixels)[1]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -326,7 +341,9 @@ def test_files_of_a_run(trained, checkpoint, photos):
     assert names >= {"best.pt", "last.pt", "config.yaml", "history.csv", "curves.png"}
     assert (trained / "best.pt").stat().st_size < 200_000
     assert checkpoint["config"]["data"] == str(photos) and checkpoint["config"]["lr"] == 2e-3
-    assert set(checkpoint["decoder"]) == set(parts_of(photos).inverter.decoder.state_dict())  # nothing of the encoder
+    assert set(checkpoint["decoder"]) == set(
+        parts_of(photos).inverter.decoder.state_dict()
+    )  # nothing of the encoder
     assert torch.__version__.startswith(checkpoint["versions"]["torch"])
     rows = history(trained)
     assert [row["epoch"] for row in rows] == ["1", "2"]
@@ -352,7 +369,11 @@ def test_epoch_line_has_everything(photos, tmp_path, run_train, capsys):
     (line,) = [line for line in out.splitlines() if line.startswith("epoch")]
     for part in ("train loss", "val loss", "mse", "lpips –", "psnr", "lr 1.0e-04", "images/s"):
         assert part in line
-    assert "33,731 trainable parameters" in out and "64 × 112 × 112" in out and "8 training and 2 validation" in out
+    assert (
+        "33,731 trainable parameters" in out
+        and "64 × 112 × 112" in out
+        and "8 training and 2 validation" in out
+    )
     assert err == ""  # no bar where there is no terminal
     assert history(tmp_path)[0]["train_lpips"] == ""
 

@@ -45,4 +45,6 @@ def train_epoch(parts):
 def validate(parts, kept=None):
     """(averages, targets, outputs) of the validation images."""
     options = (parts.config["batch_size"], 0, 1, parts.signals, True)
-    return train.validate(parts.inverter, parts.val.pixels, parts.loss, {} if kept is None else kept, *options)
+    return train.validate(
+        parts.inverter, parts.val.pixels, parts.loss, {} if kept is None else kept, *options
+    )

@@ -1,0 +1,127 @@
+"""What changes while a decoder trains, and the run's folder where it is kept."""
+
+import math
+import reprlib
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import version
+
+import torch
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+
+from metrics import Meter
+from tracker import EVENTS
+from utils import INVERSION, RESULTS, UserError, leftovers, load, make_folder, save
+
+FILES = ("best.pt", "last.pt", "config.yaml", "history.csv", "curves.png")
+
+
+@dataclass
+class State:
+    """All that changes while a decoder trains: what last.pt holds and --resume goes on from, bit for bit."""
+
+    decoder: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    meter: Meter  # of the epoch that is running, as are `step` and `seconds`
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    bad_epochs: int = 0  # since the best
+    best_epoch: int = 0
+    best_loss: float = math.inf
+    history: list = field(default_factory=list)  # a dictionary an epoch
+
+
+PROGRESS = ("epoch", "step", "seconds", "bad_epochs", "best_epoch", "best_loss", "history")
+
+
+def save_last(state, same, out, rank):
+    """Write last.pt; same: what a resumption must have in common with the run, a dictionary."""
+    sums = state.meter.total()
+    if rank == 0:
+        content = {"about": same, "sums": sums, "rng": torch.get_rng_state()}
+        content |= {name: getattr(state, name) for name in PROGRESS}
+        content |= {name: getattr(state, name).state_dict() for name in ("decoder", "optimizer", "scheduler")}
+        save(content, out / "last.pt")
+
+
+def resume(state, same, out, rank, world):
+    """Put last.pt into `state` and return whether it is there. Raises UserError if it is of another run."""
+    contents = [load(out / "last.pt") if rank == 0 and (out / "last.pt").exists() else None]
+    if world > 1:
+        dist.broadcast_object_list(contents)  # only the first process reads
+    content = contents[0]
+    if content is None:
+        return False
+    try:
+        for key, value in same.items():
+            if content["about"][key] != value:
+                raise UserError(
+                    f"--resume: {key} is {reprlib.repr(value)}, the run in {out} has "
+                    f"{reprlib.repr(content['about'][key])}; give the same, or another --out"
+                )
+        for name in ("decoder", "optimizer", "scheduler"):
+            getattr(state, name).load_state_dict(content[name])
+        for name in PROGRESS:
+            setattr(state, name, content[name])
+        state.meter.restart(content["sums"] if rank == 0 else None)
+        torch.set_rng_state(content["rng"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{out / 'last.pt'}: not the last.pt of such a run ({error})") from None
+    return True
+
+
+def save_best(inverter, config, state, out):
+    """Write best.pt: the decoder and what rebuilds it, nothing of the encoder."""
+    packages = ("torch", "torchvision", "timm", "lpips", "numpy")
+    content = {
+        "decoder": inverter.decoder.state_dict(),
+        "config": config,
+        "shape": list(inverter.shape),
+        "weights_sha256": inverter.encoder.weights_sha256,
+        "epoch": state.epoch,
+        "val_loss": state.best_loss,
+        "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
+    }
+    save(content, out / "best.pt")
+
+
+# --- The folder ----------------------------------------------------------------------------------------
+
+
+def claim(out, resume, overwrite):
+    """Make and lock the run's folder. Raises UserError if it is in use or holds what must not be lost."""
+    out = make_folder(out)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)  # the kernel frees it when the process ends, however it ends
+    except Timeout:
+        raise UserError(f"--out {out}: another training is writing there; choose another --out") from None
+    best = (out / "best.pt").exists()
+    last = (out / "last.pt").exists()
+    if (best or last) and not resume and not overwrite:
+        raise UserError(f"--out {out}: holds a run; --resume goes on, --overwrite replaces; or another --out")
+    if best and not last and resume:
+        raise UserError(
+            f"--out {out}: holds best.pt but no last.pt to go on from; --overwrite, or another --out"
+        )
+    others = [name for name in FILES + RESULTS + INVERSION if (out / name).exists()]
+    others += [path.name for path in out.glob(EVENTS)]
+    if others and not best and not last and not overwrite:
+        raise UserError(
+            f"--out {out}: holds {others[0]} of no run; choose another --out, or --overwrite replaces it"
+        )
+    for name in FILES:
+        for path in leftovers(out / name):
+            path.unlink()
+    return lock
+
+
+def remove_what_will_not_be_true(out, resumed):
+    """Remove the results of a run that goes on, and with it the files of one that is replaced."""
+    names = RESULTS + INVERSION if resumed else FILES + RESULTS + INVERSION
+    events = [] if resumed else out.glob(EVENTS)
+    for path in (*(out / name for name in names), *events):
+        path.unlink(missing_ok=True)
