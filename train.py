@@ -1,7 +1,7 @@
 """Train a decoder to invert the features of a frozen encoder.
 
   python train.py                                            the study's headline: VGG16 block1, tconv decoder
-  python train.py --config configs/sample.yaml               three minutes on two cores, embedded photographs
+  python train.py --config configs/sample.yaml               two minutes on two cores, embedded photographs
   python train.py --layer block3 --data FOLDER --out runs/block3 --resume
 
 Writes best.pt, last.pt, config.yaml, history.csv, curves.png and TensorBoard's files to --out. Several GPUs
