@@ -1,7 +1,10 @@
 """Small real photographs, and a way to run a script in this process as its command line would."""
 
+import os
 import shutil
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two tests run at a time
 
 import pytest
 import torch

@@ -106,7 +106,7 @@ def test_array_has_fifteen_tasks(grid):
     assert "is not 1 to 15" in process.communicate(timeout=60)[0] and process.returncode == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_signal_to_the_shell_alone_is_passed_on(grid, tmp_path, number):
     """As a batch system sends it: the training saves, and the shell ends with its status."""
     process = grid("vgg16_block1_tconv", "--epochs", "500")

@@ -15,6 +15,7 @@ import torch
 import torchvision
 from conftest import REPOSITORY
 
+import models
 import utils
 import weights
 from decoders import build_decoder
@@ -386,11 +387,9 @@ def test_too_little_memory_is_not_blamed_on_the_checkpoint(trained, monkeypatch,
         assert error_line().startswith("out of memory")
 
 
-def test_table_lists_every_encoder_layer_and_decoder():
-    done = subprocess.run(
-        [sys.executable, "models.py"], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    lines = [line.split() for line in done.stdout.splitlines()]
+def test_table_lists_every_encoder_layer_and_decoder(capsys):
+    models.describe()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert [line[:2] for line in lines[2:]] == [
         [name, layer] for name, layers in LAYERS.items() for layer in layers
     ]

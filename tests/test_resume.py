@@ -264,29 +264,30 @@ def environment():
     return os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
 
 
+def one_step(photos, rank, world, parallel):
+    """The decoder's state after a step on this process's part of a batch of four."""
+    parts = parts_of(photos, "--width", 8, "--batch-size", 4 // world)
+    parts.inverter.eval()  # batch norm is fixed, since on the CPU each process has its own
+    optimizer = torch.optim.SGD(parts.inverter.decoder.parameters(), lr=1)
+    batches = train.epoch_batches(parts.train, parts.config, parts.state, parts.steps // world, rank, world)
+    train.train_step(parallel(parts.inverter), next(batches), parts.loss, optimizer)
+    return parts.inverter.decoder.state_dict()
+
+
 def test_gradients_of_two_processes_are_those_of_the_joint_batch(photos, tmp_path):
-    """A step of plain gradient descent; batch norm is fixed, since on the CPU each process has its own."""
     script = tmp_path / "gradients.py"
     script.write_text(
-        "import sys, torch, train, torch.distributed as dist\n"
-        "from training import parts_of\n"
-        "parts = parts_of(sys.argv[1], '--width', 8)\n"
-        "parts.inverter.eval()\n"
-        "optimizer = torch.optim.SGD(parts.inverter.decoder.parameters(), lr=1)\n"
+        "import sys, torch, torch.distributed as dist\n"
+        "from test_resume import one_step\n"
         "dist.init_process_group('gloo')\n"
         "rank, world = dist.get_rank(), dist.get_world_size()\n"
-        "config = parts.config | {'batch_size': 4 // world}\n"
-        "batch = next(train.epoch_batches(parts.train, config, parts.state, 2, rank, world))\n"
-        "model = torch.nn.parallel.DistributedDataParallel(parts.inverter)\n"
-        "train.train_step(model, batch, parts.loss, optimizer)\n"
-        "torch.save(parts.inverter.decoder.state_dict(), f'{sys.argv[2]}/{world}-{rank}.pt')\n"
+        "state = one_step(sys.argv[1], rank, world, torch.nn.parallel.DistributedDataParallel)\n"
+        "torch.save(state, f'{sys.argv[2]}/{rank}.pt')\n"
     )
-    for processes in (1, 2):
-        launch = [*LAUNCH[:-1], f"--nproc_per_node={processes}", script, photos, tmp_path]
-        subprocess.run(list(map(str, launch)), cwd=REPOSITORY, env=environment(), check=True, timeout=300)
-    joint, first, second = (
-        torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
-    )
+    command = [str(part) for part in [*LAUNCH, script, photos, tmp_path]]
+    subprocess.run(command, cwd=REPOSITORY, env=environment(), check=True, timeout=300)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    joint = one_step(photos, 0, 1, lambda model: model)
     before = parts_of(photos, "--width", 8).inverter.decoder.state_dict()
     assert (joint["to_rgb.weight"] - before["to_rgb.weight"]).abs().max() > 1e-3
     for key in joint:
