@@ -3,6 +3,7 @@
   python bench.py
   python bench.py --json bench.json
   python bench.py --data FOLDER            on its training images, rather than on 2K PNGs made here
+  python bench.py --quality FOLDER         instead: wall time to the study's quality, plain and fast.yaml
 
 Plain: eager, NCHW, 2K PNGs decoded and resized every epoch by four workers, LPIPS from the lpips package,
 which computes the target's features under autograd, and a look at the loss every step. It has a process of
@@ -20,6 +21,7 @@ def make_parser():
     parser = Parser(__doc__)
     parser.add_argument("--json", help="file for the figures")
     parser.add_argument("--data", help="folder whose training images to take (default: 2K PNGs, made here)")
+    parser.add_argument("--quality", metavar="FOLDER", help="instead: wall time to the study's quality there")
     parser.add_argument("--images", type=positive_int, default=60, help="photographs to train on")
     parser.add_argument(
         "--rounds", type=positive_int, default=5, help="of six steps, plain and ours by turns"
@@ -32,38 +34,32 @@ if __name__ == "__main__":
     ARGS = run(lambda: make_parser().parse_args())
 
 import json
-import multiprocessing
+import math
 import resource
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from statistics import median
 
-import lpips as lpips_package
 import numpy as np
 import torch
-import torchvision
-from PIL import Image, ImageOps
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms as T
 
 import data
 import train
-from decoders import build_decoder
 from evaluate import evaluate_model, time_inference, wait
 from metrics import TERMS, Loss, Meter, measure
-from models import inverter_of
+from models import inverter_of, load_inverter
+from plain import Elsewhere
 from signals import Signals
-from study import IMAGENET_MEAN, IMAGENET_STD
-from weights import imagenet_weights
 
+# What the study's recipe ends at after 30 epochs (README, Results).
+STUDY = {"psnr": 27.92, "ssim": 0.862, "lpips": 0.0236}
 ATTENTION = """
 import resource, torch
-from decoders import build_decoder
 build_decoder("attention", (64, 112, 112))(torch.rand(1, 64, 112, 112)).mean().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
@@ -72,7 +68,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 def make_photographs(folder, count):
     """Fill train/ and test/ in `folder` with `count` PNGs like DIV2K's: enlarged tiles of the sample."""
     draw = np.random.RandomState(0)
-    tiles = data.sample_tiles("train").pixels
+    tiles = data.sample_tiles("train")[:]
     for i in range(count):
         name = Path(folder, "test" if i % 10 == 0 else "train", f"{i:04}.png")
         name.parent.mkdir(exist_ok=True)
@@ -94,121 +90,6 @@ def link_photographs(source, folder, count):
     Path(folder, "train").mkdir()
     for file in files:
         Path(folder, "train", file.name).symlink_to(file.resolve())
-
-
-class PlainImages(torch.utils.data.Dataset):
-    """PNG files, decoded, resized, cropped and flipped anew each time."""
-
-    def __init__(self, folder):
-        self.files = sorted(Path(folder).iterdir())
-        crop = [T.Resize((256, 256)), T.RandomCrop(224), T.RandomHorizontalFlip(), T.ToTensor()]
-        self.transform = T.Compose(crop)
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        with Image.open(self.files[index]) as image:
-            return self.transform(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-class Plain:
-    """The study's loop, written as its text has it."""
-
-    def __init__(self, device):
-        self.device = device
-        net = torchvision.models.vgg16()
-        trunk = {
-            key: value for key, value in imagenet_weights("vgg16").items() if key.startswith("features.")
-        }
-        net.features.load_state_dict({key.removeprefix("features."): value for key, value in trunk.items()})
-        self.encoder = net.features[:5].eval().requires_grad_(False).to(device)
-        self.decoder = (
-            build_decoder("tconv", (64, 112, 112)).to(memory_format=torch.contiguous_format).to(device)
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchvision's remarks on the lpips package's arguments
-            self.lpips = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False)
-        places = {key.split(".", 1)[1]: key for key in self.lpips.net.state_dict()}
-        trunk = {
-            key: value for key, value in imagenet_weights("alexnet").items() if key.startswith("features.")
-        }
-        self.lpips.net.load_state_dict({places[key.removeprefix("features.")]: trunk[key] for key in trunk})
-        self.lpips.requires_grad_(False).to(device)
-        self.optimizer = torch.optim.Adam(self.decoder.parameters(), lr=1e-4)
-        self.normalize = T.Normalize(IMAGENET_MEAN, IMAGENET_STD)
-
-    def keep(self, batch):
-        """Take this array as the batch of `step`s without one."""
-        self.batch = torch.from_numpy(batch)
-
-    def step(self, batch=None):
-        batch = (self.batch if batch is None else batch).to(self.device)
-        with torch.no_grad():
-            features = self.encoder(self.normalize(batch))
-        output = self.decoder.train()(features)
-        target = batch.clone().requires_grad_()  # what keeps its features under autograd
-        distance = self.lpips(output * 2 - 1, target * 2 - 1).mean()
-        loss = 0.5 * torch.nn.functional.mse_loss(output, batch) + 0.5 * distance
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
-
-    def epoch(self, folder):
-        """Seconds a step of the second epoch on the PNGs in `folder`."""
-        options = {"batch_size": 4, "shuffle": True, "num_workers": 4, "persistent_workers": True}
-        loader = torch.utils.data.DataLoader(PlainImages(folder), **options)
-        for _ in range(2):
-            start = time.perf_counter()
-            for batch in loader:
-                self.step(batch)
-            seconds = time.perf_counter() - start
-        return seconds / len(loader)
-
-    @torch.no_grad()
-    def evaluate(self, files):
-        """PSNR, SSIM and LPIPS of each file: one image at a time, metrics in sequence."""
-        self.decoder.eval()
-        values = []
-        transform = T.Compose([T.Resize((256, 256)), T.CenterCrop(224), T.ToTensor()])
-        for file in files:
-            with Image.open(file) as picture:
-                image = transform(ImageOps.exif_transpose(picture).convert("RGB"))[None].to(self.device)
-            output = self.decoder(self.encoder(self.normalize(image))).clamp(0, 1)
-            x, y = (picture[0].permute(1, 2, 0).cpu().numpy() for picture in (output, image))
-            psnr = peak_signal_noise_ratio(y, x, data_range=1)
-            window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-            ssim = structural_similarity(y, x, channel_axis=2, data_range=1, **window)
-            values.append((psnr, ssim, self.lpips(output, image, normalize=True).item()))
-        return values
-
-    def weights(self):
-        return {key: value.cpu().numpy() for key, value in self.decoder.state_dict().items()}
-
-
-class Elsewhere:
-    """A Plain in a process of its own: `Elsewhere(device)("step")` is its `step()`. End it with `close`."""
-
-    def __init__(self, device):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, device))
-        self.process.start()
-
-    def __call__(self, method, *args):
-        self.pipe.send((method, args))
-        return self.pipe.recv()
-
-    def close(self):
-        self.pipe.send(None)
-        self.process.join()
-
-
-def serve(pipe, device):
-    plain = Plain(device)
-    while message := pipe.recv():
-        pipe.send(getattr(plain, message[0])(*message[1]))
 
 
 def timed(device, function, repeats=5):
@@ -244,10 +125,9 @@ def peak_flops(device):
 
 
 class Ours:
-    """Experiment 1 on the photographs in `folder`, trained as train.py does; flags: `amp`, `compile`."""
+    """A training on the photographs in `folder`, as train.py does it, with its flags."""
 
     def __init__(self, folder, device, *flags):
-        flags = [f"--{flag}" for flag in flags]
         args = parse_train(["--data", folder, "--out", folder, *flags])
         self.config = config_of(args)
         self.device = device
@@ -258,22 +138,24 @@ class Ours:
             self.inverter.compile()
         self.optimizer = torch.optim.Adam(self.inverter.decoder.parameters(), lr=1e-4)
 
-    def batch(self, size=4):
-        """The first batch, (B, 3, 224, 224) in [0, 1]."""
-        plan = data.epoch_plan(self.images.sizes, 42, 0)
-        return data.crops(self.images, *(part[:size] for part in plan))
+    def batch(self):
+        """The first batch, (B, 3, N, N) in [0, 1]."""
+        plan = data.epoch_plan(self.images.sizes, 42, 0, self.config["crop"])
+        plan = [part[: self.config["batch_size"]] for part in plan]
+        return data.crops(self.images, *plan, self.config["crop"]).to(self.device)
 
-    def step(self, batch):
+    def step(self, batch, features=None):
         """One step; the loss."""
-        return train.train_step(self.inverter.train(), batch, self.loss, self.optimizer)["loss"].mean()
+        terms = train.train_step(self.inverter.train(), batch, features, self.loss, self.optimizer)
+        return terms["loss"].mean()
 
     def epoch(self):
         """Seconds a step of an epoch."""
-        steps = train.steps_of_an_epoch(len(self.images.names), 4, world=1)
+        steps = train.steps_of_a_pass(len(self.images), 4, world=1)
         scheduler = train.make_scheduler(self.optimizer, self.config, steps, 1e-7)
         state = train.State(self.inverter.decoder, self.optimizer, scheduler, Meter(TERMS, self.device))
         start = wait(self.device)
-        batches = train.epoch_batches(self.images, self.config, state, steps, rank=0, world=1)
+        batches = train.epoch_batches(self.images, None, self.config, state, steps, 0, 1, self.device)
         options = (self.config, steps, Signals(self.device), True)
         train.train_epoch(self.inverter, batches, self.loss, state, *options)
         return (wait(self.device) - start) / steps
@@ -322,9 +204,9 @@ def bench_step(plain, ours, folder, rounds, show):
     if device.type == "cuda":
         ours.step(batch)
         show("peak memory on the GPU, GiB", cuda_peak_gib=torch.cuda.max_memory_allocated(device) / 2**30)
-        for flags in (("amp",), ("compile",), ("amp", "compile")):
+        for flags in (("--amp",), ("--compile",), ("--amp", "--compile")):
             other = Ours(folder, device, *flags)
-            functions[f"ours, {' and '.join(flags)}"] = lambda other=other: other.step(batch)
+            functions[f"ours, {' '.join(flags)}"] = lambda other=other: other.step(batch)
         nchw = Ours(folder, device)
         planes = batch.contiguous()
         for net in (nchw.inverter, nchw.loss):
@@ -347,9 +229,67 @@ def bench_step(plain, ours, folder, rounds, show):
     show("of this machine's best matrix product", peak_gflops=peak / 1e9, peak_share=flops / fast / peak)
 
 
+def bench_cheap_step(folder, device, rounds, show):
+    """What a training image costs: by --crop at a shallow layer, by --kept-crops at the deepest."""
+    functions, sizes = {}, {}
+    for name, flags in {
+        "block1, 224 × 224": ["--batch-size", "4"],
+        "block1, 64 × 64": ["--batch-size", "16", "--crop", "64"],
+        "block5, encoded": ["--batch-size", "4", "--layer", "block5"],
+    }.items():
+        ours = Ours(folder, device, *flags)
+        batch = ours.batch()
+        sizes[name] = len(batch)
+        functions[name] = lambda ours=ours, batch=batch: ours.step(batch)
+    features = ours.inverter.encode(batch)
+    sizes["block5, kept"] = len(batch)
+    functions["block5, kept"] = lambda: ours.step(batch, features)
+    seconds = by_turns(device, functions, rounds, times=3)
+    costs = {name: 1000 * value / sizes[name] for name, value in seconds.items()}
+    show("a training image, ms", image_ms=costs)
+    show("kept crops", kept_crops_speedup=costs["block5, encoded"] / costs["block5, kept"])
+
+
+def bench_quality(folder, device, show):
+    """Wall time of the shortest fast.yaml that reaches STUDY on validation images, against 30 plain epochs.
+
+    The plain loop is measured over one whole epoch, with decoding and validation; ours from the start of
+    train.py to its end, with all validations, its images decoded beforehand.
+    """
+    source = data.resolve(folder)
+    splits = {split: data.load_split(source, split) for split in ("train", "val", "test")}
+    home = next(Path(source, train) for train, _ in data.LAYOUTS if Path(source, train).is_dir())
+    plain = Elsewhere(device)
+    try:
+        train_files, val_files = ([home / name for name in splits[split].names] for split in ("train", "val"))
+        seconds = plain("epoch", train_files, 1) * math.ceil(len(train_files) / 4)
+        seconds += plain("validate", val_files)
+    finally:
+        plain.close()
+    show("the plain loop's epoch, s", plain_epoch_seconds=seconds)
+    show("its 30 epochs, min", plain_minutes=30 * seconds / 60)
+    flags = ("--config", "configs/fast.yaml", "--data", folder, "--device", str(device), "--quiet")
+    for epochs in range(1, 30):
+        with tempfile.TemporaryDirectory() as out:
+            start = time.perf_counter()
+            child_gib("train.py", *flags, "--epochs", epochs, "--out", out)
+            wall = time.perf_counter() - start
+            inverter, _ = load_inverter(Path(out, "best.pt"))
+        inverter.to(device)
+        found = {}
+        for split in ("val", "test"):
+            values = evaluate_model(inverter, splits[split][:], bars=True).values
+            found[split] = {name: float(values[name].mean()) for name in STUDY}
+        show(f"fast.yaml --epochs {epochs}, s", fast_seconds=wall, val=found["val"], test=found["test"])
+        worse = {name: found["val"][name] < STUDY[name] for name in ("psnr", "ssim")}
+        if not any(worse.values()) and found["val"]["lpips"] <= STUDY["lpips"]:
+            show("time to quality, of the plain loop's", time_to_quality=30 * seconds / wall)
+            return
+
+
 def bench_epoch(plain, ours, folder, show):
     """A step of the second epoch: ours leaves a fifth of the photographs for validation."""
-    slow = plain("epoch", f"{folder}/train")
+    slow = plain("epoch", sorted(Path(folder, "train").iterdir()))
     ours.epoch()
     fast = ours.epoch()
     show("second epoch, a step", plain_epoch_step_ms=1000 * slow, epoch_step_ms=1000 * fast)
@@ -370,7 +310,7 @@ def bench_evaluation(plain, ours, folder, show):
     expected = np.mean(plain("evaluate", files), 0)
     slow = (wait(ours.device) - start) / len(files)
     start = wait(ours.device)
-    pixels = data.load_split(*source).pixels
+    pixels = data.load_split(*source)[:]
     values = evaluate_model(ours.inverter, pixels, bars=True).values
     fast = (wait(ours.device) - start) / len(files)
     found = [values[name].mean() for name in ("psnr", "ssim", "lpips")]
@@ -403,6 +343,16 @@ def bench(args):
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     show("machine", device=name, threads=torch.get_num_threads(), torch=torch.__version__)
+    if args.quality:
+        bench_quality(args.quality, device, show)
+    else:
+        bench_speed(args, device, figures, show)
+    if args.json:
+        write_text(args.json, json.dumps(figures, indent=2))
+
+
+def bench_speed(args, device, figures, show):
+    """Steps, epochs and evaluations, plain and ours."""
     with tempfile.TemporaryDirectory() as folder:
         if args.data:
             link_photographs(args.data, folder, args.images)
@@ -428,6 +378,7 @@ def bench(args):
         ours = Ours(folder, device)
         try:
             bench_step(plain, ours, folder, args.rounds, show)
+            bench_cheap_step(folder, device, args.rounds, show)
             bench_epoch(plain, ours, folder, show)
             bench_evaluation(plain, ours, folder, show)
             step = figures["gflop"] / figures["peak_gflops"]  # seconds
@@ -437,8 +388,6 @@ def bench(args):
             show("speedups if all ran at the peak", speedup_bound=bounds)
         finally:
             plain.close()
-    if args.json:
-        write_text(args.json, json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

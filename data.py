@@ -1,19 +1,13 @@
-"""From files to tensors: folder layouts, the split, the uint8 cache, random crops, and the DIV2K download."""
+"""From files to tensors: folder layouts, the split, the uint8 cache and random crops."""
 
 import hashlib
-import http.client
+import json
 import math
 import os
-import shutil
-import stat
-import time
-import urllib.error
-import urllib.request
 import warnings
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,20 +16,13 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from study import DOCUMENTED
-from utils import UserError, digest, load, save
+from utils import UserError, atomic, user_cache, write_text
 
 RESIZE, CROP = 256, 224
+SHARD = 512  # images in a file of the cache, about 100 MB
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 LAYOUTS = (("DIV2K_train_HR", "DIV2K_valid_HR"), ("train", "test"))  # folders of train + val, and of test
 DIV2K_ROOT = "data/DIV2K"
-DIV2K = (  # url, md5, bytes (None: as the server says)
-    (
-        "https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_train_HR.zip",
-        "bdc2d9338d4e574fe81bf7d158758658",
-        3_530_603_713,
-    ),
-    ("https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_valid_HR.zip", "9fcdda83005c5e5997799b69f955ff88", None),
-)
 # The colour photographs inside scikit-image, each in one split only; the stereo pair stays together, and what
 # is validated and tested on is natural: not the sky at night, the inside of an eye or a microscope's slide.
 SAMPLE = {
@@ -52,15 +39,48 @@ SAMPLE = {
 }
 
 
-class Images(NamedTuple):
-    """One split in memory."""
+@dataclass
+class Images:
+    """One split, whose images are read from the cache when they are asked for: any number takes no memory."""
 
-    pixels: torch.Tensor  # uint8 (N, 256, 256, 3); or (P, 3), image after image, where their sizes differ
     names: list
     sizes: torch.Tensor  # int64 (N, 2), heights and widths
+    shards: list  # files of the cache, or uint8 arrays: pixels, image after image
+    places: np.ndarray  # int64 (N, 2): in which shard each image is, and at which byte it begins
+    key: str  # changes with the names, the order or the pixels
+    resident: torch.Tensor | None = None  # uint8 (P, 3): the pixels of all, in this order, on a GPU
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, which):
+        """The central 256×256 of the images in a slice or a list of numbers: uint8 (B, 256, 256, 3)."""
+        numbers = range(len(self))[which] if isinstance(which, slice) else which
+        return torch.stack([center(self.image(number)[None], RESIZE)[0] for number in numbers])
+
+    def image(self, number):
+        """One image, uint8 (H, W, 3): a view of the memory-mapped file, which is read where it is used."""
+        height, width = self.sizes[number].tolist()
+        if self.resident is not None:
+            start = int((self.sizes[:number, 0] * self.sizes[:number, 1]).sum())
+            return self.resident[start : start + height * width].view(height, width, 3)
+        shard, start = self.places[number].tolist()
+        pixels = self.shards[shard]
+        if isinstance(pixels, Path):  # mode c: what torch would write there would not reach the file
+            return torch.from_numpy(np.memmap(pixels, np.uint8, "c", start, (height, width, 3)))
+        return torch.from_numpy(pixels[start : start + 3 * height * width].reshape(height, width, 3))
 
     def to(self, device):
-        return self._replace(pixels=self.pixels.to(device), sizes=self.sizes.to(device))
+        """The same with its pixels on a GPU that has four times the room; else as it is."""
+        total = 3 * int((self.sizes[:, 0] * self.sizes[:, 1]).sum())
+        if device.type != "cuda" or 4 * total > torch.cuda.mem_get_info(device)[0]:
+            return self
+        return self.at(device)
+
+    def at(self, device):
+        """The same with the pixels of all images in the memory of `device`."""
+        resident = torch.cat([self.image(number).flatten(0, 1) for number in range(len(self))])
+        return replace(self, resident=resident.to(device), sizes=self.sizes.to(device))
 
 
 def resolve(data):
@@ -85,8 +105,16 @@ def resolve(data):
 
 
 def image_files(folder):
-    """The image files in `folder`, sorted by name; hidden ones are left out."""
-    return sorted(p for p in Path(folder).iterdir() if p.suffix.lower() in EXTENSIONS and p.name[0] != ".")
+    """The image files in `folder` and the folders in it, sorted by path; hidden ones are left out."""
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if name[0] != "."]
+        found += [Path(place, name) for name in files if name[0] != "." and name_is_image(name)]
+    return sorted(found)
+
+
+def name_is_image(name):
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None):
@@ -120,18 +148,14 @@ def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None):
         order = np.random.RandomState(42).permutation(len(files))
         cut = min(max(int(0.8 * len(files)), 1), len(files) - 1)
         order = order[:cut] if split == "train" else order[cut:]
-    whole = cached_images(folder, files, cache, protocol, bars)
-    names = [files[i].name for i in order]
-    if split == "train" and not protocol.squeezed:
-        sizes = torch.tensor([whole[i].shape[:2] for i in order])
-        return Images(torch.cat([whole[i].flatten(0, 1) for i in order]), names, sizes)
-    return squares([whole[i] for i in order], names)
+    return subset(cached_images(folder, files, cache, protocol, bars), order)
 
 
-def squares(whole, names):
-    """Images of the central 256×256 of uint8 tensors (H, W, 3)."""
-    pixels = torch.stack([center(image[None], RESIZE)[0] for image in whole])
-    return Images(pixels, names, torch.full((len(names), 2), RESIZE))
+def subset(images, order):
+    """The Images of these numbers, in this order."""
+    names = [images.names[i] for i in order]
+    key = hashlib.sha256(f"{images.key} {names}".encode()).hexdigest()
+    return Images(names, images.sizes[order], images.shards, images.places[order], key)
 
 
 def read_image(path):
@@ -168,52 +192,70 @@ def decode(path, protocol=DOCUMENTED):
 
 
 def cached_images(folder, files, cache=None, protocol=DOCUMENTED, bars=None):
-    """`decode` of `files`, all in `folder`: a list of uint8 tensors, made once and kept in a file in `cache`.
+    """Images of `decode` of `files`, all under `folder`, each decoded once and kept in `cache`, in shards.
 
-    The file is used as long as every image has the name, size and modification time that it had.
+    A shard is NAME.u8, its pixels, and NAME.json, written after it, the manifest that it is trusted by; NAME
+    stands for what its files are called, their sizes and their modification times. An interrupted build goes
+    on with the shards that are missing.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(cache or Path(home, "feature-inversion"))
-    name = hashlib.sha256(f"{protocol.name} {folder.resolve()}".encode()).hexdigest()[:16]
-    path = cache / f"{name}.pt"
-    manifest = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    images = read_cache(path, manifest)
-    if images is None:
+    where = hashlib.sha256(f"{protocol.name} {folder.resolve()}".encode()).hexdigest()[:16]
+    cache = user_cache(cache) / where
+    names = [file.relative_to(folder).as_posix() for file in files]
+    parts = [slice(first, first + SHARD) for first in range(0, len(files), SHARD)]
+    paths = []
+    for part in parts:
+        stats = [file.stat() for file in files[part]]
+        entries = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names[part], stats, strict=True)]
+        paths.append(cache / hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16])
+    sizes = [read_manifest(path) for path in paths]
+    if None in sizes:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):  # a second run waits, then finds the cache
-            images = read_cache(path, manifest)
-            if images is None:
-                images = decode_all(files, protocol, f"Decoding {folder}", bars)
-                save({"files": manifest, "images": images}, path)
-    return images
+        with FileLock(cache / ".lock"):  # a second run waits, then finds the cache
+            sizes = [read_manifest(path) for path in paths]
+            missing = [files[part] for part, found in zip(parts, sizes, strict=True) if found is None]
+            with tqdm(None, f"Decoding {folder}", sum(map(len, missing)), unit="image", disable=bars) as bar:
+                for number, part in enumerate(parts):
+                    if sizes[number] is None:
+                        sizes[number] = write_shard(paths[number], files[part], protocol, bar)
+            keep = {path.name for path in paths}
+            for old in [*cache.glob("*.u8"), *cache.glob("*.json")]:  # of images that have changed
+                if old.stem not in keep:
+                    old.unlink()
+    places = []
+    for number, found in enumerate(sizes):
+        starts = np.cumsum([0, *(3 * height * width for height, width in found[:-1])])
+        places.append(np.stack([np.full(len(found), number), starts], 1))
+    key = hashlib.sha256(" ".join([protocol.name, *(path.name for path in paths)]).encode()).hexdigest()
+    shards = [path.with_suffix(".u8") for path in paths]
+    return Images(names, torch.tensor(np.concatenate(sizes)), shards, np.concatenate(places), key)
 
 
-def read_cache(path, manifest):
-    """The images in the cache file at `path` if they are of the files that `manifest` lists, else None.
-
-    Without a lock, since a file is written whole or not at all, and its folder may be shared and read-only.
-    """
-    if not path.exists():
-        return None
+def read_manifest(path):
+    """[height, width] of each image in the shard at `path`, or None if it is not whole."""
     try:
-        stored = load(path, "cache of images", mmap=True)
-        return stored["images"] if stored["files"] == manifest else None
-    except (UserError, KeyError, TypeError) as error:
-        print(f"{error}; decoding again")
+        sizes = json.loads(path.with_suffix(".json").read_text())
+        total = sum(3 * height * width for height, width in sizes)
+        return sizes if path.with_suffix(".u8").stat().st_size == total else None
+    except (OSError, ValueError, TypeError):
         return None
 
 
-def decode_all(files, protocol, title, bars=None):
-    """`decode` of `files`, in parallel, as a list of uint8 tensors."""
+def write_shard(path, files, protocol, bar):
+    """Decode `files` in parallel into the shard at `path`; [height, width] of each."""
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
-        decoded = pool.map(decode, files, [protocol] * len(files))
+        sizes = []
         try:
-            bar = tqdm(decoded, title, len(files), unit="image", disable=bars)
-            return [torch.from_numpy(image.copy()) for image in bar]
+            with atomic(path.with_suffix(".u8")) as temporary, open(temporary, "wb") as file:
+                for image in pool.map(decode, files, [protocol] * len(files)):
+                    file.write(np.ascontiguousarray(image))
+                    sizes.append(list(image.shape[:2]))
+                    bar.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    write_text(path.with_suffix(".json"), json.dumps(sizes))
+    return sizes
 
 
 def sample_tiles(split):
@@ -232,9 +274,17 @@ def sample_tiles(split):
             scaled = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
             for top in even_steps(height):
                 for left in even_steps(width):
-                    tiles.append(torch.from_numpy(scaled[top : top + RESIZE, left : left + RESIZE].copy()))
+                    tiles.append(scaled[top : top + RESIZE, left : left + RESIZE])
                     names.append(f"{Path(name).stem}-{side}-{top}-{left}")
-    return squares(tiles, names)
+    return squares(np.stack(tiles), names)
+
+
+def squares(pixels, names):
+    """Images in memory: pixels, a uint8 array (N, 256, 256, 3), and their names."""
+    count = len(pixels)
+    places = np.stack([np.zeros(count, np.int64), np.arange(count) * 3 * RESIZE**2], 1)
+    key = hashlib.sha256(pixels).hexdigest()
+    return Images(names, torch.full((count, 2), RESIZE), [pixels.reshape(-1)], places, key)
 
 
 def even_steps(length):
@@ -242,18 +292,25 @@ def even_steps(length):
     return [int(offset) for offset in np.linspace(0, length - RESIZE, math.ceil(length / RESIZE))]
 
 
-def crops(images, index, tops, lefts, flips):
-    """Batched crops of Images → float (B, 3, 224, 224) in [0, 1], channels last, on their device.
+def crops(images, index, tops, lefts, flips, size=CROP):
+    """Batched crops of Images → float (B, 3, size, size) in [0, 1], channels last, where the pixels are.
 
     index, tops, lefts: int64 (B,); flips: bool (B,), mirrored left to right.
     """
-    heights, widths = images.sizes.unbind(1)
-    starts = (heights * widths).cumsum(0) - heights * widths
-    span = torch.arange(CROP, device=index.device)
-    rows = tops[:, None] + span
-    columns = lefts[:, None] + torch.where(flips[:, None], CROP - 1 - span, span)
-    rows = starts[index, None] + rows * widths[index, None]  # (B, 224), where each begins
-    batch = images.pixels.view(-1, 3)[rows[:, :, None] + columns[:, None, :]]  # (B, 224, 224, 3)
+    if images.resident is None:
+        places = zip(index.tolist(), tops.tolist(), lefts.tolist(), strict=True)
+        batch = torch.stack(
+            [images.image(i)[top : top + size, left : left + size] for i, top, left in places]
+        )
+        batch = torch.where(flips[:, None, None, None], batch.flip(2), batch)
+    else:  # a GPU gathers them all at once
+        heights, widths = images.sizes.unbind(1)
+        starts = (heights * widths).cumsum(0) - heights * widths
+        span = torch.arange(size, device=index.device)
+        rows = tops[:, None] + span
+        columns = lefts[:, None] + torch.where(flips[:, None], size - 1 - span, span)
+        rows = starts[index, None] + rows * widths[index, None]  # (B, size), where each begins
+        batch = images.resident[rows[:, :, None] + columns[:, None, :]]  # (B, size, size, 3)
     return batch.permute(0, 3, 1, 2).float().div_(255)
 
 
@@ -268,118 +325,18 @@ def center_crops(pixels):
     return center(pixels, CROP).permute(0, 3, 1, 2).float().div_(255)
 
 
-def epoch_plan(sizes, seed, epoch):
-    """Order, top, left and flip in an epoch of images of `sizes` (N, 2), on their device.
+def epoch_plan(sizes, seed, epoch, size=CROP):
+    """Order, top, left and flip of size×size crops in an epoch of images of `sizes` (N, 2), on their device.
 
     (seed, epoch) decides, so that an epoch can be resumed, and is the same on every device.
     """
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    count, room, device = len(sizes), RESIZE - CROP + 1, sizes.device
+    count, room, device = len(sizes), RESIZE - size + 1, sizes.device
     order = torch.randperm(count, generator=generator)
     offsets = torch.randint(0, room, (2, count), generator=generator)
     flips = torch.rand(count, generator=generator) < 0.5
     # Along a side that is longer than 256 there is more room; what 256 leaves is drawn as it would be
     # without.
     part = torch.rand(2, count, generator=generator, dtype=torch.float64)
-    offsets = ((offsets + part) / room * (sizes.cpu()[order].T - CROP + 1)).long()
+    offsets = ((offsets + part) / room * (sizes.cpu()[order].T - size + 1)).long()
     return order.to(device), *offsets.to(device), flips.to(device)
-
-
-# --- The DIV2K download --------------------------------------------------------------------------------
-
-
-def download_div2k(root, archives=None, bars=None):
-    """Download, verify and unpack DIV2K into `root`; what is already there is not fetched again.
-
-    An interrupted download goes on where it stopped. Raises UserError when the server can't be reached
-    or what it sends is not the archive.
-    """
-    root = Path(root)
-    root.mkdir(parents=True, exist_ok=True)
-    for url, md5, size in archives or DIV2K:
-        name = url.rsplit("/", 1)[1]
-        with FileLock(root / f".{name}.lock"):  # a second run waits for the first one's download
-            if (root / Path(name).stem).is_dir():
-                print(f"{root / Path(name).stem} is there")
-                continue
-            fetch(url, root / name, md5, size, bars=bars)
-            unpack(root / name, root, bars)
-            (root / name).unlink()
-
-
-def fetch(url, path, md5, size=None, attempts=5, bars=None):
-    """Download `url` to `path` through `path`.part, resuming up to `attempts` times, and check size and MD5.
-
-    Nothing is fetched if `path` is there and has that MD5.
-    """
-    if path.exists() and digest(path, "md5") == md5:
-        return
-    part = path.with_name(f"{path.name}.part")
-    for attempt in range(attempts):
-        have = part.stat().st_size if part.exists() else 0
-        if have and have == size:
-            break
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                if response.status != 206:  # the server sends all of it again
-                    have = 0
-                if "Content-Length" not in response.headers:
-                    raise ValueError("the server does not say how long it is")
-                total = have + int(response.headers["Content-Length"])
-                if size and total != size:
-                    raise UserError(f"{url}: {total} bytes there, {size} expected")
-                with open(part, "ab" if have else "wb") as file:
-                    with tqdm(
-                        None,
-                        path.name,
-                        total,
-                        initial=have,
-                        unit="B",
-                        unit_scale=True,
-                        unit_divisor=1024,
-                        disable=bars,
-                    ) as bar:
-                        while chunk := response.read(1 << 20):
-                            file.write(chunk)
-                            bar.update(len(chunk))
-            if part.stat().st_size == total:
-                break
-            reason = f"connection closed after {part.stat().st_size} of {total} bytes"
-        except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing is left to send: what we have is whole or wrong
-                break
-            reason = f"HTTP {error.code} {error.reason}"
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            reason = str(error)
-        if attempt < attempts - 1:
-            time.sleep(attempt)
-    else:
-        raise UserError(f"{url}: {reason}; run again to go on from {part}")
-    if (found := digest(part, "md5")) != md5:
-        part.unlink()
-        raise UserError(f"{url}: MD5 {found}, expected {md5}; deleted, run again")
-    os.replace(part, path)
-
-
-def unpack(path, root, bars=None):
-    """Unpack the zip at `path` so that its one folder, named like it, appears in `root` whole or not at all.
-
-    Raises UserError for members that are absolute, climb out with `..`, or are links.
-    """
-    target = root / path.stem
-    temporary = root / f".{path.stem}.unpacking"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                parts = member.filename.replace("\\", "/").split("/")
-                if parts[0] != path.stem or ".." in parts or stat.S_ISLNK(member.external_attr >> 16):
-                    raise UserError(f"{path}: unsafe member {member.filename!r}; nothing was unpacked")
-            for member in tqdm(archive.infolist(), f"Unpacking {path.name}", unit="file", disable=bars):
-                archive.extract(member, temporary)
-        os.replace(temporary / path.stem, target)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path}: cannot be unpacked ({error})") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,7 @@
-"""The four trained decoders: features (B, C, H, W) → images (B, 3, 224, 224) in [0, 1] (paper 3.2)."""
+"""The four trained decoders: features (B, C, H, W) → images (B, 3, 224, 224) in [0, 1] (paper 3.2).
+
+Each is built for the features of 224×224 images, and takes those of others too: forward's `size` is theirs.
+"""
 
 import math
 
@@ -41,8 +44,8 @@ class TransposedConv(nn.Module):
         self.upsample = nn.Sequential(*layers)
         self.to_rgb = nn.Conv2d(channels, 3, 3, padding=1)
 
-    def forward(self, z):
-        return torch.sigmoid(self.to_rgb(resize(self.upsample(z), self.size)))
+    def forward(self, z, size=None):
+        return torch.sigmoid(self.to_rgb(resize(self.upsample(z), size or self.size)))
 
 
 def conv_bn(channels, out, kernel=3):
@@ -111,8 +114,8 @@ class ResidualUpsampling(nn.Module):
             self.blocks.extend([nn.BatchNorm2d(narrower), nn.ReLU(inplace=True), ResidualBlock(narrower)])
             channels = narrower
 
-    def forward(self, x):
-        return resize(self.blocks(x), self.size)
+    def forward(self, x, size=None):
+        return resize(self.blocks(x), size or self.size)
 
 
 class MultiScaleRefinement(nn.Module):
@@ -147,7 +150,7 @@ class ColorEnhancement(nn.Module):
         return x + self.gain * self.transform(self.norm(x))
 
 
-class ImageHead(nn.Sequential):
+class ImageHead(nn.Module):
     """The last stages of FrequencyDecoder and WaveletDecoder: (B, C, H, W) → images (B, 3, size, size)."""
 
     def __init__(self, channels, out, height, size):
@@ -156,7 +159,10 @@ class ImageHead(nn.Sequential):
         self.refine = MultiScaleRefinement(out)
         self.enhance = ColorEnhancement(out)
         self.to_rgb = nn.Conv2d(out, 3, 3, padding=1)
-        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x, size=None):
+        x = self.enhance(self.refine(self.upsample(x, size)))
+        return torch.sigmoid(self.to_rgb(x))
 
 
 class FrequencyFusion(nn.Module):
@@ -202,12 +208,12 @@ class FrequencyDecoder(nn.Module):
         self.attention = nn.Sequential(SpatialChannelAttention(2 * half), SpatialChannelAttention(2 * half))
         self.head = ImageHead(2 * half, max(width // 32, 8), height, size)
 
-    def forward(self, z):
+    def forward(self, z, size=None):
         x = self.project(z)  # (B, width, H, W)
         smooth = F.avg_pool2d(x, 2, ceil_mode=True)  # low frequencies need no more, at a quarter of the cost
         low = resize(self.low(smooth), x.shape[2:])  # (B, width/2, H, W)
         high = self.high(x - resize(smooth, x.shape[2:]))  # (B, width/2, H, W)
-        return self.head(self.attention(self.fusion(low, high)))
+        return self.head(self.attention(self.fusion(low, high)), size)
 
 
 class BandFusion(ResidualBlock):
@@ -238,18 +244,9 @@ class WaveletDecoder(nn.Module):
         self.refinement = nn.Sequential(ResidualBlock(width), conv_block(width, half), ResidualBlock(half))
         self.head = ImageHead(half, max(width // 8, 8), height, size)
 
-    def forward(self, z):
+    def forward(self, z, size=None):
         x = torch.cat([band(z) for band in self.bands.values()], 1)  # (B, width, H, W)
-        return self.head(self.refinement(self.fusion(x)))
-
-
-def sinusoidal_positions(height, width, channels):
-    """Sines and cosines of row and column (Vaswani et al. 2017): (height·width, channels)."""
-    frequencies = 10_000 ** -torch.linspace(0, 1, math.ceil(channels / 4))
-    rows, columns = (torch.arange(n)[:, None] * frequencies for n in (height, width))
-    rows = torch.cat([rows.sin(), rows.cos()], 1)[:, None].expand(-1, width, -1)
-    columns = torch.cat([columns.sin(), columns.cos()], 1)[None].expand(height, -1, -1)
-    return torch.cat([rows, columns], 2).flatten(0, 1)[:, :channels]
+        return self.head(self.refinement(self.fusion(x)), size)
 
 
 class MultiHeadAttention(nn.Module):
@@ -269,10 +266,15 @@ class MultiHeadAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and MLP with residuals, pre-norm (paper 3.2.2): (B, N, width) → (B, N, width)."""
+    """Attention and MLP with residuals, pre-norm (paper 3.2.2): a map (B, width, H, W) → the same.
+
+    Where a position lies is said by a depthwise convolution over its neighbours (Chu et al. 2021), relative
+    and the same in a map of any size: what is learnt on crops holds on whole images.
+    """
 
     def __init__(self, width):
         super().__init__()
+        self.position = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.attention = nn.Sequential(nn.LayerNorm(width), MultiHeadAttention(width))
         # 8 × width rather than the usual 4: attention over 12,544 positions costs far more time per
         # channel than the MLP, so the parameters of a 512-wide transformer are cheaper here.
@@ -282,8 +284,12 @@ class TransformerBlock(nn.Module):
         )
 
     def forward(self, x):
+        map_size = x.shape[2:]
+        x = x + self.position(x)
+        x = x.flatten(2).transpose(1, 2)  # (B, H·W, width)
         x = x + self.attention(x)
-        return x + self.mlp(x)
+        x = x + self.mlp(x)
+        return x.transpose(1, 2).unflatten(2, map_size)
 
 
 class AttentionDecoder(nn.Module):
@@ -298,17 +304,12 @@ class AttentionDecoder(nn.Module):
         channels, height, breadth = shape
         mapped = min(channels, width)
         self.embed = conv_bn(channels, width, 1)
-        # Fixed: learned positions would be 4.8 million parameters at 112×112, and another count at each
-        # layer.
-        self.register_buffer("positions", sinusoidal_positions(height, breadth, width), persistent=False)
         self.blocks = nn.Sequential(*(TransformerBlock(width) for _ in range(4)))
-        self.to_map = nn.Linear(width, mapped, bias=False)  # a bias would end in TransposedConv's first BN
+        self.to_map = nn.Conv2d(width, mapped, 1, bias=False)  # a bias would end in TransposedConv's BN
         self.decode = TransposedConv((mapped, height, breadth), size=size)
 
-    def forward(self, z):
-        x = self.embed(z).flatten(2).transpose(1, 2)  # (B, H·W, width)
-        x = self.to_map(self.blocks(x + self.positions))
-        return self.decode(x.transpose(1, 2).unflatten(2, z.shape[2:]))
+    def forward(self, z, size=None):
+        return self.decode(self.to_map(self.blocks(self.embed(z))), size)
 
 
 BUILDERS = {

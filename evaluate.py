@@ -88,11 +88,11 @@ def evaluate(args):
     else:
         out = Path(args.out or Path(args.ckpt).parent / Path(source).resolve().name)
     refuse_other_results(out, RESULTS, {"data": source, "config": config})
-    found = evaluate_model(inverter, images.pixels[rank::world], args.batch_size, bars, protocol)
+    found = evaluate_model(inverter, images[rank::world], args.batch_size, bars, protocol)
     if world > 1:
         found = gather(found, len(images.names))
     if rank == 0:
-        milliseconds = time_inference(inverter, images.pixels)
+        milliseconds = time_inference(inverter, images[:1])
         write_evaluation(found, images.names, inverter, checkpoint, source, milliseconds, make_folder(out))
 
 

@@ -11,7 +11,8 @@ from utils import UserError
 
 TRACKERS = ["tensorboard", "wandb", "none"]
 # Flags that say how to run, not what: they are no part of a run's configuration.
-NOT_CONFIG = ("config", "resume", "overwrite", "download", "cache", "tracker", "quiet", "bars")
+NOT_CONFIG = ("config", "fast", "resume", "overwrite", "download", "cache", "tracker", "quiet", "bars")
+NO_KEYS = ("help", "config", "fast")  # flags that a YAML file has no values for
 LARGEST = 2**31 - 1  # of a whole number; seeds go to 2**32 - 1
 
 
@@ -101,8 +102,15 @@ def train_parser(doc=None):
     add = parser.add_argument_group("images").add_argument
     add("--data", help="folder of DIV2K or with train/ and test/; `sample` (default: DIV2K if there)")
     add("--download", action="store_true", help="first fetch DIV2K (3.7 GB) into --data")
+    crop = "side of a training crop in pixels: a multiple of the layer's stride. Validation and test have 224"
+    add("--crop", type=positive_int, default=224, metavar="N", help=crop)
+    kept = "encode N crops of each image once and keep them in the cache: for deep layers; 0: none"
+    add("--kept-crops", type=whole_number, default=0, metavar="N", help=kept)
+    some = "validate on N of the validation images, evenly spaced (default: all)"
+    add("--val-images", type=positive_int, metavar="N", help=some)
     add = parser.add_argument_group("training (defaults: the study's)").add_argument
-    add("--epochs", type=positive_int, default=30, help="at most")
+    add("--epochs", type=positive_int, default=30, help="at most; validation follows each")
+    add("--passes", type=positive_int, default=1, help="through the training images, in an epoch")
     add("--batch-size", type=positive_int, default=4, help="images a step, per process")
     add("--lr", type=positive_float, default=1e-4, help="Adam's learning rate; onecycle: the highest")
     add("--schedule", choices=["plateau", "onecycle"], default="plateau", help="of the learning rate")
@@ -116,6 +124,8 @@ def train_parser(doc=None):
     running = parser.add_argument_group("running")
     add = running.add_argument
     add("--config", help="YAML file with values of these flags; the command line wins")
+    fast = "also the values under `fast:` in --config: an optimisation tuned for that experiment"
+    add("--fast", action="store_true", help=fast)
     add("--out", default="runs", help="folder of this run")
     again = running.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
@@ -135,8 +145,10 @@ def parse_train(argv=None, doc=None):
     parser = train_parser(doc)
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
+    if args.fast and not args.config:
+        raise UserError("--fast: takes the values under `fast:` of a --config; give one, as configs/01_…")
     if args.config:
-        args = parser.parse_args([*read_config(args.config, parser), *argv])
+        args = parser.parse_args([*read_config(args.config, parser, args.fast), *argv])
     check_layer(args.encoder, args.layer)
     if not args.mse_weight and not args.lpips_weight:
         raise UserError(
@@ -150,8 +162,11 @@ def config_of(args):
     return {flag: value for flag, value in vars(args).items() if flag not in NOT_CONFIG}
 
 
-def read_config(path, parser):
-    """The YAML file at `path` as command-line flags, checked like them. Raises UserError."""
+def read_config(path, parser, fast=False):
+    """The YAML file at `path` as command-line flags, checked like them. Raises UserError.
+
+    fast: with what stands under its key `fast`, too.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             values = yaml.safe_load(file)
@@ -159,20 +174,30 @@ def read_config(path, parser):
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: is {type(values).__name__}, should be lines of `key: value`")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+    tuned = values.pop("fast", {})
+    if not isinstance(tuned, dict) or fast and not tuned:
+        raise UserError(f"--config {path}: has no lines of `key: value` under `fast:`, which --fast takes")
+    try:
+        flags = flags_of(values, parser)
+        tuned = flags_of(tuned, parser)
+        parser.parse_args([*flags, *tuned])
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+    return [*flags, *tuned] if fast else flags
+
+
+def flags_of(values, parser):
+    """{key: value} of a YAML file as a part of a command line. Raises UserError."""
+    actions = {action.dest: action for action in parser._actions if action.dest not in NO_KEYS}
     flags = []
     for key, value in values.items():
         if key not in actions:
             known = ", ".join(actions)
-            raise UserError(f"--config {path}: unknown key {reprlib.repr(key)}; the keys are {known}")
+            raise UserError(f"unknown key {reprlib.repr(key)}; the keys are {known}")
         try:
             flags += as_flags(actions[key], value)
         except UserError as error:
-            raise UserError(f"--config {path}: {key}: {error}") from None
-    try:
-        parser.parse_args(flags)
-    except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
+            raise UserError(f"{key}: {error}") from None
     return flags
 
 

@@ -63,14 +63,14 @@ def main(args):
     if len(images.names) < 2:
         raise UserError(f"{about['data']}: one test image; errors are divided by the distance of two")
     chosen = evenly_spaced(len(images.names), args.count)
-    scale = mean_pairwise_distance(encoder, images.pixels[:100])  # more would take memory, not precision
+    scale = mean_pairwise_distance(encoder, images[:100])  # more would take memory, not precision
     options = {"steps": args.steps, "tv_weight": args.tv_weight}
     about |= options | {"images": len(chosen), "mean_pairwise_distance": scale}
     print(
         f"{about['encoder']} {about['layer']} ({about['weights']} weights), {args.steps} steps from "
         f"{about['start']}; {len(chosen)} test images of {about['data']}"
     )
-    pixels = images.pixels[chosen]
+    pixels = images[chosen]
     pictures, values = invert_images(encoder, decoder, pixels, scale, args.batch_size, bars, **options)
     write_inversion(pictures, values, [images.names[i] for i in chosen], about, make_folder(out))
     print(f"results in {out}")

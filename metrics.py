@@ -14,6 +14,7 @@ from torch import nn
 from study import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD
 from weights import imagenet_weights
 
+SMALLEST = 31  # pixels, that LPIPS takes
 TERMS = ("loss", "mse", "lpips", "psnr")  # what Loss gives, and an epoch averages
 
 
@@ -60,7 +61,7 @@ def measure(images, target, lpips, protocol=DOCUMENTED):
 class LPIPS(nn.Module):
     """LPIPS v0.1 with AlexNet (Zhang et al. 2018; paper 3.4.3), equal to the lpips package's.
 
-    Takes images (B, 3, H, W) in [0, 1], H and W at least 31. Its scaling of [-1, 1] images is ImageNet
+    Takes images (B, 3, H, W) in [0, 1], H and W at least SMALLEST. Its scaling of [-1, 1] images is ImageNet
     normalisation of [0, 1] ones. Written out, because training wants the target's features without
     autograd and once, and a gradient that is finite where a feature vector is exactly zero.
     """

@@ -8,7 +8,7 @@ import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from decoders import BUILDERS, IMAGE_SIZE, build_decoder
+from decoders import BUILDERS, IMAGE_SIZE, build_decoder, upsamplings
 from flags import check_layer
 from study import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD, LAYERS, PROTOCOLS
 from utils import UserError, digest, load, out_of_memory
@@ -127,7 +127,8 @@ def load_trunk(net, trunk, state, source):
 class Inverter(nn.Module):
     """A frozen encoder and a decoder: images (B, 3, 224, 224) in [0, 1] → features (B, C, H, W) → images.
 
-    shape: (C, H, W) of the features. amp: compute both in bfloat16; what comes out is float32.
+    Other sizes too, where the encoder takes them. shape: (C, H, W) of the features of a 224×224 image. amp:
+    compute both in bfloat16; what comes out is float32.
     """
 
     def __init__(self, encoder, decoder, shape, amp=False):
@@ -150,13 +151,25 @@ class Inverter(nn.Module):
         with self.autocast():
             return self.encoder(images)
 
-    def decode(self, features):
-        """Images from features, in float32 even with amp, as the losses want them."""
+    def decode(self, features, size=None):
+        """Images from features, in float32 even with amp, as the losses want them; size: theirs, else 224."""
         with self.autocast():
-            return self.decoder(features).float()
+            return self.decoder(features, size).float()
 
-    def forward(self, images):
-        return self.decode(self.encode(images))
+    def forward(self, images, features=None):
+        """Reconstructions of images, from their features where these are known already."""
+        if features is None:
+            features = self.encode(images)
+        return self.decode(features, images.shape[2:])
+
+    def shape_at(self, size):
+        """(C, H, W) of the features of a size×size image."""
+        return self.shape if size == IMAGE_SIZE else feature_shape(self.encoder, size)
+
+    @property
+    def stride(self):
+        """Pixels of an image from one position of the features to the next."""
+        return 2 ** upsamplings(self.shape[1], IMAGE_SIZE)
 
     def compile(self):
         """torch.compile both networks, in place."""
@@ -219,9 +232,9 @@ def load_inverter(path):
     return inverter.eval(), checkpoint
 
 
-def feature_shape(encoder):
-    """(C, H, W) of `encoder`'s features of a 224×224 image."""
-    images = torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, device=encoder.mean.device)
+def feature_shape(encoder, size=IMAGE_SIZE):
+    """(C, H, W) of `encoder`'s features of a size×size image."""
+    images = torch.zeros(1, 3, size, size, device=encoder.mean.device)
     with torch.no_grad():
         return tuple(encoder(images).shape[1:])
 

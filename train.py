@@ -1,7 +1,8 @@
 """Train a decoder to invert the features of a frozen encoder.
 
   python train.py                                            the study's headline: VGG16 block1, tconv decoder
-  python train.py --config configs/sample.yaml               two minutes on two cores, embedded photographs
+  python train.py --config configs/sample.yaml               a minute on two cores, embedded photographs
+  python train.py --config configs/fast.yaml --data FOLDER   the headline in a minute and a half
   python train.py --layer block3 --data FOLDER --out runs/block3 --resume
 
 Writes best.pt, last.pt, config.yaml, history.csv, curves.png and TensorBoard's files to --out. Several GPUs
@@ -30,7 +31,9 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from tqdm import tqdm
 
 import data
-from metrics import TERMS, Loss, Meter, target
+from download import download_div2k
+from kept import keep_crops
+from metrics import SMALLEST, TERMS, Loss, Meter, target
 from models import count_parameters, inverter_of
 from signals import Interrupted, Signals
 from state import State, claim, remove_what_will_not_be_true, resume, save_best, save_last
@@ -47,6 +50,7 @@ from utils import (
 )
 
 MAY_DIFFER = ("out", "device")  # between a run and its resumption
+VALIDATED = 4  # images at a time
 KEPT_FEATURES = 2**28  # bytes of validation features that are computed once; shallow layers' are larger
 SHOWN = 6  # validation images, to the tracker
 DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
@@ -68,10 +72,12 @@ def train(args):
     lock = claim(out, args.resume, args.overwrite) if rank == 0 else None
     train_images = data.load_split(config["data"], "train", args.cache, protocol, bars).to(device)
     val_images = data.load_split(config["data"], "val", args.cache, protocol, bars).to(device)
-    steps = steps_of_an_epoch(len(train_images.names), config["batch_size"], world)
+    val_numbers = evenly_spaced(len(val_images), config["val_images"] or len(val_images))
+    steps = steps_of_a_pass(len(train_images), config["batch_size"], world) * config["passes"]
 
     # --- networks, loss and optimiser
     inverter = inverter_of(config).to(device)
+    check_crop(inverter, config)
     loss = Loss(config["mse_weight"], config["lpips_weight"], protocol).to(device)
     if world > 1 and device.type == "cuda":
         inverter.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(inverter.decoder)
@@ -81,11 +87,12 @@ def train(args):
     optimizer = torch.optim.Adam(inverter.decoder.parameters(), lr=config["lr"])
     scheduler = make_scheduler(optimizer, config, steps, protocol.lowest_lr)
     state = State(inverter.decoder, optimizer, scheduler, Meter(TERMS, device))
-    print(description(config, inverter, len(train_images.names), len(val_images.names), steps, world, device))
+    print(description(config, inverter, len(train_images), len(val_numbers), steps, world, device))
+    kept = keep_crops(train_images, inverter, config, args.cache, bars) if config["kept_crops"] else None
 
     # --- resume, or make room for a new run
     same = {key: value for key, value in config.items() if key not in MAY_DIFFER}
-    same |= {"processes": world, "training images": train_images.names}
+    same |= {"processes": world, "training images": train_images.key}
     same |= {"weights_sha256": inverter.encoder.weights_sha256}
     resumed = args.resume and resume(state, same, out, rank, world)
     if resumed:
@@ -100,21 +107,22 @@ def train(args):
 
     # --- the loop
     tracker = Tracker("none" if rank else args.tracker, out, config)
-    kept = {}  # validation features
+    known = {}  # validation features
     try:
         with Signals(device) as signals:
             while not finished(state, config):
                 try:
-                    batches = epoch_batches(train_images, config, state, steps, rank, world)
+                    batches = epoch_batches(train_images, kept, config, state, steps, rank, world, device)
                     trained = train_epoch(model, batches, loss, state, config, steps, signals, bars)
                     start = time.perf_counter()
-                    options = (config["batch_size"], rank, world, signals, bars)
-                    validated, targets, outputs = validate(inverter, val_images.pixels, loss, kept, *options)
+                    validation = (val_images, val_numbers[rank::world], loss, known)
+                    validated, targets, outputs = validate(inverter, *validation, world, signals, bars)
                     val_seconds = time.perf_counter() - start
                 except Interrupted:
                     save_last(state, same, out, rank)
                     raise
-                row, better = end_epoch(state, trained, validated, val_seconds, len(train_images.names))
+                images = len(train_images) * config["passes"]
+                row, better = end_epoch(state, trained, validated, val_seconds, images)
                 if rank == 0:
                     if better:
                         save_best(inverter, config, state, out)
@@ -159,16 +167,36 @@ def download(args):
     if args.data == "sample":
         raise UserError("--download --data sample: the sample needs no download; give a folder for DIV2K")
     args.data = args.data or data.DIV2K_ROOT
-    data.download_div2k(args.data, bars=disable_bars(args))
+    download_div2k(args.data, bars=disable_bars(args))
 
 
-def steps_of_an_epoch(images, batch_size, world):
+def steps_of_a_pass(images, batch_size, world):
     """Steps in which `world` processes take all `images`. Raises UserError if `batch_size` is too large."""
     if batch_size * world > images:
         raise UserError(
             f"--batch-size {batch_size} × {world} processes: more than the {images} training images"
         )
     return math.ceil(images / (batch_size * world))
+
+
+def check_crop(inverter, config):
+    """Raise UserError unless encoder, decoder and LPIPS take crops of this size."""
+    crop = config["crop"]
+    layer = f"{config['encoder']} {config['layer']}"
+    if crop > data.RESIZE:
+        raise UserError(f"--crop {crop}: images are {data.RESIZE} pixels wide; at most that")
+    if crop % inverter.stride:
+        raise UserError(
+            f"--crop {crop}: {layer} has a stride of {inverter.stride} pixels; give a multiple of it"
+        )
+    if config["lpips_weight"] and crop < SMALLEST:
+        raise UserError(f"--crop {crop}: LPIPS wants at least {SMALLEST} pixels")
+    try:
+        _, height, width = inverter.shape_at(crop)
+    except (AssertionError, RuntimeError) as error:  # ViT's, with as many positions as it was trained with
+        raise UserError(f"--crop {crop}: {layer} takes no such image ({error})") from None
+    if height * width * config["batch_size"] == 1:
+        raise UserError(f"--crop {crop} --batch-size 1: one position of {layer}, which batch norm can't take")
 
 
 def make_scheduler(optimizer, config, steps, lowest_lr):
@@ -184,8 +212,8 @@ def description(config, inverter, train_count, val_count, steps, world, device):
     return (
         f"{config['encoder']} {config['layer']}, {config['weights']} weights: features {shape}\n"
         f"{config['decoder']} decoder: {count_parameters(inverter.decoder):,} trainable parameters\n"
-        f"{config['data']}: {train_count} training and {val_count} validation images, "
-        f"{steps} steps an epoch, {world} × {device}, to {config['out']}"
+        f"{config['data']}: {train_count} training and {val_count} validation images, crops of "
+        f"{config['crop']}×{config['crop']}, {steps} steps an epoch, {world} × {device}, to {config['out']}"
     )
 
 
@@ -197,16 +225,29 @@ def finished(state, config):
     return state.epoch >= config["epochs"] or state.bad_epochs >= config["patience"]
 
 
-def epoch_batches(images, config, state, steps, rank, world):
-    """Yield this process's batches, (B, 3, 224, 224) in [0, 1], of the epoch of `state`, from its step on."""
+def epoch_batches(images, kept, config, state, steps, rank, world, device):
+    """Yield this process's batches of the epoch of `state`, from its step on.
+
+    Each is crops (B, 3, N, N) in [0, 1], and their features where `kept`, a KeptCrops, has them, else None.
+    """
     size = config["batch_size"]
-    plan = data.epoch_plan(images.sizes, config["seed"], state.epoch)
-    if world > 1:  # every process takes as many steps, so the last ones wrap around
-        places = torch.arange(steps * size * world, device=images.sizes.device) % len(images.names)
-        plan = [part[places] for part in plan]
+    crop = config["crop"]
+    steps_of_pass = steps // config["passes"]
+    plan = None
     for step in range(state.step, steps):
-        first = (step * world + rank) * size
-        yield data.crops(images, *(part[first : first + size] for part in plan))
+        number, place = divmod(state.epoch * steps + step, steps_of_pass)  # passes so far, steps in this one
+        if plan is None or place == 0:
+            plan = data.epoch_plan(images.sizes, config["seed"], number, crop)
+            if world > 1:  # every process takes as many steps, so the last ones wrap around
+                places = torch.arange(steps_of_pass * size * world, device=images.sizes.device) % len(images)
+                plan = [part[places] for part in plan]
+        first = (place * world + rank) * size
+        index, *drawn = (part[first : first + size] for part in plan)
+        features = None
+        if kept:
+            features, *drawn = kept.of(number, index)
+            features = features.to(device)
+        yield data.crops(images, index, *drawn, crop).to(device), features
 
 
 def train_epoch(model, batches, loss, state, config, steps, signals, bars):
@@ -218,12 +259,12 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars):
     losses = []
     title = f"Epoch {state.epoch + 1}/{config['epochs']}"
     with tqdm(None, title, steps, initial=state.step, unit="step", leave=False, disable=bars) as bar:
-        for batch in batches:
+        for batch, features in batches:
             model.train()
             done = state.epoch * steps + state.step
             if config["freeze_bn"] and done >= config["freeze_bn"]:
                 freeze_batch_norm(state.decoder)
-            terms = train_step(model, batch, loss, state.optimizer)
+            terms = train_step(model, batch, features, loss, state.optimizer)
             if config["schedule"] == "onecycle":
                 state.scheduler.step()
             state.meter.add(terms)
@@ -241,9 +282,12 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars):
     return state.meter.averages()
 
 
-def train_step(model, images, loss, optimizer):
-    """One step on `images` (B, 3, 224, 224) in [0, 1]; {term of the loss: (B,)}, without gradient."""
-    terms = loss(model(images), images)
+def train_step(model, images, features, loss, optimizer):
+    """One step on `images` (B, 3, N, N) in [0, 1]; {term of the loss: (B,)}, without gradient.
+
+    features: theirs, where they are known, else None.
+    """
+    terms = loss(model(images, features), images)
     optimizer.zero_grad()
     terms["loss"].mean().backward()
     optimizer.step()
@@ -266,32 +310,30 @@ def check_finite(losses, epoch, step):
 
 
 @torch.no_grad()
-def validate(inverter, pixels, loss, kept, batch_size, rank, world, signals, bars):
-    """Measure the central crops of all `pixels`, uint8 (N, 256, 256, 3), each by one process.
+def validate(inverter, images, numbers, loss, known, world, signals, bars):
+    """Measure the central 224×224 of the images that `numbers` names, which are this process's part.
 
-    kept: {number of a batch: features}, for the next validation. Returns averages of the loss's terms, and of
-    some images of this process the targets and outputs, (SHOWN, 3, 224, 224) in [0, 1] each.
+    known: {number of a batch: features}, for the next validation. Returns averages of the loss's terms, and
+    of some images the targets and outputs, (SHOWN, 3, 224, 224) in [0, 1] each.
     """
-    if world > 1 and pixels.device.type == "cpu":  # gloo: batch norm's statistics are those of process 0
+    device = inverter.device
+    if world > 1 and device.type == "cpu":  # gloo: batch norm's statistics are those of process 0
         for buffer in inverter.decoder.buffers():
             dist.broadcast(buffer, 0)
     inverter.eval()
-    total = len(pixels)
-    pixels = pixels[rank::world]
-    shown = evenly_spaced(len(pixels), SHOWN)
+    shown = evenly_spaced(len(numbers), SHOWN)
     targets, outputs = [], []
-    meter = Meter(TERMS, pixels.device)
-    parts = tqdm(pixels.split(batch_size), "Validation", unit="step", leave=False, disable=bars)
-    for number, part in enumerate(parts):
-        batch = data.center_crops(part)
-        features = kept[number] if number in kept else inverter.encode(batch)
-        if features.nbytes * total <= KEPT_FEATURES * len(
-            batch
-        ):  # deep layers', which take long and are small
-            kept[number] = features
+    meter = Meter(TERMS, device)
+    firsts = range(0, len(numbers), VALIDATED)
+    for first in tqdm(firsts, "Validation", unit="step", leave=False, disable=bars):
+        batch = data.center_crops(images[numbers[first : first + VALIDATED]]).to(device)
+        features = known[first] if first in known else inverter.encode(batch)
+        size = features.nbytes / len(batch) * len(numbers) * world
+        if size <= KEPT_FEATURES:  # deep layers', which take long and are small
+            known[first] = features
         output = inverter.decode(features)
         meter.add(loss(output, batch))
-        here = [i - number * batch_size for i in shown if i // batch_size == number]
+        here = [i - first for i in shown if first <= i < first + VALIDATED]
         targets.append(target(batch[here], loss.protocol).clamp(0, 1))
         outputs.append(output[here])
         if world == 1:  # several processes may have unequal numbers of batches

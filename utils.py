@@ -113,6 +113,12 @@ def make_folder(path):
     return path
 
 
+def user_cache(cache=None):
+    """The folder of --cache, or the user's own: ~/.cache/feature-inversion, or as XDG_CACHE_HOME says."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache or Path(home, "feature-inversion"))
+
+
 def same_data(a, b):
     """Whether two values that data.resolve returned are the same data."""
     return a == b or "sample" not in (a, b) and Path(a).resolve() == Path(b).resolve()

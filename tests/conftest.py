@@ -38,7 +38,7 @@ def photos(tmp_path_factory):
     tiles = {split: data.sample_tiles(split) for split in ("train", "test")}
     for split, count, suffix in (("train", 10, "png"), ("test", 3, "jpg")):
         (root / split).mkdir()
-        pixels = tiles[split].pixels
+        pixels = tiles[split][:]
         for i in range(count):
             tile = pixels[i * len(pixels) // count]
             Image.fromarray(tile.numpy()).save(root / split / f"{i:02}.{suffix}")

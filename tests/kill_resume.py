@@ -70,7 +70,7 @@ def check(runs, seed=0):
         folder = Path(folder)
         for split, count in (("train", 6), ("test", 1)):
             (folder / split).mkdir()
-            for i, tile in enumerate(data.sample_tiles(split).pixels[:count]):
+            for i, tile in enumerate(data.sample_tiles(split)[:count]):
                 Image.fromarray(tile.numpy()).save(folder / split / f"{i}.png")
         flags = [
             "--data",

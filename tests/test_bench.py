@@ -4,14 +4,17 @@ import pytest
 import torch
 
 import bench
+import plain
 from utils import UserError
 
 
 def test_plain_loop_trains_as_ours_does(own_photos):
-    ours, plain = bench.Ours(str(own_photos), torch.device("cpu")), bench.Plain(torch.device("cpu"))
-    batch = ours.batch(2)
+    cpu = torch.device("cpu")
+    ours = bench.Ours(str(own_photos), cpu, "--batch-size", "2")
+    theirs = plain.Plain(cpu)
+    batch = ours.batch()
     for _ in range(3):
-        assert plain.step(batch.contiguous()) == pytest.approx(float(ours.step(batch)), rel=1e-4)
+        assert theirs.step(batch.contiguous()) == pytest.approx(float(ours.step(batch)), rel=1e-4)
 
 
 def test_own_photographs(photos, tmp_path):

@@ -1,13 +1,11 @@
-"""Files to tensors: layouts, split, cache, odd and bad images, crops, and the DIV2K download."""
+"""Files to tensors: layouts, split, cache, odd and bad images, and crops."""
 
-import hashlib
-import http.server
 import io
 import os
-import stat
-import threading
-import zipfile
+import pickle
+import shutil
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from torchvision.transforms import functional as tv
 
 import data
 from metrics import target
-from study import PUBLISHED_CODE
+from study import PROTOCOLS, PUBLISHED_CODE
 from utils import UserError
 
 
@@ -27,13 +25,13 @@ def test_natural_split_is_640_160_100():
         pytest.skip(f"{NATURAL} is not here")
     splits = {split: data.load_split(str(NATURAL), split) for split in ("train", "val", "test")}
     assert [len(s.names) for s in splits.values()] == [640, 160, 100]
-    assert all(s.pixels.shape == (len(s.names), 256, 256, 3) for s in splits.values())
+    assert all(s[:].shape == (len(s), 256, 256, 3) for s in splits.values())
     assert not set(splits["train"].names) & set(splits["val"].names)
     # the picture of a name is that file's, decoded and resized by torchvision
     for name in splits["val"].names[:3]:
         with Image.open(NATURAL / "train" / name) as image:
             expected = tv.resize(image.convert("RGB"), [256, 256], antialias=True)
-        assert np.array_equal(splits["val"].pixels[splits["val"].names.index(name)], np.asarray(expected))
+        assert np.array_equal(splits["val"].image(splits["val"].names.index(name)), np.asarray(expected))
 
 
 def test_split_is_the_seed_42_permutation(photos):
@@ -60,7 +58,7 @@ def test_sample_has_no_photograph_in_two_splits():
     scales = {tuple(name.split("-")[:2]) for name in splits["train"].names}
     assert len(scales) > len(photographs["train"])  # more than one scale
     for split in splits.values():
-        assert split.pixels.shape == (len(split.names), 256, 256, 3) and split.pixels.dtype == torch.uint8
+        assert split[:].shape == (len(split.names), 256, 256, 3) and split[:].dtype == torch.uint8
 
 
 # --- cache ---------------------------------------------------------------------------------------------
@@ -77,7 +75,7 @@ def decoded(monkeypatch):
 def test_cache_is_rebuilt_when_a_file_changes_and_only_then(own_photos, decoded, tmp_path):
     def load():
         decoded.clear()
-        return data.load_split(str(own_photos), "test", tmp_path / "cache").pixels.clone()
+        return data.load_split(str(own_photos), "test", tmp_path / "cache")[:]
 
     first = load()
     assert len(decoded) == 3
@@ -96,30 +94,90 @@ def test_cache_is_rebuilt_when_a_file_changes_and_only_then(own_photos, decoded,
     assert decoded
 
 
-def test_damaged_cache_is_built_again(own_photos, decoded, tmp_path, capsys):
+def test_cut_off_cache_is_built_again(own_photos, decoded, tmp_path):
     cache = tmp_path / "cache"
-    good = data.load_split(str(own_photos), "test", cache).pixels.clone()
-    (path,) = cache.glob("*.pt")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # one bit of one pixel
-    path.write_bytes(content)
+    good = data.load_split(str(own_photos), "test", cache)[:]
+    (path,) = cache.glob("*/*.u8")
+    path.write_bytes(path.read_bytes()[:-1])
     decoded.clear()
-    assert torch.equal(data.load_split(str(own_photos), "test", cache).pixels, good)
-    assert len(decoded) == 3 and "decoding again" in capsys.readouterr().out
+    assert torch.equal(data.load_split(str(own_photos), "test", cache)[:], good)
+    assert len(decoded) == 3
+
+
+def test_interrupted_build_goes_on(own_photos, decoded, tmp_path, monkeypatch):
+    """Only the shard that was being written is decoded again, and nothing half written stays."""
+    monkeypatch.setattr(data, "SHARD", 4)
+    whole = data.load_split(str(own_photos), "train", tmp_path / "whole")
+    real = data.decode
+
+    def interrupted(path, *rest):
+        if path.name == "05.png":
+            raise KeyboardInterrupt
+        return real(path, *rest)
+
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data, "decode", interrupted)
+        data.load_split(str(own_photos), "train", cache)
+    assert len(list(cache.glob("*/*.u8"))) == len(list(cache.glob("*/*.json"))) == 1
+    assert not list(cache.glob("*/*tmp*"))
+    decoded.clear()
+    train = data.load_split(str(own_photos), "train", cache)
+    assert sorted(decoded) == [f"{i:02}.png" for i in range(4, 10)]
+    assert torch.equal(train[:], whole[:]) and train.names == whole.names and train.key == whole.key
+    for name, pixels in zip(train.names, train[:], strict=True):
+        with Image.open(own_photos / "train" / name) as image:
+            assert np.array_equal(pixels, np.asarray(image))  # it is 256×256 already
+
+
+def test_what_a_split_holds_does_not_grow_with_its_pixels(own_photos, tmp_path):
+    """Pixels are read where they are used: the objects of a split are its names, sizes and places."""
+    images = data.load_split(str(own_photos), "train", tmp_path / "cache")
+    assert images.resident is None and all(isinstance(shard, Path) for shard in images.shards)
+    assert len(pickle.dumps(images)) < 300 * len(images) + 2000 < images.image(0).numel()
+
+
+def test_folders_in_folders(photos, tmp_path):
+    """ImageNet's own layout, train/CLASS/x.jpg; the same name may stand in two classes."""
+    for split in ("train", "test"):
+        for number, path in enumerate(sorted((photos / split).iterdir())):
+            folder = tmp_path / split / f"n{number % 2:02}"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / f"{number // 2}{path.suffix}")
+    (tmp_path / "train" / ".hidden").mkdir()
+    shutil.copy(photos / "train" / "00.png", tmp_path / "train" / ".hidden")
+    train = data.load_split(str(tmp_path), "train", tmp_path / "cache")
+    val = data.load_split(str(tmp_path), "val", tmp_path / "cache")
+    assert sorted(train.names + val.names) == [f"n{c:02}/{i}.png" for c in (0, 1) for i in range(5)]
+    pictures = dict(zip(train.names + val.names, [*train[:], *val[:]], strict=True))
+    with Image.open(photos / "train" / "03.png") as image:
+        assert np.array_equal(pictures["n01/1.png"], np.asarray(image))
+
+
+@pytest.mark.parametrize("size", [64, 224])
+@pytest.mark.parametrize("protocol", PROTOCOLS.values())
+def test_a_gpu_would_gather_the_same_crops(photos, protocol, size):
+    images = data.load_split(str(photos), "train", protocol=protocol)
+    plan = data.epoch_plan(images.sizes, 42, 3, size)
+    crops = data.crops(images, *plan, size)
+    assert crops.shape == (8, 3, size, size) and crops.is_contiguous(memory_format=torch.channels_last)
+    resident = images.at(torch.device("cpu"))
+    assert torch.equal(data.crops(resident, *plan, size), crops)
+    assert torch.equal(resident[2:5], images[2:5])
 
 
 def test_finished_cache_needs_no_lock(own_photos, tmp_path, monkeypatch):
     """So that it can be in a folder where nothing may be written."""
     cache = tmp_path / "cache"
-    good = data.load_split(str(own_photos), "test", cache).pixels
-    for lock in cache.glob("*.lock"):
+    good = data.load_split(str(own_photos), "test", cache)[:]
+    for lock in cache.glob("*/.lock"):
         lock.unlink()
 
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(data, "FileLock", refuse)
-    assert torch.equal(data.load_split(str(own_photos), "test", cache).pixels, good)
+    assert torch.equal(data.load_split(str(own_photos), "test", cache)[:], good)
 
 
 # --- odd and bad images ----------------------------------------------------------------------------------
@@ -196,7 +254,7 @@ def test_crops_are_torchvisions():
     pixels = torch.randint(0, 256, (5, 256, 256, 3), dtype=torch.uint8)
     index, tops, lefts = torch.tensor([3, 0, 4]), torch.tensor([0, 32, 7]), torch.tensor([5, 0, 32])
     flips = torch.tensor([False, True, True])
-    batch = data.crops(data.squares(pixels, list("abcde")), index, tops, lefts, flips)
+    batch = data.crops(data.squares(pixels.numpy(), list("abcde")), index, tops, lefts, flips)
     assert batch.is_contiguous(memory_format=torch.channels_last)
     for i in range(3):
         expected = tv.crop(pixels[index[i]].permute(2, 0, 1), int(tops[i]), int(lefts[i]), 224, 224)
@@ -208,7 +266,7 @@ def test_crops_are_torchvisions():
 
 def test_published_images_keep_their_shape(tmp_path):
     """torchvision's Resize(256), random crops anywhere in it, and CenterCrop(224) for validation."""
-    photos = [Image.fromarray(p.numpy()) for p in data.sample_tiles("test").pixels[:5]]
+    photos = [Image.fromarray(p.numpy()) for p in data.sample_tiles("test")[:5]]
     (tmp_path / "train").mkdir()
     for i, size in enumerate([(400, 300), (300, 411), (600, 200), (256, 256), (301, 300)]):
         photos[i] = photos[i].resize(size)
@@ -222,7 +280,7 @@ def test_published_images_keep_their_shape(tmp_path):
     )
     assert (len(train.names), len(val.names)) == (4, 1)
     expected = tv.center_crop(resized[val.names[0]], [224, 224])[None].float() / 255
-    assert torch.equal(data.center_crops(val.pixels), expected)
+    assert torch.equal(data.center_crops(val[:]), expected)
     for epoch in range(20):
         plan = data.epoch_plan(train.sizes, 42, epoch)
         for i, top, left, flip, crop in zip(*plan, data.crops(train, *plan), strict=True):
@@ -258,122 +316,3 @@ def test_epoch_plan_uses_every_image_once_and_every_crop():
     again = data.epoch_plan(squares, seed=42, epoch=3)
     assert all(torch.equal(a, b) for a, b in zip((order, tops, lefts, flips), again, strict=True))
     assert not torch.equal(data.epoch_plan(squares, 42, 4)[0], order)
-
-
-# --- the DIV2K download ----------------------------------------------------------------------------------
-
-
-class CuttingServer(http.server.BaseHTTPRequestHandler):
-    """Serves `archive` and hangs up half-way through the first answers; honours Range."""
-
-    archive, cuts, requests = b"", 0, []
-
-    def do_GET(self):
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        type(self).requests.append(start)
-        if start >= len(self.archive):
-            self.send_error(416)
-            return
-        body = self.archive[start:]
-        self.send_response(206 if "Range" in self.headers else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if type(self).cuts:
-            type(self).cuts -= 1
-            body = body[: len(body) // 2]
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-def zipped(names, link=None):
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        for name in names:
-            archive.writestr(name, os.urandom(50_000))
-        if link:
-            member = zipfile.ZipInfo(link)
-            member.external_attr = (stat.S_IFLNK | 0o777) << 16
-            archive.writestr(member, "/etc/passwd")
-    return content.getvalue()
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Serve an archive; returns its entry for `download_div2k`."""
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    servers = []
-
-    def start(archive, cuts=0, md5=None, size=None):
-        handler = type("Handler", (CuttingServer,), {"archive": archive, "cuts": cuts, "requests": []})
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        url = f"http://127.0.0.1:{server.server_port}/DIV2K_valid_HR.zip"
-        return (url, md5 or hashlib.md5(archive).hexdigest(), size or len(archive)), handler
-
-    yield start
-    for server in servers:
-        server.shutdown()
-
-
-def test_download_resumes_where_the_connection_was_cut(serve, tmp_path):
-    archive = zipped(["DIV2K_valid_HR/0801.png", "DIV2K_valid_HR/0802.png"])
-    entry, handler = serve(archive, cuts=2)
-    data.download_div2k(tmp_path, [entry])
-    assert handler.requests == [0, len(archive) // 2, len(archive) // 2 + (len(archive) + 1) // 4]
-    with zipfile.ZipFile(io.BytesIO(archive)) as expected:
-        for name in expected.namelist():
-            assert (tmp_path / name).read_bytes() == expected.read(name)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["DIV2K_valid_HR"]
-    data.download_div2k(tmp_path, [entry])  # nothing to do
-    assert len(handler.requests) == 3
-
-
-def test_download_goes_on_in_a_later_run(serve, tmp_path):
-    archive = zipped(["DIV2K_valid_HR/0801.png"])
-    entry, handler = serve(archive, cuts=9)
-    with pytest.raises(UserError, match="run again to go on"):
-        data.download_div2k(tmp_path, [entry])
-    had = (tmp_path / "DIV2K_valid_HR.zip.part").stat().st_size
-    assert 0 < had < len(archive)
-    handler.cuts = 0
-    handler.requests.clear()
-    data.download_div2k(tmp_path, [entry])
-    assert handler.requests == [had] and (tmp_path / "DIV2K_valid_HR" / "0801.png").stat().st_size == 50_000
-
-
-def test_download_checks_size_and_md5(serve, tmp_path):
-    archive = zipped(["DIV2K_valid_HR/0801.png"])
-    entry, _ = serve(archive, size=len(archive) + 1)
-    with pytest.raises(UserError, match=f"{len(archive)} bytes there, {len(archive) + 1} expected"):
-        data.download_div2k(tmp_path, [entry])
-    entry, _ = serve(archive, md5="0" * 32)
-    with pytest.raises(UserError, match="MD5"):
-        data.download_div2k(tmp_path, [entry])
-    assert not [p for p in tmp_path.iterdir() if p.name[0] != "."]
-
-
-@pytest.mark.parametrize(
-    "name", ["../evil.png", "/evil.png", "DIV2K_valid_HR/../../evil.png", "other/evil.png"]
-)
-def test_unsafe_archive_is_refused(serve, tmp_path, name):
-    entry, _ = serve(zipped(["DIV2K_valid_HR/0801.png", name]))
-    with pytest.raises(UserError, match="unsafe member"):
-        data.download_div2k(tmp_path / "root", [entry])
-    assert not list(tmp_path.rglob("*.png"))
-
-
-def test_link_in_an_archive_is_refused(serve, tmp_path):
-    entry, _ = serve(zipped(["DIV2K_valid_HR/0801.png"], link="DIV2K_valid_HR/0802.png"))
-    with pytest.raises(UserError, match="unsafe member 'DIV2K_valid_HR/0802.png'"):
-        data.download_div2k(tmp_path, [entry])
-    assert not list(tmp_path.rglob("*.png"))
-
-
-def test_unreachable_server_is_one_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
-    with pytest.raises(UserError, match="127.0.0.1:9"):
-        data.download_div2k(tmp_path, [("http://127.0.0.1:9/DIV2K_valid_HR.zip", "0" * 32, 1)])

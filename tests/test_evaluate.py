@@ -30,7 +30,7 @@ from weights import imagenet_weights
 def measured(trained, photos):
     """(values, inverter, pixels) of the trained checkpoint on the test photographs."""
     inverter, _ = load_inverter(trained / "best.pt")
-    pixels = data.load_split(str(photos), "test").pixels
+    pixels = data.load_split(str(photos), "test")[:]
     return evaluate.evaluate_model(inverter, pixels, batch_size=2).values, inverter, pixels
 
 

@@ -24,7 +24,7 @@ EVIL = "</script><img src=x onerror=console.error(1)>.png"  # a name that a file
 
 
 def thirty_tiles():
-    pixels = data.sample_tiles("train").pixels
+    pixels = data.sample_tiles("train")[:]
     return pixels[:: len(pixels) // 30][:30]
 
 

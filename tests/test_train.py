@@ -234,7 +234,7 @@ def test_pixel_target_is_in_0_1(photos, tmp_path, monkeypatch, run_train):
     assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet") == 0
     assert len(targets) == 2 + 1  # two training steps and one of validation
     assert all(t.min() >= 0 and t.max() <= 1 and t.std() > 0.1 for t in targets)
-    pixels = data.load_split(str(photos), "val").pixels[:, 16:240, 16:240].permute(0, 3, 1, 2)
+    pixels = data.load_split(str(photos), "val")[:][:, 16:240, 16:240].permute(0, 3, 1, 2)
     assert torch.equal(targets[-1], pixels.float() / 255)
 
 
@@ -269,7 +269,7 @@ def test_compiled_training_is_the_same(photos, tmp_path, monkeypatch, run_train)
 def test_frozen_batch_norm(photos):
     """After --freeze-bn steps training normalises by what it has, and a step sees what validation would."""
     parts = parts_of(photos, "--epochs", 2, "--freeze-bn", 1)
-    batch = data.center_crops(parts.val.pixels)
+    batch = data.center_crops(parts.val[:])
     counts = []
     for _ in range(2):
         train_epoch(parts)  # ends in training mode
@@ -285,11 +285,11 @@ def test_frozen_batch_norm(photos):
 def test_validation_features_are_computed_once_if_small(photos, monkeypatch, limit, again):
     monkeypatch.setattr(train, "KEPT_FEATURES", limit)
     parts = parts_of(photos, "--encoder", "alexnet", "--layer", "conv3")
-    calls, kept = [], {}
+    calls, known = [], {}
     parts.inverter.encoder.register_forward_hook(lambda *args: calls.append(1))
-    first, _, _ = validate(parts, kept)
+    first, _, _ = validate(parts, known)
     assert len(calls) == 1  # one batch
-    assert validate(parts, kept)[0] == first and len(calls) == 1 + again
+    assert validate(parts, known)[0] == first and len(calls) == 1 + again
 
 
 def test_averages_are_over_images_not_batches():
@@ -311,7 +311,7 @@ def test_validation_shows_what_the_metrics_see(photos):
         for pair in zip(targets.numpy(), outputs.numpy(), strict=True)
     ]
     assert len(targets) == 2 and averages["psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
-    crop = data.center_crops(parts.val.pixels)[1]
+    crop = data.center_crops(parts.val[:])[1]
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     seen = ((crop.permute(1, 2, 0) - mean) / std).clamp(0, 1).permute(2, 0, 1)
     torch.testing.assert_close(targets[1], seen)
@@ -380,7 +380,7 @@ def test_epoch_line_has_everything(photos, tmp_path, run_train, capsys):
 
 def test_short_training_on_the_sample_gains_6_db(tmp_path, run_train):
     def psnr_of_unseen(inverter):
-        return evaluate.evaluate_model(inverter, test.pixels, bars=True).values["psnr"].mean()
+        return evaluate.evaluate_model(inverter, test[:], bars=True).values["psnr"].mean()
 
     test = data.load_split("sample", "test")
     untrained = build_inverter()

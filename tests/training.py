@@ -28,23 +28,27 @@ def parts_of(photos, *flags):
     parts.val = data.load_split(str(photos), "val", protocol=protocol)
     parts.inverter = inverter_of(config)
     parts.loss = Loss(config["mse_weight"], config["lpips_weight"], protocol)
-    parts.steps = train.steps_of_an_epoch(len(parts.train.names), config["batch_size"], 1)
+    parts.steps = train.steps_of_a_pass(len(parts.train), config["batch_size"], 1) * config["passes"]
     optimizer = torch.optim.Adam(parts.inverter.decoder.parameters(), lr=config["lr"])
     scheduler = train.make_scheduler(optimizer, config, parts.steps, protocol.lowest_lr)
     parts.state = train.State(parts.inverter.decoder, optimizer, scheduler, Meter(TERMS))
     return parts
 
 
-def train_epoch(parts):
+def batches_of(parts, rank=0, world=1, kept=None):
+    """The (crops, features) of the rest of the epoch of parts.state, of one of `world` processes."""
+    steps = parts.steps // world
+    return train.epoch_batches(parts.train, kept, parts.config, parts.state, steps, rank, world, CPU)
+
+
+def train_epoch(parts, kept=None):
     """The rest of the epoch of parts.state; averages of the loss's terms."""
-    batches = train.epoch_batches(parts.train, parts.config, parts.state, parts.steps, rank=0, world=1)
     options = (parts.state, parts.config, parts.steps, parts.signals, True)
-    return train.train_epoch(parts.inverter, batches, parts.loss, *options)
+    return train.train_epoch(parts.inverter, batches_of(parts, kept=kept), parts.loss, *options)
 
 
-def validate(parts, kept=None):
+def validate(parts, known=None):
     """(averages, targets, outputs) of the validation images."""
-    options = (parts.config["batch_size"], 0, 1, parts.signals, True)
-    return train.validate(
-        parts.inverter, parts.val.pixels, parts.loss, {} if kept is None else kept, *options
-    )
+    known = {} if known is None else known
+    options = (1, parts.signals, True)
+    return train.validate(parts.inverter, parts.val, range(len(parts.val)), parts.loss, known, *options)

@@ -1,0 +1,122 @@
+"""DIV2K, fetched: downloads that resume, are verified, and unpack safely."""
+
+import http.client
+import os
+import shutil
+import stat
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from utils import UserError, digest
+
+DIV2K = (  # url, md5, bytes (None: as the server says)
+    (
+        "https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_train_HR.zip",
+        "bdc2d9338d4e574fe81bf7d158758658",
+        3_530_603_713,
+    ),
+    ("https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_valid_HR.zip", "9fcdda83005c5e5997799b69f955ff88", None),
+)
+
+
+def download_div2k(root, archives=None, bars=None):
+    """Download, verify and unpack DIV2K into `root`; what is already there is not fetched again.
+
+    An interrupted download goes on where it stopped. Raises UserError when the server can't be reached
+    or what it sends is not the archive.
+    """
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    for url, md5, size in archives or DIV2K:
+        name = url.rsplit("/", 1)[1]
+        with FileLock(root / f".{name}.lock"):  # a second run waits for the first one's download
+            if (root / Path(name).stem).is_dir():
+                print(f"{root / Path(name).stem} is there")
+                continue
+            fetch(url, root / name, md5, size, bars=bars)
+            unpack(root / name, root, bars)
+            (root / name).unlink()
+
+
+def fetch(url, path, md5, size=None, attempts=5, bars=None):
+    """Download `url` to `path` through `path`.part, resuming up to `attempts` times, and check size and MD5.
+
+    Nothing is fetched if `path` is there and has that MD5.
+    """
+    if path.exists() and digest(path, "md5") == md5:
+        return
+    part = path.with_name(f"{path.name}.part")
+    for attempt in range(attempts):
+        have = part.stat().st_size if part.exists() else 0
+        if have and have == size:
+            break
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                if response.status != 206:  # the server sends all of it again
+                    have = 0
+                if "Content-Length" not in response.headers:
+                    raise ValueError("the server does not say how long it is")
+                total = have + int(response.headers["Content-Length"])
+                if size and total != size:
+                    raise UserError(f"{url}: {total} bytes there, {size} expected")
+                with open(part, "ab" if have else "wb") as file:
+                    with tqdm(
+                        None,
+                        path.name,
+                        total,
+                        initial=have,
+                        unit="B",
+                        unit_scale=True,
+                        unit_divisor=1024,
+                        disable=bars,
+                    ) as bar:
+                        while chunk := response.read(1 << 20):
+                            file.write(chunk)
+                            bar.update(len(chunk))
+            if part.stat().st_size == total:
+                break
+            reason = f"connection closed after {part.stat().st_size} of {total} bytes"
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # nothing is left to send: what we have is whole or wrong
+                break
+            reason = f"HTTP {error.code} {error.reason}"
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = str(error)
+        if attempt < attempts - 1:
+            time.sleep(attempt)
+    else:
+        raise UserError(f"{url}: {reason}; run again to go on from {part}")
+    if (found := digest(part, "md5")) != md5:
+        part.unlink()
+        raise UserError(f"{url}: MD5 {found}, expected {md5}; deleted, run again")
+    os.replace(part, path)
+
+
+def unpack(path, root, bars=None):
+    """Unpack the zip at `path` so that its one folder, named like it, appears in `root` whole or not at all.
+
+    Raises UserError for members that are absolute, climb out with `..`, or are links.
+    """
+    target = root / path.stem
+    temporary = root / f".{path.stem}.unpacking"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                parts = member.filename.replace("\\", "/").split("/")
+                if parts[0] != path.stem or ".." in parts or stat.S_ISLNK(member.external_attr >> 16):
+                    raise UserError(f"{path}: unsafe member {member.filename!r}; nothing was unpacked")
+            for member in tqdm(archive.infolist(), f"Unpacking {path.name}", unit="file", disable=bars):
+                archive.extract(member, temporary)
+        os.replace(temporary / path.stem, target)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path}: cannot be unpacked ({error})") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

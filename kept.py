@@ -1,0 +1,114 @@
+"""Features of seeded crops, encoded once and kept on disk, for layers whose features are small."""
+
+import hashlib
+import json
+import shutil
+import time
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock
+from tqdm import tqdm
+
+from data import crops, epoch_plan
+from utils import UserError, atomic, user_cache
+
+ENCODED = 16  # crops at a time
+DTYPE = torch.float16  # float32 changes no decoder that was measured (README, "Cheap training")
+
+
+class KeptCrops(NamedTuple):
+    """K crops of each of N images, and their features."""
+
+    features: torch.Tensor  # float16 (K, N, C, h, w), memory-mapped
+    places: list  # K of `places_by_image`
+
+    def of(self, epoch, index):
+        """Features, (B, C, h, w) in float32, tops, lefts and flips of the images `index`.
+
+        Of an epoch's crops those are kept that it would draw, and after K epochs they come again.
+        """
+        kept = epoch % len(self.places)
+        features = self.features[kept, index.cpu()].to(index.device).float()
+        return features, *(part[index] for part in self.places[kept])
+
+
+def places_by_image(sizes, seed, epoch, size):
+    """Top, left and flip, (N,) each, that the epoch's plan draws for each image."""
+    order, *drawn = epoch_plan(sizes, seed, epoch, size)
+    number = order.argsort()
+    return [part[number] for part in drawn]
+
+
+def keep_crops(images, inverter, config, cache=None, bars=None):
+    """The KeptCrops of `images` that `config` asks for, read from `cache` or encoded into it.
+
+    Says beforehand how much it writes and how long that takes. Raises UserError where the disk is too small
+    or a feature too large for float16.
+    """
+    count = config["kept_crops"]
+    size = config["crop"]
+    places = [places_by_image(images.sizes, config["seed"], epoch, size) for epoch in range(count)]
+    shape = (count, len(images), *inverter.shape_at(size))
+    about = {name: config[name] for name in ("encoder", "layer", "protocol", "seed", "crop", "amp")}
+    about |= {"images": images.key, "shape": shape, "weights": weights_key(inverter.encoder)}
+    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+    path = user_cache(cache) / f"{name}.features"
+    elements = torch.Size(shape).numel()
+    size_on_disk = elements * DTYPE.itemsize
+    if not is_whole(path, size_on_disk):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):  # another process waits, then finds it
+            if not is_whole(path, size_on_disk):
+                write_features(path, images, inverter, places, size, size_on_disk, bars)
+    features = torch.from_file(str(path), size=elements, dtype=DTYPE).view(shape)
+    return KeptCrops(features, places)
+
+
+def is_whole(path, size):
+    """Whether the file at `path`, which is written whole or not at all, is there."""
+    return path.exists() and path.stat().st_size == size
+
+
+def weights_key(encoder):
+    """The SHA-256 of all that the encoder computes with."""
+    found = hashlib.sha256()
+    for tensor in encoder.state_dict().values():
+        found.update(tensor.cpu().contiguous().numpy())
+    return found.hexdigest()
+
+
+def write_features(path, images, inverter, places, size, size_on_disk, bars):
+    """Encode the crops at `places`, in the images' own order, into the file at `path`."""
+    free = shutil.disk_usage(path.parent).free
+    gigabytes = f"{size_on_disk / 1e9:.2f} GB"
+    if free < size_on_disk:
+        raise UserError(
+            f"{path}: --kept-crops {len(places)} of {len(images)} images take {gigabytes}, the disk has "
+            f"{free / 1e9:.2f} GB left; fewer of them, or another --cache"
+        )
+    parts = torch.arange(len(images)).split(ENCODED)
+    start = time.perf_counter()
+    encode(images, inverter, places[0], parts[0], size)
+    minutes = (time.perf_counter() - start) * len(parts) * len(places) / 60
+    print(
+        f"encoding {len(places)} crops of each of {len(images)} images once: {gigabytes} in {path}, "
+        f"about {minutes:.1f} min"
+    )
+    total = len(places) * len(images)
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        with tqdm(None, "Encoding crops", total, unit="crop", disable=bars) as bar:
+            for where in places:
+                for part in parts:
+                    file.write(encode(images, inverter, where, part, size).numpy())
+                    bar.update(len(part))
+
+
+def encode(images, inverter, places, part, size):
+    """Features, (B, C, h, w) in float16 on the CPU, of the crops at `places` of the images `part`."""
+    part = part.to(images.sizes.device)
+    batch = crops(images, part, *(drawn[part] for drawn in places), size)
+    features = inverter.encode(batch.to(inverter.device)).to(DTYPE).contiguous().cpu()
+    if not features.isfinite().all():
+        raise UserError("--kept-crops: a feature of this layer is too large for float16; train without it")
+    return features

@@ -1,0 +1,144 @@
+"""The study's loop, written plainly: what bench.py times ours against, in a process of its own."""
+
+import multiprocessing
+import time
+import warnings
+
+import lpips as lpips_package
+import torch
+import torchvision
+from PIL import Image, ImageOps
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torchvision import transforms as T
+
+from decoders import build_decoder
+from study import IMAGENET_MEAN, IMAGENET_STD
+from weights import imagenet_weights
+
+
+class PlainImages(torch.utils.data.Dataset):
+    """Image files, decoded, resized, cropped and flipped anew each time; not to train: cropped centrally."""
+
+    def __init__(self, files, training=True):
+        self.files = files
+        crop = [T.RandomCrop(224), T.RandomHorizontalFlip()] if training else [T.CenterCrop(224)]
+        self.transform = T.Compose([T.Resize((256, 256)), *crop, T.ToTensor()])
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        with Image.open(self.files[index]) as image:
+            return self.transform(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+class Plain:
+    """The study's loop, written as its text has it."""
+
+    def __init__(self, device):
+        self.device = device
+        net = torchvision.models.vgg16()
+        trunk = {
+            key: value for key, value in imagenet_weights("vgg16").items() if key.startswith("features.")
+        }
+        net.features.load_state_dict({key.removeprefix("features."): value for key, value in trunk.items()})
+        self.encoder = net.features[:5].eval().requires_grad_(False).to(device)
+        self.decoder = (
+            build_decoder("tconv", (64, 112, 112)).to(memory_format=torch.contiguous_format).to(device)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchvision's remarks on the lpips package's arguments
+            self.lpips = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        places = {key.split(".", 1)[1]: key for key in self.lpips.net.state_dict()}
+        trunk = {
+            key: value for key, value in imagenet_weights("alexnet").items() if key.startswith("features.")
+        }
+        self.lpips.net.load_state_dict({places[key.removeprefix("features.")]: trunk[key] for key in trunk})
+        self.lpips.requires_grad_(False).to(device)
+        self.optimizer = torch.optim.Adam(self.decoder.parameters(), lr=1e-4)
+        self.normalize = T.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+
+    def keep(self, batch):
+        """Take this array as the batch of `step`s without one."""
+        self.batch = torch.from_numpy(batch)
+
+    def loss(self, batch):
+        with torch.no_grad():
+            features = self.encoder(self.normalize(batch))
+        output = self.decoder(features)
+        target = batch.clone().requires_grad_()  # what keeps its features under autograd
+        distance = self.lpips(output * 2 - 1, target * 2 - 1).mean()
+        return 0.5 * torch.nn.functional.mse_loss(output, batch) + 0.5 * distance
+
+    def step(self, batch=None):
+        self.decoder.train()
+        loss = self.loss((self.batch if batch is None else batch).to(self.device))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def epoch(self, files, epochs=2):
+        """Seconds a step of the last of so many epochs on `files`."""
+        options = {"batch_size": 4, "shuffle": True, "num_workers": 4, "persistent_workers": True}
+        loader = torch.utils.data.DataLoader(PlainImages(files), **options)
+        for _ in range(epochs):
+            start = time.perf_counter()
+            for batch in loader:
+                self.step(batch)
+            seconds = time.perf_counter() - start
+        return seconds / len(loader)
+
+    @torch.no_grad()
+    def validate(self, files):
+        """Seconds that the loss of `files` takes."""
+        self.decoder.eval()
+        start = time.perf_counter()
+        images = PlainImages(files, training=False)
+        for batch in torch.utils.data.DataLoader(images, batch_size=4, num_workers=4):
+            self.loss(batch.to(self.device)).item()
+        return time.perf_counter() - start
+
+    @torch.no_grad()
+    def evaluate(self, files):
+        """PSNR, SSIM and LPIPS of each file: one image at a time, metrics in sequence."""
+        self.decoder.eval()
+        values = []
+        transform = T.Compose([T.Resize((256, 256)), T.CenterCrop(224), T.ToTensor()])
+        for file in files:
+            with Image.open(file) as picture:
+                image = transform(ImageOps.exif_transpose(picture).convert("RGB"))[None].to(self.device)
+            output = self.decoder(self.encoder(self.normalize(image))).clamp(0, 1)
+            x, y = (picture[0].permute(1, 2, 0).cpu().numpy() for picture in (output, image))
+            psnr = peak_signal_noise_ratio(y, x, data_range=1)
+            window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+            ssim = structural_similarity(y, x, channel_axis=2, data_range=1, **window)
+            values.append((psnr, ssim, self.lpips(output, image, normalize=True).item()))
+        return values
+
+    def weights(self):
+        return {key: value.cpu().numpy() for key, value in self.decoder.state_dict().items()}
+
+
+class Elsewhere:
+    """A Plain in a process of its own: `Elsewhere(device)("step")` is its `step()`. End it with `close`."""
+
+    def __init__(self, device):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, device))
+        self.process.start()
+
+    def __call__(self, method, *args):
+        self.pipe.send((method, args))
+        return self.pipe.recv()
+
+    def close(self):
+        self.pipe.send(None)
+        self.process.join()
+
+
+def serve(pipe, device):
+    plain = Plain(device)
+    while message := pipe.recv():
+        pipe.send(getattr(plain, message[0])(*message[1]))
