@@ -3,13 +3,14 @@
   python evaluate.py --ckpt runs/best.pt
   python evaluate.py --ckpt runs/best.pt --data FOLDER --out results
   python evaluate.py --ckpt runs/best.pt --images holiday.jpg pictures/      your own pictures
+  python evaluate.py --baselines --data FOLDER                               what needs no features
   python evaluate.py --report runs                                           the experiments, side by side
 
 The checkpoint knows its encoder, layer, decoder and data. Writes metrics.json, per_image.csv,
 reconstructions.png, reconstructions.zip and histograms.png beside it (of other --data: to a folder of its
-name there), or to --out; --images writes to images/ there, and --report writes report.html, a page to open in
-a browser, results.md, .csv and .png and grid.png to the folder of the experiments. What optimisation finds in
-the features: python invert.py --help
+name there), or to --out; --images writes to images/ there, --baselines writes baselines.json to runs, or to
+--out, and --report writes report.html, a page to open in a browser, results.md, .csv and .png and grid.png to
+the folder of the experiments. What optimisation finds in the features: python invert.py --help
 """
 
 from flags import parse_evaluate
@@ -31,7 +32,8 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 import data
-from metrics import LPIPS, measure, psnr, summary, target
+from baselines import write_baselines
+from metrics import LPIPS, measure, psnr, summary, summary_table, target
 from models import IMAGE_SIZE, count_parameters, load_inverter
 from pictures import draw_histograms, draw_reconstructions, strip, to_pixels, write_samples
 from report import write_report
@@ -70,6 +72,11 @@ def evaluate(args):
     keep_freed_memory()
     rank, world, device = start_processes(select_device(args.device))
     bars = disable_bars(args, rank)
+    if args.baselines:
+        if rank == 0:
+            source, out = data.resolve(args.data), Path(args.out or "runs")
+            write_baselines(source, out, PROTOCOLS[args.protocol], device, args.batch_size, args.cache, bars)
+        return
     inverter, checkpoint = load_inverter(args.ckpt)
     inverter.to(device)
     config = checkpoint["config"]
@@ -188,10 +195,7 @@ def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, o
         f"{config['encoder']} {config['layer']} ({config['weights']} weights) + {config['decoder']}, "
         f"epoch {checkpoint['epoch']}, protocol {protocol.name}; {len(names)} test images of {source}"
     )
-    print(f"{'':<12}{'mean ± std':>18}{'min':>10}{'max':>10}")
-    for name, label in METRICS.items():
-        s = metrics[name]
-        print(f"{label:<12}{s['mean']:>9.4f} ±{s['std']:>7.4f}{s['min']:>10.4f}{s['max']:>10.4f}")
+    print(summary_table(metrics))
     print(f"{milliseconds:.1f} ms for an image by itself on {inverter.device}; results in {out}")
 
 

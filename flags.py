@@ -228,10 +228,12 @@ def parse_evaluate(argv=None, doc=None):
     add("--ckpt", help="measure this checkpoint, which train.py wrote (default: runs/best.pt)")
     add = what.add_mutually_exclusive_group().add_argument
     add("--images", nargs="+", metavar="PATH", help="instead: reconstruct these pictures and folders")
+    add("--baselines", action="store_true", help="instead: what needs no features, on --data as of train.py")
     add("--report", metavar="RUNS", help="instead: the page and tables of the experiments in this folder")
     add("--invert", action="store_true", help="instead: says which command does that, invert.py")
     add = parser.add_argument_group("how").add_argument
     add("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
+    add("--protocol", choices=list(PROTOCOLS), help="of --baselines (default: documented)")
     out = "folder for the results (default: the checkpoint's, and in it one named like other --data)"
     add("--out", help=out)
     add("--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it")
@@ -243,7 +245,11 @@ def parse_evaluate(argv=None, doc=None):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     refuse_ignored(args, "report", ("ckpt", "data", "cache", "out"))
     refuse_ignored(args, "images", ("data", "cache"))
+    refuse_ignored(args, "baselines", ("ckpt",))
+    if args.protocol and not args.baselines:
+        raise UserError("--protocol: only with --baselines; a checkpoint knows its own")
     args.ckpt = args.ckpt or "runs/best.pt"
+    args.protocol = args.protocol or "documented"
     return args
 
 

@@ -11,7 +11,7 @@ import torchvision
 from skimage.metrics import structural_similarity
 from torch import nn
 
-from study import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD
+from study import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD, METRICS
 from weights import imagenet_weights
 
 SMALLEST = 31  # pixels, that LPIPS takes
@@ -175,3 +175,12 @@ class Meter:
 def summary(values):
     """Mean, standard deviation (population), minimum and maximum of an array, as a dictionary of floats."""
     return {name: float(getattr(values, name)()) for name in ("mean", "std", "min", "max")}
+
+
+def summary_table(metrics, heading=""):
+    """A table for the screen of {metric: its summary}."""
+    lines = [f"{heading:<16}{'mean ± std':>18}{'min':>10}{'max':>10}"]
+    for name, label in METRICS.items():
+        s = metrics[name]
+        lines.append(f"{label:<16}{s['mean']:>9.4f} ±{s['std']:>7.4f}{s['min']:>10.4f}{s['max']:>10.4f}")
+    return "\n".join(lines)

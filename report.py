@@ -12,13 +12,24 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from baselines import BASELINES
 from flags import parse_train
 from pictures import draw_grid, save_figure
-from study import DEFINING, METRICS, PUBLISHED, PUBLISHED_INFERENCE
-from utils import UserError, evenly_spaced, write_csv, write_text
+from study import DEFINING, METRICS, PROTOCOLS, PUBLISHED, PUBLISHED_INFERENCE
+from utils import UserError, evenly_spaced, same_data, write_csv, write_text
 
 PAGE = Path(__file__).with_name("report.html")
 CONFIGS = Path(__file__).with_name("configs")
+UNREADABLE = (  # what reading a file that is not as it should be can raise
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    OSError,
+)
 
 
 def write_report(runs):
@@ -49,10 +60,10 @@ class Damaged(Exception):
 
 
 def result_rows(runs):
-    """A dictionary for each of the fifteen experiments and every other evaluated run in the folder `runs`.
+    """A dictionary for each of the fifteen experiments, every other evaluated run and baseline in `runs`.
 
     The published numbers are those of the experiment that has the run's configuration, whatever its folder is
-    called. `note` says what is special about a run, or why there are no measurements.
+    called. `note` says what is special about a run, or why there are no measurements. Baselines come last.
     """
     experiments = {name: defining_of_file(CONFIGS / f"{name}.yaml") for name in PUBLISHED}
     found = [*runs.glob("metrics.json"), *runs.glob("*/metrics.json")]
@@ -68,7 +79,7 @@ def result_rows(runs):
                 row |= measured(results, runs / name)
                 if name in PUBLISHED and experiment != name:
                     difference = other_than(results["config"], experiments[name])
-                    row["note"] = "; ".join(filter(None, (difference, row["note"])))
+                    row["note"] = joined(difference, row["note"])
             elif (runs / name / "error.txt").exists():
                 lines = (runs / name / "error.txt").read_text(errors="replace").strip().splitlines()
                 row["note"] = f"failed: {lines[-1] if lines else 'no message'}"
@@ -77,8 +88,16 @@ def result_rows(runs):
         except Damaged as error:
             row["note"] = str(error)
         rows.append({"experiment": name} | published(experiment) | row)
+    baselines = baseline_rows(runs)
+    note_below(rows, baselines)
+    rows += baselines
     label_data(rows)
     return rows
+
+
+def is_experiment(row):
+    """Whether a row is of a run: a baseline's has no published numbers, not even empty ones."""
+    return "published_psnr" in row
 
 
 def defining_of_file(path):
@@ -125,18 +144,16 @@ def read_results(folder):
             raise ValueError(f"a number in it is not finite, or the shape {results['shape']} is none")
         if not all(type(results[name]) is str for name in ("data", "protocol", "weights")):
             raise ValueError("data, protocol and weights should be words")
+        Path(results["data"]).resolve()  # or an error: no name that a folder can have
         defining(results["config"])
         return results
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, OSError) as error:
+    except UNREADABLE as error:
         raise Damaged(f"metrics.json is not that of evaluate.py ({error!r}); evaluate again") from None
 
 
 def measured(results, folder):
     """What metrics.json, its content, and history.csv in `folder` say, as a part of a row."""
-    row = {}
-    for name in METRICS:
-        row[name] = results[name]["mean"]
-        row[f"{name}_std"] = results[name]["std"]
+    row = means(results)
     row |= {
         key: results[key] for key in ("parameters", "inference_ms", "epoch", "data", "protocol", "weights")
     }
@@ -148,9 +165,27 @@ def measured(results, folder):
     weights = {"imagenet": "", "random": "random weights (control)"}.get(
         row["weights"], f"weights {row['weights']}"
     )
-    protocol = "" if row["protocol"] == "documented" else f"protocol {row['protocol']}"
-    row["note"] = "; ".join(filter(None, (weights, protocol, inversion(folder, results), damage)))
+    row["note"] = joined(weights, unusual(row["protocol"]), inversion(folder, results), damage)
     return row
+
+
+def means(metrics):
+    """Mean and standard deviation of each metric of {metric: its summary}, as a part of a row."""
+    row = {}
+    for name in METRICS:
+        row[name] = metrics[name]["mean"]
+        row[f"{name}_std"] = metrics[name]["std"]
+    return row
+
+
+def unusual(protocol):
+    """What a note says of a protocol, by its name."""
+    return "" if protocol == "documented" else f"protocol {protocol}"
+
+
+def joined(*notes):
+    """One note of several, of which some may be empty."""
+    return "; ".join(filter(None, notes))
 
 
 def inversion(folder, results):
@@ -192,15 +227,51 @@ def finite(text):
     return value if math.isfinite(value) else None
 
 
+def baseline_rows(runs):
+    """A row for each baseline of baselines.json in the folder `runs`, or one that says what is wrong."""
+    path = runs / "baselines.json"
+    if not path.exists():
+        return []
+    rows = []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        Path(found["data"]).resolve()  # or an error: no name that a folder can have
+        about = {"data": found["data"], "protocol": PROTOCOLS[found["protocol"]].name}
+        about["note"] = joined("baseline, no features", unusual(about["protocol"]))
+        for name, metrics in found["baselines"].items():
+            row = {"experiment": name} | means(metrics) | about
+            if name not in BASELINES or not all(math.isfinite(row[key]) for key in means(metrics)):
+                raise ValueError(f"{name!r} is no baseline, or a number of it not finite")
+            rows.append(row)
+        return rows
+    except UNREADABLE as error:
+        advice = "remove it and measure again"
+        note = f"{path.name} is not that of evaluate.py --baselines ({error!r}); {advice}"
+        return [{"experiment": path.name, "note": note}]
+
+
+def note_below(rows, baselines):
+    """Have `note` say which rows have a PSNR below that of each image's mean colour, on their data."""
+    for limit in baselines:
+        if limit["experiment"] != "mean colour":
+            continue
+        for row in rows:
+            if "psnr" not in row or row["protocol"] != limit["protocol"]:
+                continue
+            if row["psnr"] < limit["psnr"] and same_data(row["data"], limit["data"]):
+                row["note"] = joined(row["note"], "below mean colour")
+
+
 def label_data(rows):
     """Have the column `data` name each folder as shortly as tells it from the others."""
     sources = {row["data"] for row in rows if "data" in row}
     labels = {}
     for source in sources:
         parts = Path(source).parts
+        others = [other for other in sources if not same_data(source, other)]
         for length in range(1, len(parts) + 1):
             labels[source] = str(Path(*parts[-length:]))
-            if not any(Path(other).parts[-length:] == parts[-length:] for other in sources - {source}):
+            if not any(Path(other).parts[-length:] == parts[-length:] for other in others):
                 break
     for row in rows:
         if "data" in row:
@@ -223,10 +294,10 @@ def results_table(rows):
     for row in rows:
         cells = [row["experiment"]]
         for metric, digits in zip(METRICS, (2, 3, 3), strict=True):
-            cells.append(f"{cell(row[f'published_{metric}'], digits)} → {cell(row.get(metric), digits)}")
-        cells.append(f"{row['published_parameters'] or '–'} → {cell(row.get('parameters'), 0)}")
-        cells.append(f"{cell(row['published_minutes'], 0)} → {cell(row.get('minutes'), 1)}")
-        cells.append(f"{row['published_inference'] or '–'} → {cell(row.get('inference_ms'), 1)}")
+            cells.append(f"{cell(row.get(f'published_{metric}'), digits)} → {cell(row.get(metric), digits)}")
+        cells.append(f"{row.get('published_parameters') or '–'} → {cell(row.get('parameters'), 0)}")
+        cells.append(f"{cell(row.get('published_minutes'), 0)} → {cell(row.get('minutes'), 1)}")
+        cells.append(f"{row.get('published_inference') or '–'} → {cell(row.get('inference_ms'), 1)}")
         cells += [row.get("data", "–"), row["note"]]
         lines.append("| " + " | ".join(text.replace("|", "/") for text in cells) + " |")
     return "\n".join(lines) + "\n"
@@ -238,18 +309,22 @@ def cell(value, digits):
 
 
 def draw_results(rows, path):
-    """Published and measured metrics of the experiments as bars."""
+    """Published and measured metrics of the experiments as bars, the baselines as dashed lines."""
+    baselines = [row for row in rows if not is_experiment(row) and "psnr" in row]
+    rows = [row for row in rows if is_experiment(row)]
     figure = Figure(figsize=(14, 0.3 * len(rows) + 0.5), layout="constrained")
     places = np.arange(len(rows))
     for axis, (metric, label) in zip(figure.subplots(1, 3, sharey=True), METRICS.items(), strict=True):
         for shift, legend, key in ((-0.2, "published", f"published_{metric}"), (0.2, "measured", metric)):
             values = [math.nan if row.get(key) is None else row[key] for row in rows]
             axis.barh(places + shift, values, 0.4, label=legend)
+        for number, row in enumerate(baselines, 4):  # the bars are C0 and C1
+            axis.axvline(row[metric], color=f"C{number}", linestyle="--", label=row["experiment"])
         axis.set_xlabel(label)
         names = [row["experiment"] for row in rows]
         axis.set_yticks(places, names, parse_math=False)  # a folder's name may have a $
         axis.invert_yaxis()
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2 + len(baselines))
     save_figure(figure, path)
 
 
@@ -275,7 +350,8 @@ def decoded(text):
 
 def page(runs, rows, images):
     """report.html with the rows, curves and test images of the folder `runs` in it: it needs nothing else."""
-    histories = {row["experiment"]: read_history(runs / row["experiment"])[0] for row in rows}
+    names = [row["experiment"] for row in rows if is_experiment(row)]
+    histories = {name: read_history(runs / name)[0] for name in names}
     content = json.dumps({"rows": rows, "histories": histories, "images": images}, allow_nan=False)
     # Every < is escaped, so that no name of a file can end the script element that the JSON stands in.
     return PAGE.read_text(encoding="utf-8").replace("{{CONTENT}}", content.replace("<", "\\u003c"))
@@ -290,7 +366,7 @@ def test_images(runs, rows):
     images = {}
     for row in rows:
         path = runs / row["experiment"] / "reconstructions.zip"
-        if "data" not in row or not path.exists():
+        if not is_experiment(row) or "data" not in row or not path.exists():
             continue
         source = (
             row["data"] if row["protocol"] == "documented" else f"{row['data']}, protocol {row['protocol']}"
@@ -301,7 +377,7 @@ def test_images(runs, rows):
                 images.setdefault((source, name), image)["runs"][row["experiment"]] = run
         except (zipfile.BadZipFile, KeyError, ValueError, IndexError, TypeError, OSError) as error:
             damage = f"{path.name}: damaged, or not per_image.csv's ({error}); evaluate again"
-            row["note"] = "; ".join(filter(None, (row["note"], damage)))
+            row["note"] = joined(row["note"], damage)
     return list(images.values())
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train and evaluate all fifteen experiments into runs/<name>/, then write report.html, results.{md,csv,png} and
-# grid.png to runs/.
+# Train and evaluate all fifteen experiments into runs/<name>/, measure the baselines that need no features, then
+# write report.html, results.{md,csv,png} and grid.png to runs/.
 #
 #   bash run_all.sh                                      everything that is not done yet
 #   bash run_all.sh --data sample --epochs 1             flags of train.py, passed to every run
@@ -27,7 +27,7 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   configs=("${configs[SLURM_ARRAY_TASK_ID - 1]}")
 fi
 
-evaluation=() previous="" # flags that evaluate.py needs too
+evaluation=() data=() previous="" # flags that evaluate.py needs too; that its --baselines needs beside them
 for flag; do
   case ${flag%%=*} in
     --out | --config)
@@ -35,7 +35,12 @@ for flag; do
     --encoder | --layer | --decoder | --width | --mse-weight | --lpips-weight)
       echo "error: $flag: is what makes an experiment; train another with train.py $flag …" >&2 && exit 2 ;;
     --quiet | --bars | --device | --cache) evaluation+=("$flag") ;;
-    *) [[ $previous == --device || $previous == --cache ]] && evaluation+=("$flag") ;;
+    --data | --protocol) data+=("$flag") ;;
+    *)
+      case $previous in
+        --device | --cache) evaluation+=("$flag") ;;
+        --data | --protocol) data+=("$flag") ;;
+      esac ;;
   esac
   previous=$flag
 done
@@ -71,9 +76,9 @@ for signal in INT TERM USR1; do
   # shellcheck disable=SC2064  # now
   trap "pass_on $signal" "$signal"
 done
-run() { # its standard error goes to error.txt too
+run() { # its standard error goes to the file $log too
   if [[ -n $received ]]; then return 143; fi
-  "$@" 2> >(tee -a "$out/error.txt" >&2) &
+  "$@" 2> >(tee -a "$log" >&2) &
   child=$!
   wait "$child"
   local status=$?
@@ -85,6 +90,15 @@ run() { # its standard error goes to error.txt too
   return "$status"
 }
 
+check() { # what ended, and its status: past a failure it goes on
+  if (($2 == 130 || $2 == 138 || $2 == 143)); then
+    exit "$2" # SIGINT, SIGUSR1, SIGTERM: the same command goes on
+  elif (($2)); then
+    failed=1
+    echo "=== $1: failed with status $2" >&2
+  fi
+}
+
 failed=0 ran=0 left="" start=$SECONDS
 for name in ${todo[@]+"${todo[@]}"}; do # an empty array is an error in bash 4.3 and before
   out=$runs/$name
@@ -93,19 +107,20 @@ for name in ${todo[@]+"${todo[@]}"}; do # an empty array is an error in bash 4.3
   fi
   ran=$((ran + 1))
   echo "=== $name (experiment $((${#names[@]} - ${#todo[@]} + ran)) of ${#names[@]}$left)"
+  log=$out/error.txt
   mkdir -p "$out"
-  rm -f "$out/error.txt"
+  rm -f "$log"
   run python train.py --config "configs/$name.yaml" --out "$out" --resume "$@" &&
     run python evaluate.py --ckpt "$out/best.pt" ${evaluation[@]+"${evaluation[@]}"}
   status=$?
-  if ((status == 130 || status == 138 || status == 143)); then
-    exit $status # SIGINT, SIGUSR1, SIGTERM: the same command goes on
-  elif ((status)); then
-    failed=1
-    echo "=== $name: failed with status $status" >&2
-  else
-    rm -f "$out/error.txt"
-  fi
+  check "$name" $status
+  if ((!status)); then rm -f "$log"; fi
 done
+if [[ ! -f $runs/baselines.json ]]; then
+  echo "=== baselines"
+  log=/dev/null
+  run python evaluate.py --baselines --out "$runs" ${data[@]+"${data[@]}"} ${evaluation[@]+"${evaluation[@]}"}
+  check baselines $?
+fi
 python evaluate.py --report "$runs" || exit
 exit $failed

@@ -127,8 +127,8 @@ def same_data(a, b):
 def refuse_other_results(out, files, about):
     """Raise UserError if the folder `out` holds one of `files` that is not a result of what `about` says.
 
-    files: RESULTS or INVERSION, of which the first, a JSON file, has the keys and values of `about`, a
-    dictionary.
+    files: RESULTS, INVERSION or that of the baselines, of which the first, a JSON file, has the keys and
+    values of `about`, a dictionary; its `data` may have another name for the same folder.
     """
     found = [name for name in files if (out / name).exists()]
     if not found or (
@@ -141,7 +141,9 @@ def refuse_other_results(out, files, about):
     try:
         content = json.loads((out / files[0]).read_text(encoding="utf-8"))
         other = [key for key, value in about.items() if content.get(key) != value]
-    except (ValueError, AttributeError, RecursionError):
+        if "data" in other and same_data(content.get("data"), about["data"]):
+            other.remove("data")
+    except (ValueError, AttributeError, TypeError, RecursionError):
         raise UserError(f"{out / files[0]}: not a result of this program; {advice}") from None
     if other:
         raise UserError(f"{out / files[0]}: is the result of another {other[0]}; {advice}")

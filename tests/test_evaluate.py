@@ -272,11 +272,68 @@ def test_data_folder_that_is_gone(checkpoint, photos, tmp_path, run_evaluate, er
         (["--report", "runs", "--out", "elsewhere"], "--out: not with --report"),
         (["--images", "a.jpg", "--data", "sample"], "--data: not with --images"),
         (["--steps", "5"], "unrecognized arguments: --steps 5"),
+        (["--baselines", "--ckpt", "best.pt"], "--ckpt: not with --baselines"),
+        (["--baselines", "--images", "a.jpg"], "--images: not allowed with argument --baselines"),
+        (["--baselines", "--report", "runs"], "--report: not allowed with argument --baselines"),
+        (["--protocol", "published"], "--protocol: only with --baselines"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, message, run_evaluate, error_line):
     assert run_evaluate(*flags) == 2
     assert message in error_line()
+
+
+# --- baselines -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["documented", "published"])
+def test_baselines_by_hand(photos, tmp_path, run_evaluate, capsys, protocol):
+    flags = ("--baselines", "--data", photos, "--out", tmp_path, "--protocol", protocol, "--batch-size", 2)
+    assert run_evaluate(*flags, "--quiet") == 0
+    found = json.loads((tmp_path / "baselines.json").read_text())
+    assert (found["data"], found["protocol"], found["images"]) == (str(photos), protocol, 3)
+    images = [np.asarray(Image.open(photos / "test" / f"0{i}.jpg"))[16:240, 16:240] / 255 for i in range(3)]
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    if protocol == "published":
+        mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        images = [((image - mean) / std).clip(0, 1) for image in images]
+        options = {"win_size": 7}
+    options |= {"channel_axis": 2, "data_range": 1.0}
+    colours = [image.mean((0, 1)) for image in images]
+    distance = metrics.LPIPS()
+    screen = capsys.readouterr().out
+    for name, fills in (("constant colour", [np.mean(colours, 0)] * 3), ("mean colour", colours)):
+        values = {"psnr": [], "ssim": [], "lpips": []}
+        for image, colour in zip(images, fills, strict=True):
+            flat = np.broadcast_to(colour, image.shape)
+            values["psnr"].append(10 * np.log10(1 / np.mean((image - flat) ** 2)))
+            values["ssim"].append(structural_similarity(image, flat, **options))
+            pair = [torch.tensor(picture).permute(2, 0, 1)[None].float() for picture in (flat, image)]
+            values["lpips"].append(distance(*pair).item())
+        for metric, value in values.items():
+            expected = {kind: getattr(np, kind)(value) for kind in ("mean", "std", "min", "max")}
+            assert found["baselines"][name][metric] == pytest.approx(expected, abs=1e-4)
+            assert f"{found['baselines'][name][metric]['mean']:.4f} ±" in screen
+        assert f"\n{name} " in screen
+
+
+def test_baselines_replace_only_their_own(photos, tmp_path, run_evaluate, error_line, capsys):
+    path = tmp_path / "baselines.json"
+    flags = ("--baselines", "--data", photos, "--out", tmp_path, "--quiet")
+    for content, message in (
+        ("[1, 2]", "not a result of this program"),
+        ('{"data": 5, "protocol": "documented"}', "not a result of this program"),
+        ('{"data": "sample", "protocol": "documented"}', "is the result of another data"),
+        (json.dumps({"data": str(photos), "protocol": "published"}), "is the result of another protocol"),
+    ):
+        path.write_text(content)
+        assert run_evaluate(*flags) == 2
+        assert message in (line := error_line()) and "baselines.json" in line
+        assert path.read_text() == content
+    other_name = f"{photos}/../{photos.name}"
+    path.write_text(json.dumps({"data": other_name, "protocol": "documented"}))
+    assert run_evaluate(*flags) == 0
+    assert json.loads(path.read_text())["images"] == 3
 
 
 class Evil:

@@ -58,7 +58,7 @@ def test_grid_goes_on_past_a_failure_and_says_so(grid, tmp_path):
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
     rows = results(tmp_path)
-    assert len(rows) == 15
+    assert len(rows) == 17 and rows["mean colour"]["data"] == "few"
     good, bad = rows["01_vgg16_block1_tconv"], rows["02_vgg16_block2_tconv"]
     assert (
         float(good["published_psnr"]) == 17.35
@@ -66,6 +66,8 @@ def test_grid_goes_on_past_a_failure_and_says_so(grid, tmp_path):
         and good["parameters"] == "33731"
     )
     assert float(good["minutes"]) > 0 and "random weights" in good["note"]
+    below = float(good["psnr"]) < float(rows["mean colour"]["psnr"])
+    assert ("below mean colour" in good["note"]) == below
     assert bad["psnr"] == "" and "last.pt: not a checkpoint" in bad["note"]
     assert rows["03_vgg16_block3_tconv"]["note"] == "not run"
     table = (tmp_path / "runs" / "results.md").read_text()
@@ -74,7 +76,7 @@ def test_grid_goes_on_past_a_failure_and_says_so(grid, tmp_path):
     assert "02_vgg16_block2_tconv: failed" in output and table.splitlines()[-1] in output
     assert "02_vgg16_block2_tconv (experiment 2 of 2, about " in output and " min left for all)" in output
     page = (tmp_path / "runs" / "report.html").read_text()
-    assert '"note": "random weights (control)"' in page and "last.pt: not a checkpoint" in page
+    assert '"note": "random weights (control)' in page and "last.pt: not a checkpoint" in page
     with Image.open(tmp_path / "runs" / "results.png") as picture:
         assert picture.width > 1000
 
@@ -96,9 +98,40 @@ def test_array_task_killed_half_way_goes_on(grid, tmp_path):
     process = start()
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "resumed after epoch" in output, output
-    assert [experiment for experiment, row in results(tmp_path).items() if row["psnr"]] == [name]
+    measured = [experiment for experiment, row in results(tmp_path).items() if row["psnr"]]
+    assert measured == [name, "constant colour", "mean colour"]
     again = start()
     assert f"{name}: done" in again.communicate(timeout=60)[0] and again.returncode == 0
+
+
+@pytest.mark.parametrize("status", [0, 3, 143])
+def test_baselines_of_the_grid(tmp_path, status):
+    """Measured once, on the experiments' data; a failure does not hide the report, a signal ends all."""
+    stub = tmp_path / "python"  # notes its arguments; the baselines end with `status`
+    stub.write_text(f'''#!/bin/sh
+echo "$@" >> "{tmp_path}/calls"
+if [ "$2" = --baselines ]; then exit {status}; fi
+''')
+    stub.chmod(0o755)
+    runs = tmp_path / "runs"
+    environment = os.environ | {"RUNS": str(runs), "ONLY": "vgg16_block1_tconv"}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    flags = ["--data", "my photos", "--epochs=1", "--protocol=published", "--device", "cpu", "--quiet"]
+    command = ["bash", "run_all.sh", *flags]
+
+    def calls():
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True)
+        lines = (tmp_path / "calls").read_text().splitlines()
+        (tmp_path / "calls").unlink()
+        return done.returncode, [line.split()[1] for line in lines], lines
+
+    code, kinds, lines = calls()
+    assert kinds[:3] == ["--config", "--ckpt", "--baselines"]
+    wanted = f"--out {runs} --data my photos --protocol=published --device cpu --quiet"
+    assert lines[2] == f"evaluate.py --baselines {wanted}"
+    assert (code, kinds[3:]) == {0: (0, ["--report"]), 3: (1, ["--report"]), 143: (143, [])}[status]
+    (runs / "baselines.json").write_text("{}")
+    assert calls()[:2] == (0, ["--config", "--ckpt", "--report"])
 
 
 def test_array_has_fifteen_tasks(grid):

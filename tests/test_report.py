@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import shutil
 
@@ -204,6 +205,122 @@ def test_page_has_no_nan(runs, tmp_path):
     assert json.loads(text, parse_constant=refuse)["histories"][NAMES[0]]["val_psnr"] == [None, None]
 
 
+# --- Baselines -------------------------------------------------------------------------------------------
+
+
+def write_baselines(folder, **changes):
+    """A baselines.json in `folder` of made-up numbers, with `changes`."""
+    values = {"constant colour": {"psnr": 13.0, "ssim": 0.3, "lpips": 0.9}}
+    values["mean colour"] = {"psnr": 21.0, "ssim": 0.4, "lpips": 0.8}
+    baselines = {
+        name: {metric: {"mean": value, "std": 0.1} for metric, value in metrics.items()}
+        for name, metrics in values.items()
+    }
+    content = {"data": "/a/photos", "protocol": "documented", "images": 30, "baselines": baselines} | changes
+    (folder / "baselines.json").write_text(json.dumps(content))
+
+
+def test_baselines_are_the_last_rows_and_dashed_lines(runs, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
+    copied(runs, tmp_path / NAMES[0])
+    write_baselines(tmp_path)
+    report.write_report(tmp_path)
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["experiment"] for row in rows] == [*NAMES, "constant colour", "mean colour"]
+    last = rows[-1]
+    assert (last["psnr"], last["psnr_std"], last["data"], last["protocol"]) == (
+        "21.0",
+        "0.1",
+        "photos",
+        "documented",
+    )
+    assert last["parameters"] == last["minutes"] == last["inference_ms"] == last["published_psnr"] == ""
+    table = (tmp_path / "results.md").read_text()
+    assert "| constant colour | – → 13.00 | – → 0.300 | – → 0.900 | – → – | – → – | – → – | photos |" in table
+    text = re.search(r'application/json">(.*?)</script>', (tmp_path / "report.html").read_text(), re.S)[1]
+    content = json.loads(text)
+    assert content["rows"][-1] == {
+        "experiment": "mean colour",
+        "psnr": 21.0,
+        "psnr_std": 0.1,
+        "ssim": 0.4,
+        "ssim_std": 0.1,
+        "lpips": 0.8,
+        "lpips_std": 0.1,
+        "data": "photos",
+        "protocol": "documented",
+        "note": "baseline, no features",
+    }
+    assert list(content["histories"]) == NAMES
+    (figure,) = figures
+    for axis, places in zip(figure.axes, ([13, 21], [0.3, 0.4], [0.9, 0.8]), strict=True):
+        assert [line.get_xdata()[0] for line in axis.lines] == places
+        assert {line.get_linestyle() for line in axis.lines} == {"--"}
+        assert len(axis.get_yticks()) == 15
+    legend = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert legend == {"published", "measured", "constant colour", "mean colour"}
+
+
+def test_what_is_below_mean_colour_says_so(runs, tmp_path):
+    """On the same data, by whatever name, and by the same protocol."""
+    copied(runs, tmp_path / NAMES[0])
+    copied(runs, tmp_path / NAMES[4], NAMES[4])  # 22 dB
+    copied(runs, tmp_path / "control", CONTROL, psnr={"mean": 14.0, "std": 1.0}, data="/a/b/../photos")
+    copied(runs, tmp_path / "data", data="/b/photos")
+    copied(runs, tmp_path / "protocol", protocol="published")
+    write_baselines(tmp_path)
+    notes = {row["experiment"]: row["note"] for row in report.result_rows(tmp_path)}
+    assert notes[NAMES[0]] == "below mean colour"
+    assert notes["control"] == "random weights (control); below mean colour"
+    assert (notes[NAMES[4]], notes["data"], notes["protocol"]) == ("", "", "protocol published")
+    assert notes["mean colour"] == notes["constant colour"] == "baseline, no features"
+    write_baselines(tmp_path, protocol="published")
+    notes = {row["experiment"]: row["note"] for row in report.result_rows(tmp_path)}
+    assert (notes[NAMES[0]], notes["protocol"]) == ("", "protocol published; below mean colour")
+    assert notes["mean colour"] == "baseline, no features; protocol published"
+
+
+def test_one_folder_by_two_names_has_one_label(runs, tmp_path):
+    copied(runs, tmp_path / NAMES[0], data="/x/../a/photos")
+    write_baselines(tmp_path)
+    assert {row["data"] for row in report.result_rows(tmp_path) if "data" in row} == {"photos"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "[" * 100_000,
+        {"data": "/a\0b"},
+        {"protocol": "mine"},
+        {"baselines": {"mean colour": {}}},
+        {"baselines": {"my colour": {metric: {"mean": 1, "std": 1} for metric in METRICS}}},
+        {"baselines": {"mean colour": {metric: {"mean": math.nan, "std": 1} for metric in METRICS}}},
+        {"baselines": {"mean colour": {metric: {"mean": 10**400, "std": 1} for metric in METRICS}}},
+    ],
+)
+def test_damaged_baselines_are_one_row_that_says_so(tmp_path, content):
+    if isinstance(content, str):
+        (tmp_path / "baselines.json").write_text(content)
+    else:
+        write_baselines(tmp_path, **content)
+    *experiments, row = report.result_rows(tmp_path)
+    assert [row["experiment"] for row in experiments] == NAMES
+    assert row.keys() == {"experiment", "note"} and row["experiment"] == "baselines.json"
+    assert "is not that of evaluate.py --baselines" in row["note"] and "measure again" in row["note"]
+
+
+def test_damaged_baselines_leave_the_report(runs, tmp_path, run_evaluate):
+    copied(runs, tmp_path / NAMES[0])
+    (tmp_path / "baselines.json").write_text("{}")
+    assert run_evaluate("--report", tmp_path) == 0
+    assert "| baselines.json | – → – |" in (tmp_path / "results.md").read_text()
+    assert "measure again" in (tmp_path / "report.html").read_text()
+
+
 # --- In a browser ----------------------------------------------------------------------------------------
 
 
@@ -360,6 +477,27 @@ def test_phone_and_colour_schemes(page, scheme):
     ]
     ground, text, tick = colours if scheme == "light" else [765 - colour for colour in colours]
     assert ground > 650 and text < 150 and tick < 400
+
+
+def test_baselines_are_dashed_lines_in_the_charts(browser, runs, tmp_path):
+    copied(runs, tmp_path / NAMES[0])
+    copied(runs, tmp_path / NAMES[1], NAMES[1])
+    write_baselines(tmp_path)
+    report.write_report(tmp_path)
+    browser.get((tmp_path / "report.html").as_uri())
+    for chart in ("resolution", "parameters"):
+        lines = find(browser, f"#{chart} .baseline line")
+        heights = [float(line.get_attribute("y1")) for line in lines]
+        assert heights == [float(line.get_attribute("y2")) for line in lines] and heights[0] > heights[1] > 0
+        dashes = "return getComputedStyle(arguments[0]).strokeDasharray"
+        assert "6" in browser.execute_script(dashes, lines[0])
+        labels = [label.text for label in find(browser, f"#{chart} .baseline text")]
+        assert labels == ["constant colour", "mean colour"]
+        assert len(find(browser, f"#{chart} g:not(.baseline) > title")) == 2
+    assert "2 of 15 experiments" in find(browser, "#about")[0].text
+    assert column(browser, 1)[-2:] == ["constant colour", "mean colour"] and column(browser, 3)[-1] == "21.00"
+    assert "below mean colour" in find(browser, "#table tbody tr")[0].text
+    assert browser.get_log("browser") == []
 
 
 def test_empty_folder_says_so(browser, tmp_path):
