@@ -49,7 +49,7 @@ def write_baselines(source, out, protocol, device, batch_size=4, cache=None, bar
     about = {"data": source, "protocol": protocol.name}
     refuse_other_results(out, ("baselines.json",), about)
     images = data.load_split(source, "test", cache, protocol, bars)
-    wanted = target(data.center_crops(images.pixels).to(device), protocol).clamp(0, 1)
+    wanted = target(data.center_crops(images[:]).to(device), protocol).clamp(0, 1)
     found = measure_baselines(wanted, batch_size, bars, protocol)
     about |= {"images": len(images.names), "baselines": found}
     path = make_folder(out) / "baselines.json"

@@ -157,7 +157,7 @@ def measured(results, folder):
     row |= {
         key: results[key] for key in ("parameters", "inference_ms", "epoch", "data", "protocol", "weights")
     }
-    row |= {key: results["config"][key] for key in ("encoder", "decoder")}
+    row |= {key: results["config"].get(key) for key in ("encoder", "decoder", "seed")}
     row["resolution"] = results["shape"][1]
     history, damage = read_history(folder)
     seconds = history.get("seconds", []) + history.get("val_seconds", [])
@@ -283,7 +283,7 @@ def label_data(rows):
 
 def results_table(rows):
     """The results as Markdown."""
-    headings = [*METRICS.values(), "parameters", "training", "inference", "data", "note"]
+    headings = [*METRICS.values(), "parameters", "training", "inference", "seed", "data", "note"]
     lines = [
         "Each cell: published → measured; protocol documented unless a note says another. training: minutes, "
         "with validation; inference: milliseconds for an image by itself. Published times: an RTX 3090.",
@@ -298,7 +298,7 @@ def results_table(rows):
         cells.append(f"{row.get('published_parameters') or '–'} → {cell(row.get('parameters'), 0)}")
         cells.append(f"{cell(row.get('published_minutes'), 0)} → {cell(row.get('minutes'), 1)}")
         cells.append(f"{row.get('published_inference') or '–'} → {cell(row.get('inference_ms'), 1)}")
-        cells += [row.get("data", "–"), row["note"]]
+        cells += [cell(row.get("seed"), 0), row.get("data", "–"), row["note"]]
         lines.append("| " + " | ".join(text.replace("|", "/") for text in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -306,6 +306,11 @@ def results_table(rows):
 def cell(value, digits):
     """A number of a table, `–` where there is none."""
     return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def other_weights(row):
+    """A mark for a row whose encoder has not ImageNet's weights."""
+    return "" if row.get("weights", "imagenet") == "imagenet" else " *"
 
 
 def draw_results(rows, path):
@@ -321,10 +326,12 @@ def draw_results(rows, path):
         for number, row in enumerate(baselines, 4):  # the bars are C0 and C1
             axis.axvline(row[metric], color=f"C{number}", linestyle="--", label=row["experiment"])
         axis.set_xlabel(label)
-        names = [row["experiment"] for row in rows]
+        names = [row["experiment"] + other_weights(row) for row in rows]
         axis.set_yticks(places, names, parse_math=False)  # a folder's name may have a $
         axis.invert_yaxis()
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=2 + len(baselines))
+    title = "* not ImageNet's weights" if any(map(other_weights, rows)) else None
+    handles = axis.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=2 + len(baselines), title=title)
     save_figure(figure, path)
 
 
