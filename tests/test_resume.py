@@ -24,30 +24,34 @@ from metrics import TERMS
 
 @pytest.fixture(scope="module")
 def whole(photos, tmp_path_factory):
-    """For each schedule (flags, folder) of a run of 2 epochs, 3 steps each, in one go."""
+    """(flags, folder) of three runs of 2 epochs, 3 steps a pass, in one go."""
+    both = ["--data", photos, "--epochs", 2, "--batch-size", 3, "--lr", 1e-3, "--width", 8, "--quiet"]
     runs = {}
-    for schedule in ("plateau", "onecycle"):
-        out = tmp_path_factory.mktemp(schedule)
-        flags = ["--data", photos, "--epochs", 2, "--batch-size", 3, "--lr", 1e-3, "--schedule", schedule]
-        flags += ["--width", 8, "--quiet", *(["--freeze-bn", 2] if schedule == "onecycle" else [])]
-        train.train(parse(*flags, "--out", out))
-        runs[schedule] = (flags, out)
+    for name, flags in {
+        "plateau": [],
+        "onecycle": ["--schedule", "onecycle", "--freeze-bn", 2],
+        "crops": ["--crop", 64, "--passes", 2, "--kept-crops", 3, "--val-images", 1],
+    }.items():
+        out = tmp_path_factory.mktemp(name)
+        train.train(parse(*both, *flags, "--out", out))
+        runs[name] = ([*both, *flags], out)
     return runs
 
 
 @pytest.mark.parametrize(
-    ("schedule", "moment"),  # the signal, and at which call of which function it arrives
+    ("run", "moment"),  # the signal, and at which call of which function it arrives
     [
         ("plateau", (signal.SIGTERM, data, "crops", 5)),  # in the second step of epoch 2
         ("onecycle", (signal.SIGINT, data, "crops", 2)),
+        ("crops", (signal.SIGTERM, data, "crops", 11)),  # in the second pass of epoch 2
         ("plateau", (signal.SIGINT, data, "center_crops", 1)),  # in the validation of epoch 1
         ("plateau", (signal.SIGUSR1, train, "draw_curves", 1)),  # between the epochs
         ("plateau", (signal.SIGTERM, utils.os, "replace", 3)),  # while a file is written
     ],
 )
-def test_interrupted_and_resumed_is_bit_identical(whole, tmp_path, monkeypatch, capsys, schedule, moment):
+def test_interrupted_and_resumed_is_bit_identical(whole, tmp_path, monkeypatch, capsys, run, moment):
     number, owner, name, call = moment
-    flags, expected = whole[schedule]
+    flags, expected = whole[run]
     real, calls = getattr(owner, name), []
 
     def interrupting(*args, **kwargs):
