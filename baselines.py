@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import data
@@ -11,34 +12,43 @@ from study import DOCUMENTED, METRICS
 from utils import make_folder, refuse_other_results, write_text
 
 
-def constant_colour(targets):
-    """One colour for all images (N, 3, H, W): the mean of all their pixels."""
-    return targets.mean((2, 3), keepdim=True).mean(0, keepdim=True).expand_as(targets)
+def constant_colour(targets, mean):
+    """One colour for all images."""
+    return mean.expand_as(targets)
 
 
-def mean_colour(targets):
-    """The mean colour of each image of (N, 3, H, W)."""
+def mean_colour(targets, mean):
+    """The mean colour of each."""
     return targets.mean((2, 3), keepdim=True).expand_as(targets)
 
 
-# By name, what makes images (N, 3, H, W) of all targets, likewise and in [0, 1].
+# By name, what makes images of targets, (B, 3, H, W) in [0, 1] both, and of all, their mean colour.
 BASELINES = {"constant colour": constant_colour, "mean colour": mean_colour}
 
 
-def measure_baselines(targets, batch_size=4, bars=None, protocol=DOCUMENTED):
-    """{baseline: {metric: its summary}} of targets (N, 3, H, W) in [0, 1]; bars: tqdm's `disable`."""
-    lpips = LPIPS().to(targets.device)
-    found = {}
-    with tqdm(None, "Measuring", len(BASELINES) * len(targets), unit="image", disable=bars) as bar:
-        for name, baseline in BASELINES.items():
-            values = {metric: [] for metric in METRICS}
-            parts = zip(baseline(targets).split(batch_size), targets.split(batch_size), strict=True)
-            for output, wanted in parts:
-                for metric, value in measure(output.clamp(0, 1), wanted, lpips, protocol).items():
-                    values[metric] += value
-                bar.update(len(wanted))
-            found[name] = {metric: summary(np.array(value)) for metric, value in values.items()}
-    return found
+@torch.no_grad()
+def measure_baselines(images, device, batch_size=4, bars=None, protocol=DOCUMENTED):
+    """{baseline: {metric: its summary}} of Images, measured as decoders are; bars: tqdm's `disable`."""
+    lpips = LPIPS().to(device)
+
+    def batches():
+        for first in range(0, len(images), batch_size):
+            part = images[first : first + batch_size].to(device)
+            yield target(data.center_crops(part), protocol).clamp(0, 1)
+
+    mean = sum(batch.double().mean((2, 3)).sum(0) for batch in batches()) / len(images)
+    mean = mean.float()[:, None, None]
+    values = {name: {metric: [] for metric in METRICS} for name in BASELINES}
+    with tqdm(None, "Measuring", len(images), unit="image", disable=bars) as bar:
+        for wanted in batches():
+            for name, baseline in BASELINES.items():
+                for metric, value in measure(baseline(wanted, mean), wanted, lpips, protocol).items():
+                    values[name][metric] += value
+            bar.update(len(wanted))
+    return {
+        name: {metric: summary(np.array(value)) for metric, value in found.items()}
+        for name, found in values.items()
+    }
 
 
 def write_baselines(source, out, protocol, device, batch_size=4, cache=None, bars=None):
@@ -49,8 +59,7 @@ def write_baselines(source, out, protocol, device, batch_size=4, cache=None, bar
     about = {"data": source, "protocol": protocol.name}
     refuse_other_results(out, ("baselines.json",), about)
     images = data.load_split(source, "test", cache, protocol, bars)
-    wanted = target(data.center_crops(images[:]).to(device), protocol).clamp(0, 1)
-    found = measure_baselines(wanted, batch_size, bars, protocol)
+    found = measure_baselines(images, device, batch_size, bars, protocol)
     about |= {"images": len(images.names), "baselines": found}
     path = make_folder(out) / "baselines.json"
     write_text(path, json.dumps(about, indent=2))

@@ -19,7 +19,7 @@ from study import DOCUMENTED
 from utils import UserError, atomic, user_cache, write_text
 
 RESIZE, CROP = 256, 224
-SHARD = 512  # images in a file of the cache, about 100 MB
+SHARD = 4096  # images in a file of the cache, about 800 MB
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 LAYOUTS = (("DIV2K_train_HR", "DIV2K_valid_HR"), ("train", "test"))  # folders of train + val, and of test
 DIV2K_ROOT = "data/DIV2K"
@@ -45,7 +45,7 @@ class Images:
 
     names: list
     sizes: torch.Tensor  # int64 (N, 2), heights and widths
-    shards: list  # files of the cache, or uint8 arrays: pixels, image after image
+    shards: list  # open files of the cache, or uint8 arrays: pixels, image after image
     places: np.ndarray  # int64 (N, 2): in which shard each image is, and at which byte it begins
     key: str  # changes with the names, the order or the pixels
     resident: torch.Tensor | None = None  # uint8 (P, 3): the pixels of all, in this order, on a GPU
@@ -56,19 +56,22 @@ class Images:
     def __getitem__(self, which):
         """The central 256×256 of the images in a slice or a list of numbers: uint8 (B, 256, 256, 3)."""
         numbers = range(len(self))[which] if isinstance(which, slice) else which
+        if not len(numbers):
+            return torch.empty(0, RESIZE, RESIZE, 3, dtype=torch.uint8)
         return torch.stack([center(self.image(number)[None], RESIZE)[0] for number in numbers])
 
     def image(self, number):
-        """One image, uint8 (H, W, 3): a view of the memory-mapped file, which is read where it is used."""
+        """One image, uint8 (H, W, 3): mapped into memory, read where it is used, and held by no one else."""
         height, width = self.sizes[number].tolist()
         if self.resident is not None:
             start = int((self.sizes[:number, 0] * self.sizes[:number, 1]).sum())
             return self.resident[start : start + height * width].view(height, width, 3)
         shard, start = self.places[number].tolist()
         pixels = self.shards[shard]
-        if isinstance(pixels, Path):  # mode c: what torch would write there would not reach the file
-            return torch.from_numpy(np.memmap(pixels, np.uint8, "c", start, (height, width, 3)))
-        return torch.from_numpy(pixels[start : start + 3 * height * width].reshape(height, width, 3))
+        if isinstance(pixels, np.ndarray):
+            return torch.from_numpy(pixels[start : start + 3 * height * width].reshape(height, width, 3))
+        # mode c: what torch would write there would not reach the file
+        return torch.from_numpy(np.memmap(pixels, np.uint8, "c", start, (height, width, 3)))
 
     def to(self, device):
         """The same with its pixels on a GPU that has four times the room; else as it is."""
@@ -79,8 +82,12 @@ class Images:
 
     def at(self, device):
         """The same with the pixels of all images in the memory of `device`."""
-        resident = torch.cat([self.image(number).flatten(0, 1) for number in range(len(self))])
-        return replace(self, resident=resident.to(device), sizes=self.sizes.to(device))
+        ends = (self.sizes[:, 0] * self.sizes[:, 1]).cumsum(0).tolist()
+        resident = torch.empty(ends[-1], 3, dtype=torch.uint8, device=device)
+        for number, end in enumerate(ends):
+            image = self.image(number).flatten(0, 1)
+            resident[end - len(image) : end] = image
+        return replace(self, resident=resident, sizes=self.sizes.to(device))
 
 
 def resolve(data):
@@ -105,16 +112,25 @@ def resolve(data):
 
 
 def image_files(folder):
-    """The image files in `folder` and the folders in it, sorted by path; hidden ones are left out."""
-    found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
+    """The image files in `folder` and the folders in it, sorted by path; hidden ones are left out.
+
+    Raises OSError for a folder that cannot be read.
+    """
+
+    def refuse(error):
+        raise error
+
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(place) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
         folders[:] = [name for name in folders if name[0] != "."]
-        found += [Path(place, name) for name in files if name[0] != "." and name_is_image(name)]
+        for name in files:
+            if name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS:
+                found.append(Path(place, name))
     return sorted(found)
-
-
-def name_is_image(name):
-    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None):
@@ -225,8 +241,8 @@ def cached_images(folder, files, cache=None, protocol=DOCUMENTED, bars=None):
     for number, found in enumerate(sizes):
         starts = np.cumsum([0, *(3 * height * width for height, width in found[:-1])])
         places.append(np.stack([np.full(len(found), number), starts], 1))
-    key = hashlib.sha256(" ".join([protocol.name, *(path.name for path in paths)]).encode()).hexdigest()
-    shards = [path.with_suffix(".u8") for path in paths]
+    key = hashlib.sha256(" ".join([where, *(path.name for path in paths)]).encode()).hexdigest()
+    shards = [open(path.with_suffix(".u8"), "rb") for path in paths]  # another run may replace the files
     return Images(names, torch.tensor(np.concatenate(sizes)), shards, np.concatenate(places), key)
 
 
@@ -234,7 +250,7 @@ def read_manifest(path):
     """[height, width] of each image in the shard at `path`, or None if it is not whole."""
     try:
         sizes = json.loads(path.with_suffix(".json").read_text())
-        total = sum(3 * height * width for height, width in sizes)
+        total = sum(3 * height * width for height, width in sizes if min(height, width) > 0)
         return sizes if path.with_suffix(".u8").stat().st_size == total else None
     except (OSError, ValueError, TypeError):
         return None

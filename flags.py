@@ -80,7 +80,7 @@ def check_layer(encoder, layer):
 
 def add_running_flags(add):
     """What every script that computes takes; add: a group's add_argument."""
-    add("--cache", help="folder of decoded images (default: ~/.cache/feature-inversion)")
+    add("--cache", help="folder of decoded images and kept crops (default: ~/.cache/feature-inversion)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--quiet", action="store_true", help="no progress: neither bars nor a line an epoch")
     add("--bars", action="store_true", help="progress bars even where there is no terminal")

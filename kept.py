@@ -2,40 +2,43 @@
 
 import hashlib
 import json
+import math
 import shutil
+import sys
 import time
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from filelock import FileLock
 from tqdm import tqdm
 
 from data import crops, epoch_plan
-from utils import UserError, atomic, user_cache
+from utils import UserError, atomic, leftovers, user_cache
 
 ENCODED = 16  # crops at a time
-DTYPE = torch.float16  # float32 changes no decoder that was measured (README, "Cheap training")
+DTYPE = np.float16  # a thousandth of the validation loss, at most, from float32 (tests/test_crop.py)
 
 
 class KeptCrops(NamedTuple):
     """K crops of each of N images, and their features."""
 
-    features: torch.Tensor  # float16 (K, N, C, h, w), memory-mapped
+    features: np.ndarray  # float16 (K, N, C, h, w), memory-mapped
     places: list  # K of `places_by_image`
 
-    def of(self, epoch, index):
+    def of(self, number, index):
         """Features, (B, C, h, w) in float32, tops, lefts and flips of the images `index`.
 
-        Of an epoch's crops those are kept that it would draw, and after K epochs they come again.
+        number: of the pass through the images. What the first K passes draw is kept, and comes again.
         """
-        kept = epoch % len(self.places)
-        features = self.features[kept, index.cpu()].to(index.device).float()
+        kept = number % len(self.places)
+        features = torch.from_numpy(self.features[kept, index.cpu().numpy()]).to(index.device).float()
         return features, *(part[index] for part in self.places[kept])
 
 
-def places_by_image(sizes, seed, epoch, size):
-    """Top, left and flip, (N,) each, that the epoch's plan draws for each image."""
-    order, *drawn = epoch_plan(sizes, seed, epoch, size)
+def places_by_image(sizes, seed, number, size):
+    """Top, left and flip, (N,) each, that the plan of this pass draws for each image."""
+    order, *drawn = epoch_plan(sizes, seed, number, size)
     number = order.argsort()
     return [part[number] for part in drawn]
 
@@ -43,26 +46,25 @@ def places_by_image(sizes, seed, epoch, size):
 def keep_crops(images, inverter, config, cache=None, bars=None):
     """The KeptCrops of `images` that `config` asks for, read from `cache` or encoded into it.
 
-    Says beforehand how much it writes and how long that takes. Raises UserError where the disk is too small
-    or a feature too large for float16.
+    Says beforehand, on stderr, how much it writes and how long that takes. Raises UserError where the disk is
+    too small or a feature too large for float16.
     """
     count = config["kept_crops"]
     size = config["crop"]
-    places = [places_by_image(images.sizes, config["seed"], epoch, size) for epoch in range(count)]
+    places = [places_by_image(images.sizes, config["seed"], number, size) for number in range(count)]
     shape = (count, len(images), *inverter.shape_at(size))
     about = {name: config[name] for name in ("encoder", "layer", "protocol", "seed", "crop", "amp")}
     about |= {"images": images.key, "shape": shape, "weights": weights_key(inverter.encoder)}
+    about |= {"dtype": np.dtype(DTYPE).name, "device": inverter.device.type}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = user_cache(cache) / f"{name}.features"
-    elements = torch.Size(shape).numel()
-    size_on_disk = elements * DTYPE.itemsize
+    size_on_disk = math.prod(shape) * np.dtype(DTYPE).itemsize
     if not is_whole(path, size_on_disk):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):  # another process waits, then finds it
             if not is_whole(path, size_on_disk):
                 write_features(path, images, inverter, places, size, size_on_disk, bars)
-    features = torch.from_file(str(path), size=elements, dtype=DTYPE).view(shape)
-    return KeptCrops(features, places)
+    return KeptCrops(np.memmap(path, DTYPE, "r", shape=shape), places)
 
 
 def is_whole(path, size):
@@ -80,6 +82,8 @@ def weights_key(encoder):
 
 def write_features(path, images, inverter, places, size, size_on_disk, bars):
     """Encode the crops at `places`, in the images' own order, into the file at `path`."""
+    for old in leftovers(path):  # of processes that were killed
+        old.unlink()
     free = shutil.disk_usage(path.parent).free
     gigabytes = f"{size_on_disk / 1e9:.2f} GB"
     if free < size_on_disk:
@@ -88,27 +92,31 @@ def write_features(path, images, inverter, places, size, size_on_disk, bars):
             f"{free / 1e9:.2f} GB left; fewer of them, or another --cache"
         )
     parts = torch.arange(len(images)).split(ENCODED)
+    encode(images, inverter, places[0], parts[0], size)  # the first takes longer
     start = time.perf_counter()
     encode(images, inverter, places[0], parts[0], size)
     minutes = (time.perf_counter() - start) * len(parts) * len(places) / 60
     print(
         f"encoding {len(places)} crops of each of {len(images)} images once: {gigabytes} in {path}, "
-        f"about {minutes:.1f} min"
+        f"about {minutes:.1f} min",
+        file=sys.stderr,
     )
     total = len(places) * len(images)
     with atomic(path) as temporary, open(temporary, "wb") as file:
         with tqdm(None, "Encoding crops", total, unit="crop", disable=bars) as bar:
             for where in places:
                 for part in parts:
-                    file.write(encode(images, inverter, where, part, size).numpy())
+                    file.write(encode(images, inverter, where, part, size))
                     bar.update(len(part))
 
 
 def encode(images, inverter, places, part, size):
-    """Features, (B, C, h, w) in float16 on the CPU, of the crops at `places` of the images `part`."""
+    """Features, a float16 array (B, C, h, w), of the crops at `places` of the images `part`."""
     part = part.to(images.sizes.device)
     batch = crops(images, part, *(drawn[part] for drawn in places), size)
-    features = inverter.encode(batch.to(inverter.device)).to(DTYPE).contiguous().cpu()
-    if not features.isfinite().all():
+    features = inverter.encode(batch.to(inverter.device)).float().contiguous().cpu().numpy()
+    with np.errstate(over="ignore"):
+        features = features.astype(DTYPE)
+    if not np.isfinite(features).all():
         raise UserError("--kept-crops: a feature of this layer is too large for float16; train without it")
     return features

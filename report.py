@@ -165,8 +165,16 @@ def measured(results, folder):
     weights = {"imagenet": "", "random": "random weights (control)"}.get(
         row["weights"], f"weights {row['weights']}"
     )
-    row["note"] = joined(weights, unusual(row["protocol"]), inversion(folder, results), damage)
+    budget = optimisation(results["config"])
+    row["note"] = joined(weights, unusual(row["protocol"]), budget, inversion(folder, results), damage)
     return row
+
+
+def optimisation(config):
+    """How a run's optimisation differs from the study's, or ""."""
+    study = vars(parse_train([]))
+    keys = ("epochs", "passes", "batch_size", "crop", "kept_crops", "lr", "schedule", "freeze_bn")
+    return ", ".join(f"{key} {config[key]}" for key in keys if config.get(key, study[key]) != study[key])
 
 
 def means(metrics):
@@ -286,7 +294,8 @@ def results_table(rows):
     headings = [*METRICS.values(), "parameters", "training", "inference", "seed", "data", "note"]
     lines = [
         "Each cell: published → measured; protocol documented unless a note says another. training: minutes, "
-        "with validation; inference: milliseconds for an image by itself. Published times: an RTX 3090.",
+        "with validation, without what --kept-crops encodes; inference: milliseconds for an image by itself. "
+        "Published times: an RTX 3090.",
         "",
         f"| experiment | {' | '.join(headings)} |",
         f"| --- |{' --- |' * len(headings)}",

@@ -16,6 +16,8 @@ from utils import run
 if __name__ == "__main__":
     ARGS = run(lambda: parse_train(doc=__doc__))  # before torch is imported: --help answers at once
 
+import copy
+import hashlib
 import math
 import os
 import shlex
@@ -34,7 +36,7 @@ import data
 from download import download_div2k
 from kept import keep_crops
 from metrics import SMALLEST, TERMS, Loss, Meter, target
-from models import count_parameters, inverter_of
+from models import IMAGE_SIZE, count_parameters, inverter_of
 from signals import Interrupted, Signals
 from state import State, claim, remove_what_will_not_be_true, resume, save_best, save_last
 from study import PROTOCOLS
@@ -70,14 +72,15 @@ def train(args):
     protocol = PROTOCOLS[config["protocol"]]
     out = Path(args.out)
     lock = claim(out, args.resume, args.overwrite) if rank == 0 else None
-    train_images = data.load_split(config["data"], "train", args.cache, protocol, bars).to(device)
-    val_images = data.load_split(config["data"], "val", args.cache, protocol, bars).to(device)
+    source = (args.cache, protocol, disable_bars(args))  # whichever process builds the cache shows it
+    train_images = data.load_split(config["data"], "train", *source).to(device)
+    val_images = data.load_split(config["data"], "val", *source).to(device)
     val_numbers = evenly_spaced(len(val_images), config["val_images"] or len(val_images))
     steps = steps_of_a_pass(len(train_images), config["batch_size"], world) * config["passes"]
 
     # --- networks, loss and optimiser
     inverter = inverter_of(config).to(device)
-    check_crop(inverter, config)
+    check_crop(inverter, config, len(train_images), world)
     loss = Loss(config["mse_weight"], config["lpips_weight"], protocol).to(device)
     if world > 1 and device.type == "cuda":
         inverter.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(inverter.decoder)
@@ -88,11 +91,11 @@ def train(args):
     scheduler = make_scheduler(optimizer, config, steps, protocol.lowest_lr)
     state = State(inverter.decoder, optimizer, scheduler, Meter(TERMS, device))
     print(description(config, inverter, len(train_images), len(val_numbers), steps, world, device))
-    kept = keep_crops(train_images, inverter, config, args.cache, bars) if config["kept_crops"] else None
 
     # --- resume, or make room for a new run
     same = {key: value for key, value in config.items() if key not in MAY_DIFFER}
-    same |= {"processes": world, "training images": train_images.key}
+    names = hashlib.sha256("\n".join(train_images.names).encode()).hexdigest()
+    same |= {"processes": world, "training images": f"{len(train_images)}, whose names hash to {names[:16]}"}
     same |= {"weights_sha256": inverter.encoder.weights_sha256}
     resumed = args.resume and resume(state, same, out, rank, world)
     if resumed:
@@ -104,6 +107,10 @@ def train(args):
         save_last(state, same, out, rank)  # a run can be resumed from its first moment on
     if rank == 0:
         write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    kept = None
+    if config["kept_crops"] and not finished(state, config):
+        kept = keep_crops(train_images, inverter, config, args.cache, disable_bars(args))
 
     # --- the loop
     tracker = Tracker("none" if rank else args.tracker, out, config)
@@ -179,8 +186,8 @@ def steps_of_a_pass(images, batch_size, world):
     return math.ceil(images / (batch_size * world))
 
 
-def check_crop(inverter, config):
-    """Raise UserError unless encoder, decoder and LPIPS take crops of this size."""
+def check_crop(inverter, config, images, world):
+    """Raise UserError unless encoder, decoder and LPIPS take crops of this size; images: their number."""
     crop = config["crop"]
     layer = f"{config['encoder']} {config['layer']}"
     if crop > data.RESIZE:
@@ -192,11 +199,18 @@ def check_crop(inverter, config):
     if config["lpips_weight"] and crop < SMALLEST:
         raise UserError(f"--crop {crop}: LPIPS wants at least {SMALLEST} pixels")
     try:
-        _, height, width = inverter.shape_at(crop)
+        shape = inverter.shape_at(crop)
     except (AssertionError, RuntimeError) as error:  # ViT's, with as many positions as it was trained with
         raise UserError(f"--crop {crop}: {layer} takes no such image ({error})") from None
-    if height * width * config["batch_size"] == 1:
-        raise UserError(f"--crop {crop} --batch-size 1: one position of {layer}, which batch norm can't take")
+    last = images % config["batch_size"] or config["batch_size"]
+    if world == 1 and last == shape[1] * shape[2] == 1:  # batch norm may want more than one value
+        try:
+            copy.deepcopy(inverter.decoder).train()(torch.zeros(1, *shape), (crop, crop))
+        except ValueError as error:
+            raise UserError(
+                f"--crop {crop}: the last of {images} images, by itself, has one position of {layer}; "
+                f"another --crop or --batch-size ({error})"
+            ) from None
 
 
 def make_scheduler(optimizer, config, steps, lowest_lr):
@@ -322,7 +336,8 @@ def validate(inverter, images, numbers, loss, known, world, signals, bars):
             dist.broadcast(buffer, 0)
     inverter.eval()
     shown = evenly_spaced(len(numbers), SHOWN)
-    targets, outputs = [], []
+    targets = [torch.empty(0, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)]  # a process may have no image
+    outputs = targets.copy()
     meter = Meter(TERMS, device)
     firsts = range(0, len(numbers), VALIDATED)
     for first in tqdm(firsts, "Validation", unit="step", leave=False, disable=bars):

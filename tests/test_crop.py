@@ -3,11 +3,13 @@
 import errno
 import math
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import REPOSITORY
 from kill_resume import read_run
+from PIL import Image
 from training import batches_of, parse, parts_of, train_epoch, validate
 
 import data
@@ -15,7 +17,7 @@ import kept
 from decoders import AttentionDecoder
 from kept import keep_crops, weights_key
 from models import Encoder
-from study import PUBLISHED, PUBLISHED_CODE
+from study import DEFINING, PUBLISHED, PUBLISHED_CODE
 
 
 @pytest.fixture
@@ -44,7 +46,6 @@ def test_crops_are_encoded_as_such_and_validation_is_not(photos, tmp_path, run_t
 
 def test_an_epoch_of_two_passes_draws_what_two_epochs_draw(photos):
     parts = parts_of(photos, "--crop", 32)
-    parts.steps //= parts.config["passes"]
     expected = []
     for parts.state.epoch in (2, 3):
         expected += [crops for crops, _ in batches_of(parts)]
@@ -68,7 +69,10 @@ def test_an_epoch_of_two_passes_draws_what_two_epochs_draw(photos):
             ["--encoder", "vit_small", "--layer", "block0", "--weights", "random", "--crop", 64],
             "no such image",
         ),
-        (["--layer", "block5", "--crop", 32, "--batch-size", 1], "one position of vgg16 block5"),
+        (
+            ["--layer", "block5", "--decoder", "attention", "--width", 8, "--crop", 32, "--batch-size", 7],
+            "the last of 8 images, by itself, has one position of vgg16 block5",
+        ),
         (["--crop", 0], "0 is not positive"),
     ],
 )
@@ -93,11 +97,26 @@ def test_alexnets_crops_end_at_their_own_size(photos):
     assert math.isfinite(train_epoch(parts)["loss"])
 
 
-def test_published_crops_are_anywhere_in_the_picture(photos):
-    images = data.load_split(str(photos), "train", protocol=PUBLISHED_CODE)
-    order, tops, lefts, _ = data.epoch_plan(images.sizes, 1, 0, size=64)
-    heights, widths = images.sizes[order].unbind(1)
-    assert (tops + 64 <= heights).all() and (lefts + 64 <= widths).all() and tops.max() > 32
+@pytest.mark.parametrize("size", [64, 224])
+def test_published_crops_are_anywhere_in_the_picture(photos, tmp_path, size):
+    """Also as a GPU that holds all pixels gathers them."""
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for number, shape in enumerate([(400, 300), (300, 411), (600, 256), (256, 256), (301, 300)]):
+            with Image.open(photos / "train" / f"{number:02}.png") as image:
+                image.resize(shape).save(tmp_path / split / f"{number}.png")
+    images = data.load_split(str(tmp_path), "train", tmp_path / "cache", PUBLISHED_CODE)
+    resident = images.at(torch.device("cpu"))
+    lowest = []
+    for number in range(20):
+        order, *places = data.epoch_plan(images.sizes, 1, number, size)
+        tops, lefts, _ = places
+        heights, widths = images.sizes[order].unbind(1)
+        assert (tops + size <= heights).all() and (lefts + size <= widths).all()
+        lowest.append((tops + size - heights).max() + 3)
+        crops = data.crops(images, order, *places, size)
+        assert torch.equal(data.crops(resident, order, *places, size), crops)
+    assert max(lowest) > 0 and torch.equal(resident[1:3], images[1:3])
 
 
 def test_validation_of_some_images(photos, tmp_path, run_train, encoded):
@@ -139,7 +158,7 @@ def test_kept_crops_train_as_today(photos, tmp_path, run_train, monkeypatch):
     """With as many as epochs; float16 moves the losses by less than a thousandth."""
     runs = {}
     for name, flags in {"today": [], "float16": ["--kept-crops", 3], "float32": ["--kept-crops", 3]}.items():
-        monkeypatch.setattr(kept, "DTYPE", torch.float32 if name == "float32" else torch.float16)
+        monkeypatch.setattr(kept, "DTYPE", np.float32 if name == "float32" else np.float16)
         out = tmp_path / name
         assert run_train("--data", photos, "--out", out, "--cache", tmp_path / name, *DEEP, *flags) == 0
         runs[name] = [float(row["val_loss"]) for row in read_run(out)[2]]
@@ -151,20 +170,23 @@ def test_kept_crops_train_as_today(photos, tmp_path, run_train, monkeypatch):
 def test_kept_crops_are_encoded_once(photos, tmp_path, run_train, encoded, capsys):
     flags = ["--data", photos, "--cache", tmp_path / "cache", *DEEP, "--kept-crops", 2]
     assert run_train(*flags, "--out", tmp_path / "first") == 0
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert "encoding 2 crops of each of 8 images once: 0.00 GB in" in said and "about 0." in said
-    # the shape, 8 images once for the time and twice for the file, 2 to validate, once for three epochs
-    assert [count for count, _, _ in encoded] == [1, 8, 8, 8, 2]
+    # the shape, 8 images twice for the time and twice for the file, 2 to validate, once for three epochs
+    assert [count for count, _, _ in encoded] == [1, 8, 8, 8, 8, 2]
     (file,) = (tmp_path / "cache").glob("*.features")
     assert file.stat().st_size == 2 * 8 * 384 * 13 * 13 * 2
     encoded.clear()
     assert run_train(*flags, "--out", tmp_path / "second") == 0
-    assert [count for count, _, _ in encoded] == [1, 2] and "encoding" not in capsys.readouterr().out
+    assert [count for count, _, _ in encoded] == [1, 2] and "encoding" not in capsys.readouterr().err
     first, second = (read_run(tmp_path / name)[0]["decoder"] for name in ("first", "second"))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    for other in (["--seed", 1], ["--layer", "conv4"], ["--kept-crops", 1], ["--crop", 192]):
-        assert run_train(*flags, *other, "--out", tmp_path / other[0]) == 0
-    assert len(list((tmp_path / "cache").glob("*.features"))) == 5
+    others = (["--seed", 1], ["--layer", "conv4"], ["--kept-crops", 1], ["--crop", 192])
+    others += (["--weights", "random"], ["--protocol", "published"], ["--data", "sample"])
+    for number, other in enumerate(others, 2):
+        out = ["--out", tmp_path / f"{number}", "--epochs", 1, "--batch-size", 8]
+        assert run_train(*flags, *other, *out) == 0
+        assert len(list((tmp_path / "cache").glob("*.features"))) == number
 
 
 def test_kept_crops_are_those_of_the_epochs_and_come_again(photos, tmp_path):
@@ -191,19 +213,20 @@ def test_disk_too_small_for_kept_crops(photos, tmp_path, run_train, error_line, 
     assert not list((tmp_path / "cache").glob("*features*"))
 
 
-def test_full_disk_leaves_no_half_file(photos, tmp_path, run_train, error_line, monkeypatch):
+def test_full_disk_leaves_no_half_file(photos, tmp_path, run_train, capsys, monkeypatch):
     real, calls = kept.encode, []
 
     def full(*args):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(*args)
 
     monkeypatch.setattr(kept, "encode", full)
     flags = ["--data", photos, "--out", tmp_path / "run", "--cache", tmp_path / "cache", *DEEP]
     assert run_train(*flags, "--kept-crops", 2) == 2
-    assert "No space left on device" in error_line()
+    last = capsys.readouterr().err.splitlines()[-1]  # after what is going to be written
+    assert last.startswith("error: ") and "No space left on device" in last
     assert [path.suffix for path in (tmp_path / "cache").glob("*.*") if "features" in path.name] == []
 
 
@@ -225,8 +248,8 @@ def test_every_experiment_has_an_optimisation_of_its_own():
         assert {"lr", "batch_size", "crop", "epochs"} <= set(tuned)
         study = vars(parse("--config", path))
         fast = vars(parse("--config", path, "--fast"))
-        changed = {key for key in study if study[key] != fast[key]} - {"fast"}
-        assert changed <= set(tuned) and fast["lr"] == pytest.approx(float(tuned["lr"]))
+        assert not set(tuned) & {*DEFINING, "data", "protocol", "seed", "weights"}
+        assert all(float(fast[key]) == float(tuned[key]) for key in ("lr", "batch_size", "crop", "epochs"))
         assert (study["lr"], study["crop"], study["epochs"], study["batch_size"]) == (1e-4, 224, 30, 4)
 
 

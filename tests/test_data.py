@@ -5,7 +5,7 @@ import os
 import pickle
 import shutil
 import zlib
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -133,8 +133,36 @@ def test_interrupted_build_goes_on(own_photos, decoded, tmp_path, monkeypatch):
 def test_what_a_split_holds_does_not_grow_with_its_pixels(own_photos, tmp_path):
     """Pixels are read where they are used: the objects of a split are its names, sizes and places."""
     images = data.load_split(str(own_photos), "train", tmp_path / "cache")
-    assert images.resident is None and all(isinstance(shard, Path) for shard in images.shards)
-    assert len(pickle.dumps(images)) < 300 * len(images) + 2000 < images.image(0).numel()
+    assert images.resident is None and not any(isinstance(shard, np.ndarray) for shard in images.shards)
+    held = pickle.dumps(replace(images, shards=[]))
+    assert len(held) < 300 * len(images) + 2000 < images.image(0).numel()
+
+
+def test_a_running_training_keeps_its_images(own_photos, tmp_path):
+    """Though another run meets the folder with other photographs, and builds its cache anew."""
+    cache = tmp_path / "cache"
+    images = data.load_split(str(own_photos), "train", cache)
+    before = images[:]
+    for path in (own_photos / "train").iterdir():
+        Image.new("RGB", (256, 256), "red").save(path)
+    assert not torch.equal(data.load_split(str(own_photos), "train", cache)[:], before)
+    assert len(list(cache.glob("*/*.u8"))) == 1 and torch.equal(images[:], before)
+
+
+def test_links_that_lead_back_and_folders_that_cannot_be_read(own_photos, monkeypatch):
+    (own_photos / "test" / "again").symlink_to(own_photos / "test")
+    assert len(data.image_files(own_photos / "test")) == 3
+    (own_photos / "test" / "locked").mkdir()
+    real = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError):
+        data.image_files(own_photos / "test")
 
 
 def test_folders_in_folders(photos, tmp_path):

@@ -114,7 +114,7 @@ def test_resume_with_other_images_names_them(own_photos, tmp_path, run_train, er
     assert run_train(*flags) == 0
     (own_photos / "train" / "00.png").rename(own_photos / "train" / "first.png")
     assert run_train(*flags) == 2
-    assert "--resume: training images is ['" in error_line()
+    assert "--resume: training images is '8, whose names hash to" in error_line()
 
 
 def test_resume_keeps_a_best_without_last(trained, photos, tmp_path, run_train, error_line):
