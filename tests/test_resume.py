@@ -352,7 +352,7 @@ def test_two_gloo_processes(photos, tmp_path):
         "--width",
         8,
     ]
-    flags += ["--freeze-bn", 3]  # of four steps
+    flags += ["--crop", 64, "--passes", 2, "--kept-crops", 1, "--freeze-bn", 3]  # of four steps an epoch
     command = [str(part) for part in [*LAUNCH, script, *flags]]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300
