@@ -39,8 +39,8 @@ class KeptCrops(NamedTuple):
 def places_by_image(sizes, seed, number, size):
     """Top, left and flip, (N,) each, that the plan of this pass draws for each image."""
     order, *drawn = epoch_plan(sizes, seed, number, size)
-    number = order.argsort()
-    return [part[number] for part in drawn]
+    of_image = order.argsort()
+    return [part[of_image] for part in drawn]
 
 
 def keep_crops(images, inverter, config, cache=None, bars=None):

@@ -95,7 +95,7 @@ def train(args):
     # --- resume, or make room for a new run
     same = {key: value for key, value in config.items() if key not in MAY_DIFFER}
     names = hashlib.sha256("\n".join(train_images.names).encode()).hexdigest()
-    same |= {"processes": world, "training images": f"{len(train_images)}, whose names hash to {names[:16]}"}
+    same |= {"processes": world, "training images": f"{len(train_images)} (names {names[:8]})"}
     same |= {"weights_sha256": inverter.encoder.weights_sha256}
     resumed = args.resume and resume(state, same, out, rank, world)
     if resumed:
@@ -205,7 +205,8 @@ def check_crop(inverter, config, images, world):
     last = images % config["batch_size"] or config["batch_size"]
     if world == 1 and last == shape[1] * shape[2] == 1:  # batch norm may want more than one value
         try:
-            copy.deepcopy(inverter.decoder).train()(torch.zeros(1, *shape), (crop, crop))
+            features = torch.zeros(1, *shape, device=inverter.device)
+            copy.deepcopy(inverter.decoder).train()(features, (crop, crop))
         except ValueError as error:
             raise UserError(
                 f"--crop {crop}: the last of {images} images, by itself, has one position of {layer}; "

@@ -40,6 +40,7 @@ def grid(photos, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored, behind nohup
         )
 
     return start
@@ -87,6 +88,8 @@ def test_array_task_killed_half_way_goes_on(grid, tmp_path):
     def start():
         return grid("*", "--epochs", "4", SLURM_ARRAY_TASK_ID="11")
 
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "baselines.json").touch()  # those of the grid have a test of their own
     process = start()
     while process.poll() is None and not (tmp_path / "runs" / name / "history.csv").exists():
         time.sleep(0.05)
@@ -99,7 +102,7 @@ def test_array_task_killed_half_way_goes_on(grid, tmp_path):
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "resumed after epoch" in output, output
     measured = [experiment for experiment, row in results(tmp_path).items() if row["psnr"]]
-    assert measured == [name, "constant colour", "mean colour"]
+    assert measured == [name]
     again = start()
     assert f"{name}: done" in again.communicate(timeout=60)[0] and again.returncode == 0
 

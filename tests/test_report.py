@@ -238,7 +238,10 @@ def test_baselines_are_the_last_rows_and_dashed_lines(runs, tmp_path, monkeypatc
     )
     assert last["parameters"] == last["minutes"] == last["inference_ms"] == last["published_psnr"] == ""
     table = (tmp_path / "results.md").read_text()
-    assert "| constant colour | – → 13.00 | – → 0.300 | – → 0.900 | – → – | – → – | – → – | photos |" in table
+    assert (
+        "| constant colour | – → 13.00 | – → 0.300 | – → 0.900 | – → – | – → – | – → – | – | photos |"
+        in table
+    )
     text = re.search(r'application/json">(.*?)</script>', (tmp_path / "report.html").read_text(), re.S)[1]
     content = json.loads(text)
     assert content["rows"][-1] == {
