@@ -3,6 +3,7 @@
 # write report.html, results.{md,csv,png} and grid.png to runs/.
 #
 #   bash run_all.sh                                      everything that is not done yet
+#   bash run_all.sh --fast                               the same by an optimisation of its own for each
 #   bash run_all.sh --data sample --epochs 1             flags of train.py, passed to every run
 #   ONLY="vgg16_*" bash run_all.sh                       some, by name without the number
 #   sbatch --array=1-15 run_all.sh                       one a task, on a cluster
