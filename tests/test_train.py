@@ -384,7 +384,7 @@ def test_short_training_on_the_sample_gains_6_db(tmp_path, run_train):
 
     test = data.load_split("sample", "test")
     untrained = build_inverter()
-    flags = ("--epochs", 1, "--passes", 6, "--mse-weight", 1, "--lpips-weight", 0)  # quick to gain them
+    flags = ("--epochs", 1, "--passes", 10, "--mse-weight", 1, "--lpips-weight", 0)  # quick to gain them
     assert run_train("--config", REPOSITORY / "configs" / "sample.yaml", *flags, "--out", tmp_path) == 0
     trained, _ = load_inverter(tmp_path / "best.pt")
     assert psnr_of_unseen(trained) >= psnr_of_unseen(untrained) + 6
