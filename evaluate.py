@@ -28,22 +28,35 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 import data
 from baselines import write_baselines
-from metrics import LPIPS, measure, psnr, summary, summary_table, target
-from models import IMAGE_SIZE, count_parameters, load_inverter
-from pictures import draw_histograms, draw_reconstructions, strip, to_pixels, write_samples
+from decoders import ITERATIONS
+from metrics import (
+    LPIPS,
+    feature_error,
+    mean_pairwise_distance,
+    measure,
+    summary,
+    summary_table,
+    target,
+)
+from models import count_parameters, load_inverter
+from pictures import (
+    draw_histograms,
+    draw_iterations,
+    draw_reconstructions,
+    to_pixels,
+    write_samples,
+)
+from reconstruct import reconstruct_pictures
 from report import write_report
-from study import DOCUMENTED, METRICS, PROTOCOLS
+from study import DOCUMENTED, FIGURES, METRICS, PROTOCOLS
 from tracker import add_test_metrics
 from utils import (
     RESULTS,
     UserError,
-    atomic,
-    digest,
     disable_bars,
     keep_freed_memory,
     make_folder,
@@ -60,6 +73,7 @@ class Evaluation(NamedTuple):
     """What evaluate_model measured, image by image."""
 
     values: dict  # {"psnr" (dB), "ssim", "lpips": float64 (N,)}
+    iterates: list  # the same and "feature_error", of what was there after each iteration; empty without any
     targets: torch.Tensor  # the images as the metrics saw them, as uint8 pixels (N, 224, 224, 3)
     outputs: torch.Tensor  # the reconstructions that were measured, likewise
 
@@ -80,22 +94,36 @@ def evaluate(args):
     inverter, checkpoint = load_inverter(args.ckpt)
     inverter.to(device)
     config = checkpoint["config"]
+    if args.iterations:
+        if not iterations_of(inverter):
+            raise UserError(
+                f"--iterations: {args.ckpt} has a {config['decoder']} decoder, which does not iterate"
+            )
+        inverter.decoder.iterations = args.iterations
     protocol = PROTOCOLS[config["protocol"]]
     if args.images:
         if rank == 0:
-            files = picture_files(args.images)
-            out = make_folder(Path(args.out or Path(args.ckpt).parent, "images"))
-            reconstruct_pictures(inverter, files, out, digest(args.ckpt), bars, protocol)
+            reconstruct_pictures(args, inverter, config, bars)
         return
     source = data.resolve(args.data or config["data"])
     images = data.load_split(source, "test", args.cache, protocol, bars)
+    out = Path(args.ckpt).parent
     if same_data(source, config["data"]):
         source = config["data"]
-        out = Path(args.out or Path(args.ckpt).parent)
     else:
-        out = Path(args.out or Path(args.ckpt).parent / Path(source).resolve().name)
-    refuse_other_results(out, RESULTS, {"data": source, "config": config})
-    found = evaluate_model(inverter, images[rank::world], args.batch_size, bars, protocol)
+        out = out / Path(source).resolve().name
+    if args.iterations:
+        out = out / f"iterations-{args.iterations}"
+    out = Path(args.out or out)
+    about = {"data": source, "config": config}
+    scale = None
+    if iterations_of(inverter):
+        about["iterations"] = iterations_of(inverter)
+        if len(images.names) < 2:
+            raise UserError(f"{source}: one test image; feature errors are divided by the distance of two")
+        scale = mean_pairwise_distance(inverter.encoder, images[:100])
+    refuse_other_results(out, RESULTS, about)
+    found = evaluate_model(inverter, images[rank::world], args.batch_size, bars, protocol, scale)
     if world > 1:
         found = gather(found, len(images.names))
     if rank == 0:
@@ -103,31 +131,45 @@ def evaluate(args):
         write_evaluation(found, images.names, inverter, checkpoint, source, milliseconds, make_folder(out))
 
 
+def iterations_of(inverter):
+    """How often the decoder looks at the encoder; 0 for those that do not."""
+    return getattr(inverter.decoder, "iterations", 0)
+
+
 # --- Measuring -------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate_model(inverter, pixels, batch_size=4, bars=None, protocol=DOCUMENTED):
+def evaluate_model(inverter, pixels, batch_size=4, bars=None, protocol=DOCUMENTED, scale=None):
     """Reconstruct and measure the central 224×224 of `pixels`, uint8 (N, 256, 256, 3): an Evaluation.
 
-    Where the inverter is, it computes; bars: tqdm's `disable`; protocol: that of the training.
+    Where the inverter is, it computes; bars: tqdm's `disable`; protocol: that of the training. scale: what
+    feature errors are divided by; with it each iteration is measured.
     """
     lpips = LPIPS().to(inverter.device)
-    values = {name: [] for name in METRICS}
+    parts = []  # of each batch, the values after each iteration
     targets, outputs = [], []
     inverter.eval()
     with tqdm(None, "Evaluating", len(pixels), unit="image", disable=bars) as bar:
         for part in pixels.split(batch_size):
             batch = data.center_crops(part).to(inverter.device)
-            output = inverter(batch).clamp(0, 1)
+            features = inverter.encode(batch)
             wanted = target(batch, protocol).clamp(0, 1)
-            for name, value in measure(output, wanted, lpips, protocol).items():
-                values[name] += value
+            parts.append([])
+            for image in inverter.iterates(features)[0 if scale else -1 :]:
+                output = image.clamp(0, 1)
+                values = measure(output, wanted, lpips, protocol)
+                if scale:
+                    values["feature_error"] = feature_error(inverter.look, image, features, scale).tolist()
+                parts[-1].append(values)
             targets.append(to_pixels(wanted))
             outputs.append(to_pixels(output))
             bar.update(len(batch))
-    values = {name: np.array(value) for name, value in values.items()}
-    return Evaluation(values, torch.cat(targets), torch.cat(outputs))
+    iterates = []
+    for same in zip(*parts, strict=True):  # batches after as many iterations
+        iterates.append({name: np.concatenate([values[name] for values in same]) for name in same[0]})
+    values = {name: iterates[-1][name] for name in METRICS}
+    return Evaluation(values, iterates if scale else [], torch.cat(targets), torch.cat(outputs))
 
 
 @torch.no_grad()
@@ -154,14 +196,22 @@ def gather(found, count):
     """Put together what each process measured; process r has images r, r + world, …"""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, found)
-    values = {name: np.empty(count) for name in METRICS}
     targets, outputs = torch.empty((2, count, *found.outputs.shape[1:]), dtype=torch.uint8)
     for rank, part in enumerate(parts):
         targets[rank :: len(parts)] = part.targets
         outputs[rank :: len(parts)] = part.outputs
-        for name in METRICS:
-            values[name][rank :: len(parts)] = part.values[name]
-    return Evaluation(values, targets, outputs)
+    values = interleave([part.values for part in parts], count)
+    iterates = [interleave(same, count) for same in zip(*(part.iterates for part in parts), strict=True)]
+    return Evaluation(values, iterates, targets, outputs)
+
+
+def interleave(parts, count):
+    """{name: (count,)} of what each process has, {name: (N,)}."""
+    values = {name: np.empty(count) for name in parts[0]}
+    for rank, part in enumerate(parts):
+        for name in values:
+            values[name][rank :: len(parts)] = part[name]
+    return values
 
 
 # --- What it writes --------------------------------------------------------------------------------------
@@ -180,7 +230,7 @@ def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, o
     about |= {name: config[name] for name in ("protocol", "weights")}
     about |= {"parameters": count_parameters(inverter.decoder), "epoch": checkpoint["epoch"]}
     about |= {"shape": list(inverter.shape), "config": config}
-    numbers, per_image, reconstructions, histograms, samples = (out / name for name in RESULTS)
+    numbers, per_image, reconstructions, histograms, samples, iterations = (out / name for name in RESULTS)
     label = "target, as measured" if protocol.normalized_target else "original"
     numbers.unlink(missing_ok=True)
     rows = zip(names, *(values[name].tolist() for name in METRICS), strict=True)
@@ -188,6 +238,11 @@ def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, o
     draw_reconstructions(found.targets, found.outputs, names, values["psnr"], reconstructions, label)
     draw_histograms(values, histograms)
     write_samples(found.targets, found.outputs, samples)
+    if found.iterates:
+        trained = config["iterations"] or ITERATIONS
+        draw_iterations(found.iterates, iterations, trained)
+        about["iterations"] = len(found.iterates) - 1
+        about["iterates"] = [{name: summary(after[name]) for name in FIGURES} for after in found.iterates]
     write_text(numbers, json.dumps(metrics | about, indent=2))  # last: where it is, the others are
     add_test_metrics(out, checkpoint["epoch"], {name: metrics[name]["mean"] for name in METRICS})
 
@@ -196,75 +251,10 @@ def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, o
         f"epoch {checkpoint['epoch']}, protocol {protocol.name}; {len(names)} test images of {source}"
     )
     print(summary_table(metrics))
+    for number, after in enumerate(found.iterates):
+        means = ", ".join(f"{label} {after[name].mean():.4f}" for name, label in FIGURES.items())
+        print(f"after {number} iterations: {means}")
     print(f"{milliseconds:.1f} ms for an image by itself on {inverter.device}; results in {out}")
-
-
-# --- One's own pictures ----------------------------------------------------------------------------------
-
-
-def picture_files(paths):
-    """The image files that `paths` name or that lie in the folders among them. Raises UserError."""
-    files = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = data.image_files(path)
-            if not found:
-                raise UserError(
-                    f"--images {path}: no images in this folder ({' '.join(sorted(data.EXTENSIONS))})"
-                )
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
-            raise UserError(f"--images {path}: no such file or folder")
-    return files
-
-
-@torch.no_grad()
-def reconstruct_pictures(inverter, files, out, made_by, bars=None, protocol=DOCUMENTED):
-    """Write original | reconstruction | 5× difference of each file, its central square at 224×224, to `out`.
-
-    made_by: the checkpoint's digest, which a PNG that was written keeps, with its picture's: only such a one
-    is ever replaced. protocol: that of the training; of `published`, the original is what its metrics see.
-    """
-    size = (IMAGE_SIZE, IMAGE_SIZE)
-    squares = [
-        ImageOps.fit(data.read_image(file), size, Image.Resampling.BILINEAR) for file in files
-    ]  # or an error
-    paths = strip_paths(files, out)
-    marks = [f"feature-inversion {made_by[:16]} of {digest(file)[:16]}" for file in files]
-    for path, mark in zip(paths, marks, strict=True):
-        if paths.count(path) > 1 or path.exists() and mark_of(path) != mark:
-            raise UserError(f"{path}: would be overwritten; give another --out, or rename the picture")
-    jobs = zip(files, squares, paths, marks, strict=True)
-    for file, square, path, mark in tqdm(jobs, "Reconstructing", len(files), unit="image", disable=bars):
-        image = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].to(inverter.device).float() / 255
-        output = inverter(image).clamp(0, 1)
-        wanted = target(image, protocol).clamp(0, 1)
-        about = PngImagePlugin.PngInfo()
-        about.add_text("Software", mark)
-        with atomic(path) as temporary:
-            strip(to_pixels(wanted)[0], to_pixels(output)[0]).save(temporary, pnginfo=about)
-        print(f"{file}: {psnr(output, wanted).item():.2f} dB, {path}")
-
-
-def strip_paths(files, out):
-    """The PNG in folder `out` for each of `files`; those of one name are numbered."""
-    stems = [file.stem for file in files]
-    paths = []
-    for number, stem in enumerate(stems, 1):
-        name = f"{stem}-{number}" if stems.count(stem) > 1 else stem
-        paths.append(out / f"{name}.png")
-    return paths
-
-
-def mark_of(path):
-    """What reconstruct_pictures wrote into the PNG at `path` about its origin, or None."""
-    try:
-        with Image.open(path) as picture:
-            return picture.info.get("Software")
-    except Exception:  # every Pillow plugin has its own kinds
-        return None
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import sys
 
 import yaml
 
-from study import DECODERS, LAYERS, PROTOCOLS
+from study import DECODERS, FEEDBACK_OPTIONS, LAYERS, PROTOCOLS
 from utils import UserError
 
 TRACKERS = ["tensorboard", "wandb", "none"]
@@ -99,6 +99,12 @@ def train_parser(doc=None):
     add("--weights", default="imagenet", help="`imagenet`; `random`, the control; or a state-dict file")
     add("--decoder", choices=DECODERS, default="tconv", help="trained network")
     add("--width", type=positive_int, help="the decoder's main number of channels (default: its own)")
+    looks = "of the feedback decoder: how often it looks at the encoder and corrects the image (default: 3)"
+    add("--iterations", type=positive_int, metavar="K", help=looks)
+    sees = "of the feedback decoder: what it sees then (default: residual)"
+    add("--feedback", choices=["residual", "gradient", "both"], help=sees)
+    own = "of the feedback decoder: weights of its own for each iteration"
+    add("--own-weights", action="store_true", help=own)
     add = parser.add_argument_group("images").add_argument
     add("--data", help="folder of DIV2K or with train/ and test/; `sample` (default: DIV2K if there)")
     add("--download", action="store_true", help="first fetch DIV2K (3.7 GB) into --data")
@@ -114,6 +120,8 @@ def train_parser(doc=None):
     add("--batch-size", type=positive_int, default=4, help="images a step, per process")
     add("--lr", type=positive_float, default=1e-4, help="Adam's learning rate; onecycle: the highest")
     add("--schedule", choices=["plateau", "onecycle"], default="plateau", help="of the learning rate")
+    clip = "scale a gradient of a larger norm down to this one; 0: never"
+    add("--clip-grad", type=non_negative_float, default=0, metavar="NORM", help=clip)
     freeze = "then fix batch norm's statistics; 0: never"
     add("--freeze-bn", type=whole_number, default=0, metavar="STEPS", help=freeze)
     add("--patience", type=positive_int, default=15, help="epochs without a better validation loss")
@@ -150,6 +158,10 @@ def parse_train(argv=None, doc=None):
     if args.config:
         args = parser.parse_args([*read_config(args.config, parser, args.fast), *argv])
     check_layer(args.encoder, args.layer)
+    for name in FEEDBACK_OPTIONS if args.decoder != "feedback" else ():
+        if getattr(args, name):
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag}: only with --decoder feedback; {args.decoder} does not iterate")
     if not args.mse_weight and not args.lpips_weight:
         raise UserError(
             "--mse-weight 0 --lpips-weight 0: nothing to minimise; give at least one a positive weight"
@@ -233,9 +245,13 @@ def parse_evaluate(argv=None, doc=None):
     add("--invert", action="store_true", help="instead: says which command does that, invert.py")
     add = parser.add_argument_group("how").add_argument
     add("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
+    size = "of --images: the whole picture, or its central square (default: native where the decoder can)"
+    add("--size", choices=["native", "224"], help=size)
     add("--protocol", choices=list(PROTOCOLS), help="of --baselines (default: documented)")
     out = "folder for the results (default: the checkpoint's, and in it one named like other --data)"
     add("--out", help=out)
+    looks = "of a feedback decoder: how often it looks at the encoder (default: as in training)"
+    add("--iterations", type=positive_int, metavar="K", help=looks)
     add("--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it")
     add_running_flags(add)
     args, unknown = parser.parse_known_args(argv)
@@ -243,9 +259,11 @@ def parse_evaluate(argv=None, doc=None):
         raise UserError("--invert: is a script of its own, python invert.py, which takes --ckpt or --encoder")
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    refuse_ignored(args, "report", ("ckpt", "data", "cache", "out"))
+    refuse_ignored(args, "report", ("ckpt", "data", "cache", "out", "iterations"))
     refuse_ignored(args, "images", ("data", "cache"))
-    refuse_ignored(args, "baselines", ("ckpt",))
+    refuse_ignored(args, "baselines", ("ckpt", "iterations"))
+    if args.size and not args.images:
+        raise UserError("--size: only with --images")
     if args.protocol and not args.baselines:
         raise UserError("--protocol: only with --baselines; a checkpoint knows its own")
     args.ckpt = args.ckpt or "runs/best.pt"
@@ -271,7 +289,10 @@ def parse_invert(argv=None, doc=None):
     add("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
     add("--count", type=positive_int, default=10, help="test images, evenly spaced among all")
     add = parser.add_argument_group("how").add_argument
+    add("--course", nargs="+", metavar="FOLDER", help="instead: draw PSNR against time of inversions there")
     add("--steps", type=positive_int, default=300, help="of Adam")
+    rate = "Adam's learning rate (default: 0.1 from noise, 0.02 from a checkpoint's)"
+    add("--lr", type=positive_float, help=rate)
     add("--tv-weight", type=non_negative_float, default=0.3, help="of the total variation")
     add("--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it")
     add("--out", help="folder for the results (default: the checkpoint's; from noise: runs/noise_…)")
@@ -283,7 +304,9 @@ def parse_invert(argv=None, doc=None):
         args.layer = args.layer or list(LAYERS[args.encoder])[0]
         args.weights = args.weights or "imagenet"
         check_layer(args.encoder, args.layer)
+        args.lr = args.lr or 0.1
     elif args.layer or args.weights:
         raise UserError(f"--{'layer' if args.layer else 'weights'}: only with --encoder")
+    args.lr = args.lr or 0.02
     args.ckpt = args.ckpt or "runs/best.pt"
     return args

@@ -3,6 +3,7 @@
   python invert.py --ckpt runs/best.pt                       from what a decoder made of test images
   python invert.py --encoder vgg16 --layer block3            from noise, without a decoder
   python invert.py --ckpt runs/best.pt --count 4 --steps 100
+  python invert.py --course runs/a runs/b --out FOLDER       PSNR against time, of inversions done before
 
 What is recovered is a lower bound on what the features hold, and at shallow layers far above any decoder.
 Writes inversion.json, .csv and .png beside the checkpoint, or to --out.
@@ -15,18 +16,21 @@ if __name__ == "__main__":
     ARGS = run(lambda: parse_invert(doc=__doc__))  # before torch is imported, so that --help answers at once
 
 import json
+import math
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import data
-from metrics import LPIPS, measure, summary
+from decoders import resize
+from metrics import LPIPS, feature_error, mean_pairwise_distance, measure, psnr, summary
 from models import Encoder, load_inverter
-from pictures import draw_grid, from_worst_to_best, to_picture, to_pixels
-from study import METRICS
+from pictures import draw_grid, from_worst_to_best, save_figure, to_picture, to_pixels
+from study import FIGURES
 from utils import (
     INVERSION,
     UserError,
@@ -42,21 +46,26 @@ from utils import (
     write_text,
 )
 
-FIGURES = METRICS | {"feature_error": "feature error ↓"}  # what is reported of start and inversion
+REDUCTIONS = (1, 2, 8, 32)  # of an image's height and width, from level to level
+COURSE = "course.png"
+WATCHED = 31  # moments of an inversion, at which its PSNR is measured
 
 
 def main(args):
     """Do what `args` (a Namespace of the flags) ask for. Raises UserError."""
+    if args.course:
+        courses = [read_course(folder) for folder in args.course]
+        draw_courses(courses, make_folder(args.out or "runs") / COURSE)
+        return
     keep_freed_memory()
     _, world, device = start_processes(select_device(args.device))
     if world > 1:
         raise UserError("invert.py works in one process; start it without torchrun")
     bars = disable_bars(args)
     if args.encoder:
-        encoder, decoder, about, out = from_noise(args)
+        encoder, decode, about, out = from_noise(args)
     else:
-        encoder, decoder, about, out = from_checkpoint(args)
-        decoder.to(device)
+        encoder, decode, about, out = from_checkpoint(args, device)
     encoder.to(device)
     refuse_other_results(out, INVERSION, about)
     images = data.load_split(about["data"], "test", args.cache, bars=bars)
@@ -64,14 +73,15 @@ def main(args):
         raise UserError(f"{about['data']}: one test image; errors are divided by the distance of two")
     chosen = evenly_spaced(len(images.names), args.count)
     scale = mean_pairwise_distance(encoder, images[:100])  # more would take memory, not precision
-    options = {"steps": args.steps, "tv_weight": args.tv_weight}
+    options = {"steps": args.steps, "lr": args.lr, "tv_weight": args.tv_weight}
     about |= options | {"images": len(chosen), "mean_pairwise_distance": scale}
     print(
         f"{about['encoder']} {about['layer']} ({about['weights']} weights), {args.steps} steps from "
         f"{about['start']}; {len(chosen)} test images of {about['data']}"
     )
     pixels = images[chosen]
-    pictures, values = invert_images(encoder, decoder, pixels, scale, args.batch_size, bars, **options)
+    found = invert_images(encoder, decode, pixels, scale, args.batch_size, bars, **options)
+    pictures, values, about["course"] = found
     write_inversion(pictures, values, [images.names[i] for i in chosen], about, make_folder(out))
     print(f"results in {out}")
 
@@ -87,9 +97,10 @@ def from_noise(args):
     return encoder, None, about, Path(args.out or Path("runs", name))
 
 
-def from_checkpoint(args):
-    """(encoder, decoder, what the results are of, folder for them) of --ckpt."""
+def from_checkpoint(args, device):
+    """(encoder, what decodes its features, what the results are of, folder for them) of --ckpt."""
     inverter, checkpoint = load_inverter(args.ckpt)
+    inverter.to(device)
     config = checkpoint["config"]
     if config["protocol"] != "documented":
         raise UserError(
@@ -103,7 +114,7 @@ def from_checkpoint(args):
         out = out / Path(source).resolve().name
     about = {name: config[name] for name in ("encoder", "layer", "weights")}
     about |= {"start": config["decoder"], "data": source, "ckpt": args.ckpt}
-    return inverter.encoder, inverter.decoder, about, Path(args.out or out)
+    return inverter.encoder, inverter.decode, about, Path(args.out or out)
 
 
 # --- The optimisation ------------------------------------------------------------------------------------
@@ -116,25 +127,36 @@ def total_variation(images):
     return across.mean((1, 2, 3)) + down.mean((1, 2, 3))
 
 
-def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=0.3, bars=None):
+def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=0.3, bars=None, watch=None):
     """Images (B, 3, H, W) in [0, 1], found from `start`, whose features are those given (B, C, H, W).
 
     Minimises ‖φ(x) − φ‖² / ‖φ‖² + tv_weight · total variation by Adam, whose rate falls to 0 as a cosine.
-    Each image is by itself, whatever the batch.
+    Each image is by itself, whatever the batch. What is added to `start` is a sum of levels, each enlarged to
+    the image: low frequencies, which single pixels are slowest to agree on, are a few variables of their own.
+    watch: is called with the number of steps taken and the images, before each step and in the end.
     """
-    images = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([images], lr=lr)
+    height, width = start.shape[2:]
+    levels = []
+    for reduction in (*REDUCTIONS, max(height, width)):  # the last has one value an image and channel
+        smaller = (math.ceil(height / reduction), math.ceil(width / reduction))
+        levels.append(torch.zeros(*start.shape[:2], *smaller, device=start.device, requires_grad=True))
+    optimizer = torch.optim.Adam(levels, lr=lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     size = features.square().sum((1, 2, 3)).clamp_min(1e-12)
-    for _ in tqdm(range(steps), "Inverting", unit="step", leave=False, disable=bars):
+    for step in tqdm(range(steps), "Inverting", unit="step", leave=False, disable=bars):
+        images = start + sum(resize(level, start.shape[2:]) for level in levels)
+        if watch:
+            watch(step, images.detach().clamp(0, 1))
         distance = (encoder(images) - features).square().sum((1, 2, 3)) / size
         optimizer.zero_grad()
         (distance + tv_weight * total_variation(images)).sum().backward()
         optimizer.step()
         scheduler.step()
-        with torch.no_grad():
-            images.clamp_(0, 1)
-    return images.detach()
+    with torch.no_grad():
+        images = (start + sum(resize(level, start.shape[2:]) for level in levels)).clamp(0, 1)
+    if watch:
+        watch(steps, images)
+    return images
 
 
 def noise(batch, first):
@@ -146,24 +168,15 @@ def noise(batch, first):
     return (0.5 + 0.05 * torch.stack(draws)).clamp(0, 1).to(batch.device)
 
 
-@torch.no_grad()
-def mean_pairwise_distance(encoder, pixels, batch_size=4):
-    """Mean Euclidean distance of two images' features, by which Mahendran & Vedaldi normalise.
-
-    pixels: uint8 (N, 256, 256, 3), at least two.
-    """
-    features = []
-    for part in pixels.split(batch_size):
-        features.append(encoder(data.center_crops(part).to(encoder.mean.device)).flatten(1))
-    return F.pdist(torch.cat(features)).mean().item()
-
-
-def invert_images(encoder, decoder, pixels, scale, batch_size=4, bars=None, **options):
-    """Invert the features of uint8 `pixels` (N, 256, 256, 3), from what `decoder` makes of them or noise.
+def invert_images(encoder, decode, pixels, scale, batch_size=4, bars=None, **options):
+    """Invert the features of uint8 `pixels` (N, 256, 256, 3), from what `decode` makes of them, None: noise.
 
     scale: what feature errors ‖φ(x) − φ‖ are divided by. Returns {"original", "start", "inversion": uint8
-    pixels (N, 224, 224, 3)} and, for start and inversion, {key of FIGURES: (N,)}.
+    pixels (N, 224, 224, 3)}, for start and inversion {key of FIGURES: (N,)}, and how it went: {"step": [S],
+    "seconds": an image takes up to there, with the start, "psnr": mean in dB}.
     """
+    moments = evenly_spaced(options["steps"] + 1, WATCHED)
+    seconds, decibels = np.zeros((2, len(moments)))  # sums over the images
     device = encoder.mean.device
     lpips = LPIPS().to(device)
     pictures = {"original": [], "start": [], "inversion": []}
@@ -173,27 +186,55 @@ def invert_images(encoder, decoder, pixels, scale, batch_size=4, bars=None, **op
             batch = data.center_crops(part).to(device)
             with torch.no_grad():
                 features = encoder(batch)
-                start = (
-                    noise(batch, number * batch_size) if decoder is None else decoder(features).clamp(0, 1)
-                )
-            found = {
-                "original": batch,
-                "start": start,
-                "inversion": invert(encoder, features, start, bars=bars, **options),
-            }
+            begun = time.perf_counter()
+            with torch.no_grad():
+                start = decode(features).clamp(0, 1) if decode else noise(batch, number * batch_size)
+
+            def watch(step, images, batch=batch, begun=begun):
+                if step in moments:
+                    place = moments.index(step)
+                    decibels[place] += psnr(images, batch).sum().item()  # waits for a GPU
+                    seconds[place] += time.perf_counter() - begun
+
+            inversion = invert(encoder, features, start, bars=bars, watch=watch, **options)
+            found = {"original": batch, "start": start, "inversion": inversion}
             for kind, images in found.items():
                 pictures[kind].append(to_pixels(images))
             for kind in values:
                 figures = measure(found[kind], batch, lpips)
-                with torch.no_grad():
-                    error = (encoder(found[kind]) - features).square().sum((1, 2, 3)).sqrt() / scale
-                figures["feature_error"] = error.tolist()
+                figures["feature_error"] = feature_error(encoder, found[kind], features, scale).tolist()
                 values[kind].append([figures[name] for name in FIGURES])
             bar.update(len(batch))
     pictures = {kind: torch.cat(parts) for kind, parts in pictures.items()}
     for kind, parts in values.items():
         values[kind] = dict(zip(FIGURES, np.concatenate(parts, 1), strict=True))
-    return pictures, values
+    course = {"step": moments, "seconds": list(seconds / len(pixels)), "psnr": list(decibels / len(pixels))}
+    return pictures, values, course
+
+
+def read_course(folder):
+    """(label, {"step", "seconds", "psnr"}) of the inversion whose results are in `folder`."""
+    file = Path(folder, INVERSION[0])
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return f"{content['encoder']} {content['layer']} from {content['start']}", content["course"]
+    except FileNotFoundError:
+        raise UserError(f"--course {folder}: has no {file.name}; python invert.py writes one") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: not a result of this invert.py; invert again") from None
+
+
+def draw_courses(courses, path):
+    """PSNR against the seconds that an image takes, of each (label, course)."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for label, course in courses:
+        axis.plot(course["seconds"], course["psnr"], marker=".", label=label)
+    axis.set(xscale="log", xlabel="seconds an image", ylabel="PSNR (dB) ↑")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    save_figure(figure, path)
+    print(f"{path} shows them")
 
 
 def write_inversion(pictures, values, names, about, out):

@@ -54,7 +54,7 @@ def keep_crops(images, inverter, config, cache=None, bars=None):
     places = [places_by_image(images.sizes, config["seed"], number, size) for number in range(count)]
     shape = (count, len(images), *inverter.shape_at(size))
     about = {name: config[name] for name in ("encoder", "layer", "protocol", "seed", "crop", "amp")}
-    about |= {"images": images.key, "shape": shape, "weights": weights_key(inverter.encoder)}
+    about |= {"images": images.key, "shape": shape, "weights": inverter.encoder.key()}
     about |= {"dtype": np.dtype(DTYPE).name, "device": inverter.device.type}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = user_cache(cache) / f"{name}.features"
@@ -70,14 +70,6 @@ def keep_crops(images, inverter, config, cache=None, bars=None):
 def is_whole(path, size):
     """Whether the file at `path`, which is written whole or not at all, is there."""
     return path.exists() and path.stat().st_size == size
-
-
-def weights_key(encoder):
-    """The SHA-256 of all that the encoder computes with."""
-    found = hashlib.sha256()
-    for tensor in encoder.state_dict().values():
-        found.update(tensor.cpu().contiguous().numpy())
-    return found.hexdigest()
 
 
 def write_features(path, images, inverter, places, size, size_on_disk, bars):

@@ -11,11 +11,13 @@ import torchvision
 from skimage.metrics import structural_similarity
 from torch import nn
 
+from data import center_crops
 from study import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD, METRICS
 from weights import imagenet_weights
 
 SMALLEST = 31  # pixels, that LPIPS takes
 TERMS = ("loss", "mse", "lpips", "psnr")  # what Loss gives, and an epoch averages
+EARLIER = 0.3  # weight of the MSE of what an iterating decoder made before the last iteration
 
 
 def target(images, protocol=DOCUMENTED):
@@ -56,6 +58,24 @@ def measure(images, target, lpips, protocol=DOCUMENTED):
         "ssim": similarity,
         "lpips": lpips(images, target).tolist(),
     }
+
+
+@torch.no_grad()
+def feature_error(encoder, images, features, scale):
+    """‖φ(x) − φ‖ / scale, (B,), of images (B, 3, H, W) in [0, 1] and the features that they should have."""
+    return (encoder(images) - features).square().sum((1, 2, 3)).sqrt() / scale
+
+
+@torch.no_grad()
+def mean_pairwise_distance(encoder, pixels, batch_size=4):
+    """Mean Euclidean distance of two images' features, by which Mahendran & Vedaldi normalise.
+
+    pixels: uint8 (N, 256, 256, 3), at least two.
+    """
+    features = []
+    for part in pixels.split(batch_size):
+        features.append(encoder(center_crops(part).to(encoder.mean.device)).flatten(1))
+    return F.pdist(torch.cat(features)).mean().item()
 
 
 class LPIPS(nn.Module):
@@ -120,14 +140,17 @@ class Loss(nn.Module):
         self.protocol = protocol
         self.lpips = LPIPS() if lpips_weight else None
 
-    def forward(self, output, images):
+    def forward(self, output, images, earlier=()):
         """{term of TERMS: (B,), one value an image} of output and images (B, 3, H, W) in [0, 1].
 
         `lpips` is NaN where it was not asked for; `psnr`, in dB, is against the target clipped to [0, 1].
+        earlier: outputs whose MSE counts in `loss`, and there alone, with EARLIER of its weight.
         """
         wanted = target(images, self.protocol)
         mse = ((output if self.mse_weight else output.detach()) - wanted).square().mean((1, 2, 3))
         loss = self.mse_weight * mse if self.mse_weight else 0
+        for before in earlier if self.mse_weight else ():
+            loss = loss + EARLIER * self.mse_weight * (before - wanted).square().mean((1, 2, 3))
         if self.lpips:
             distance = self.lpips(output, wanted)
             loss = loss + self.lpips_weight * distance
@@ -137,7 +160,7 @@ class Loss(nn.Module):
             "loss": loss,
             "mse": mse,
             "lpips": distance,
-            "psnr": psnr(output.detach(), wanted.clamp(0, 1)),
+            "psnr": psnr(output.detach().clamp(0, 1), wanted.clamp(0, 1)),
         }
 
 

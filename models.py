@@ -3,14 +3,16 @@
 python models.py                every layer and decoder, with its cost
 """
 
+import hashlib
+
 import torch
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from decoders import BUILDERS, IMAGE_SIZE, build_decoder, upsamplings
+from decoders import BUILDERS, IMAGE_SIZE, FeedbackDecoder, build_decoder, upsamplings
 from flags import check_layer
-from study import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD, LAYERS, PROTOCOLS
+from study import DOCUMENTED, FEEDBACK_OPTIONS, IMAGENET_MEAN, IMAGENET_STD, LAYERS, PROTOCOLS
 from utils import UserError, digest, load, out_of_memory
 from weights import VIT_SMALL, imagenet_weights, weights_from_file
 
@@ -105,6 +107,13 @@ class Encoder(nn.Module):
     def forward(self, images):
         return self.trunk((images - self.mean) / self.std)
 
+    def key(self):
+        """The SHA-256 of all that it computes with."""
+        found = hashlib.sha256()
+        for tensor in self.state_dict().values():
+            found.update(tensor.cpu().contiguous().numpy())
+        return found.hexdigest()
+
 
 def load_trunk(net, trunk, state, source):
     """Load into `net` what `trunk` needs of `state`; raise UserError if something is missing or misshapen."""
@@ -128,19 +137,26 @@ class Inverter(nn.Module):
     """A frozen encoder and a decoder: images (B, 3, 224, 224) in [0, 1] → features (B, C, H, W) → images.
 
     Other sizes too, where the encoder takes them. shape: (C, H, W) of the features of a 224×224 image. amp:
-    compute both in bfloat16; what comes out is float32.
+    compute both in bfloat16; what comes out is float32. normalized: images that come out are
+    ImageNet-normalised, as the published loss wants them.
     """
 
-    def __init__(self, encoder, decoder, shape, amp=False):
+    def __init__(self, encoder, decoder, shape, amp=False, normalized=False):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+        self.normalized = normalized
         self.shape = tuple(shape)
         self.amp = amp
 
     @property
     def device(self):
         return next(self.parameters()).device
+
+    @property
+    def look(self):
+        """The encoder, as what the decoder makes is shown to it."""
+        return self.encoder.trunk if self.normalized else self.encoder
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
@@ -151,16 +167,28 @@ class Inverter(nn.Module):
         with self.autocast():
             return self.encoder(images)
 
-    def decode(self, features, size=None):
+    def decode(self, features, size=None, iterations=None):
         """Images from features, in float32 even with amp, as the losses want them; size: theirs, else 224."""
-        with self.autocast():
-            return self.decoder(features, size).float()
+        return self.iterates(features, size, iterations)[-1]
 
-    def forward(self, images, features=None):
-        """Reconstructions of images, from their features where these are known already."""
+    def iterates(self, features, size=None, iterations=None):
+        """Images from features as `decode` gives them, after each iteration: one of a decoder that has none.
+
+        iterations: as many, rather than the decoder's own number.
+        """
+        with self.autocast():
+            if isinstance(self.decoder, FeedbackDecoder):
+                images = self.decoder(features, self.look, size, iterations)
+            else:
+                images = [self.decoder(features, size)]
+        return [image.float() for image in images]
+
+    def forward(self, images, features=None, each=False):
+        """Reconstructions of images, from their features where these are known; each: a list, `iterates`."""
         if features is None:
             features = self.encode(images)
-        return self.decode(features, images.shape[2:])
+        iterates = self.iterates(features, images.shape[2:])
+        return iterates if each else iterates[-1]
 
     def shape_at(self, size):
         """(C, H, W) of the features of a size×size image."""
@@ -187,29 +215,32 @@ def build_inverter(
     protocol=DOCUMENTED,
     shape=None,
     amp=False,
+    **options,
 ):
     """An Inverter of these names, its decoder untrained, on the CPU. Raises UserError.
 
-    shape: (C, H, W) of the features, where it is known, which spares a trial pass.
+    shape: (C, H, W) of the features, where it is known, which spares a trial pass. options: build_decoder's.
     """
     frozen = Encoder(encoder, layer, weights, seed, protocol)
     shape = shape or feature_shape(frozen)
-    return Inverter(frozen, build_decoder(decoder, shape, width, seed), shape, amp)
+    net = build_decoder(decoder, shape, width, seed, **options)
+    return Inverter(frozen, net, shape, amp, protocol.normalized_target)
 
 
 def inverter_of(config, shape=None):
     """The Inverter that a run's configuration, {flag: value}, asks for. Raises UserError, and KeyError."""
     names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp")
     values = {name: config[name] for name in names}
+    values |= {name: config.get(name) for name in FEEDBACK_OPTIONS}  # older checkpoints have none
     return build_inverter(**values, protocol=PROTOCOLS[config["protocol"]], shape=shape)
 
 
 def load_inverter(path):
     """(Inverter, checkpoint) of the best.pt at `path`, on the CPU, in eval mode, computing in float32.
 
-    The checkpoint, a dictionary, has `decoder`, `config`, `shape`, `weights_sha256`, `epoch` and `val_loss`;
-    only what rebuilds the networks is taken from it. Raises UserError for another file, and for another file
-    of weights.
+    The checkpoint, a dictionary, has `decoder`, `config`, `shape`, `weights_sha256`, `encoder_sha256`,
+    `epoch` and `val_loss`; only what rebuilds the networks is taken from it. Raises UserError for another
+    file, and where the encoder's weights are not those that the decoder was trained with.
     """
     checkpoint = load(path)
     wanted = {"decoder", "config", "shape", "weights_sha256", "epoch", "val_loss"}
@@ -229,6 +260,10 @@ def load_inverter(path):
         raise UserError(
             f"{file}: SHA-256 is {found}, the decoder was trained with {checkpoint['weights_sha256']}"
         )
+    expected = checkpoint.get("encoder_sha256")  # older checkpoints have none
+    if expected and expected != inverter.encoder.key():
+        names = "{encoder}'s {weights} weights".format(**checkpoint["config"])
+        raise UserError(f"{path}: was trained with other {names} up to its layer than those found here")
     return inverter.eval(), checkpoint
 
 
@@ -258,32 +293,35 @@ def describe():
         + "".join(f"{name:>19}" for name in BUILDERS)
     )
     print(f"{'':<34}{'GMAC':>8}" + f"{'parameters   GMAC':>19}" * len(BUILDERS))
-    decoders = {}  # (parameters, multiply-adds) of each for a shape, which layers share
+    plain = [build for build in BUILDERS.values() if build is not FeedbackDecoder]
+    decoders = {}  # (parameters, multiply-adds) of each of these for a shape, which layers share
     with torch.device("meta"):
         images = torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
         for name, layers in LAYERS.items():
             for layer, depth in layers.items():
-                features, encoding = with_cost(TRUNKS[name](build_network(name), depth), images)
+                encoder = TRUNKS[name](build_network(name), depth)
+                features, encoding = with_cost(encoder, images)
                 shape = tuple(features.shape[1:])
                 if shape not in decoders:
-                    decoders[shape] = [decoder_cost(build, features) for build in BUILDERS.values()]
+                    decoders[shape] = [decoder_cost(build, features) for build in plain]
+                costs = [*decoders[shape], decoder_cost(FeedbackDecoder, features, encoder)]
                 line = f"{name:<10}{layer:<9}{' × '.join(map(str, shape)):<15}{encoding / 1e9:>8.2f}"
-                for parameters, decoding in decoders[shape]:
+                for parameters, decoding in costs:
                     line += f"{parameters:>12,}{(encoding + decoding) / 1e9:>7.2f}"
                 print(line)
 
 
-def decoder_cost(build, features):
-    """(trainable parameters, multiply-adds) of the decoder that `build` makes for `features`."""
-    decoder = build(tuple(features.shape[1:]))
-    _, cost = with_cost(decoder, features)
+def decoder_cost(build, *inputs):
+    """(trainable parameters, multiply-adds) of the decoder that `build` makes for features, an encoder."""
+    decoder = build(tuple(inputs[0].shape[1:]))
+    _, cost = with_cost(decoder, *inputs)
     return count_parameters(decoder), cost
 
 
-def with_cost(network, x):
-    """What `network` makes of `x` in eval mode, and the multiply-adds that it takes."""
+def with_cost(network, *inputs):
+    """What `network` makes of the inputs in eval mode, and the multiply-adds that it takes."""
     with FlopCounterMode(display=False) as counter:
-        y = network.eval()(x)
+        y = network.eval()(*inputs)
     return y, counter.get_total_flops() / 2
 
 

@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from study import METRICS
+from study import FIGURES, METRICS
 from utils import atomic, evenly_spaced
 
 
@@ -74,6 +74,18 @@ def draw_histograms(values, path):
         axis.axvline(mean, color="black", linestyle="--", label=f"mean {mean:.3f}")
         axis.set(xlabel=label, ylabel="images")
         axis.legend()
+    save_figure(figure, path)
+
+
+def draw_iterations(iterates, path, trained):
+    """Means of FIGURES after each iteration; iterates: {figure: (N,)} of each, trained: as in training."""
+    figure = Figure(figsize=(12, 3), layout="constrained")
+    for axis, (name, label) in zip(figure.subplots(1, len(FIGURES)), FIGURES.items(), strict=True):
+        axis.plot([values[name].mean() for values in iterates], marker="o")
+        axis.axvline(trained, color="black", linestyle="--", label="trained with")
+        axis.set(xlabel="iterations", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend()
     save_figure(figure, path)
 
 

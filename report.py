@@ -173,7 +173,17 @@ def measured(results, folder):
 def optimisation(config):
     """How a run's optimisation differs from the study's, or ""."""
     study = vars(parse_train([]))
-    keys = ("epochs", "passes", "batch_size", "crop", "kept_crops", "lr", "schedule", "freeze_bn")
+    keys = (
+        "epochs",
+        "passes",
+        "batch_size",
+        "crop",
+        "kept_crops",
+        "lr",
+        "schedule",
+        "freeze_bn",
+        "clip_grad",
+    )
     return ", ".join(f"{key} {config[key]}" for key in keys if config.get(key, study[key]) != study[key])
 
 

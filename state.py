@@ -81,6 +81,7 @@ def save_best(inverter, config, state, out):
         "config": config,
         "shape": list(inverter.shape),
         "weights_sha256": inverter.encoder.weights_sha256,
+        "encoder_sha256": inverter.encoder.key(),
         "epoch": state.epoch,
         "val_loss": state.best_loss,
         "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},

@@ -10,8 +10,10 @@ LAYERS = {
     "vit_small": {f"block{i}": i + 1 for i in range(12)},
     "alexnet": {"conv1": 3, "conv2": 6, "conv3": 8, "conv4": 10, "conv5": 13},
 }
-DECODERS = ["tconv", "frequency", "wavelet", "attention"]  # decoders.py builds them
+DECODERS = ["tconv", "frequency", "wavelet", "attention", "residual", "feedback"]  # decoders.py builds them
+FEEDBACK_OPTIONS = ("iterations", "feedback", "own_weights")  # flags of that decoder alone
 METRICS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}  # metrics.py measures them
+FIGURES = METRICS | {"feature_error": "feature error ↓"}  # of what was made by looking at the encoder again
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the pixels, which encoders are normalised by
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

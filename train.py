@@ -36,7 +36,7 @@ import data
 from download import download_div2k
 from kept import keep_crops
 from metrics import SMALLEST, TERMS, Loss, Meter, target
-from models import IMAGE_SIZE, count_parameters, inverter_of
+from models import IMAGE_SIZE, Inverter, count_parameters, inverter_of
 from signals import Interrupted, Signals
 from state import State, claim, remove_what_will_not_be_true, resume, save_best, save_last
 from study import PROTOCOLS
@@ -55,6 +55,7 @@ MAY_DIFFER = ("out", "device")  # between a run and its resumption
 VALIDATED = 4  # images at a time
 KEPT_FEATURES = 2**28  # bytes of validation features that are computed once; shallow layers' are larger
 SHOWN = 6  # validation images, to the tracker
+MEASURED = 64  # crops, from which the deviation of features is taken
 DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
 
 
@@ -84,6 +85,8 @@ def train(args):
     loss = Loss(config["mse_weight"], config["lpips_weight"], protocol).to(device)
     if world > 1 and device.type == "cuda":
         inverter.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(inverter.decoder)
+    if hasattr(inverter.decoder, "deviation"):
+        measure_features(inverter, train_images, config)
     if config["compile"]:
         inverter.compile()
     model = DistributedDataParallel(inverter) if world > 1 else inverter
@@ -206,12 +209,26 @@ def check_crop(inverter, config, images, world):
     if world == 1 and last == shape[1] * shape[2] == 1:  # batch norm may want more than one value
         try:
             features = torch.zeros(1, *shape, device=inverter.device)
-            copy.deepcopy(inverter.decoder).train()(features, (crop, crop))
+            trial = Inverter(inverter.encoder, copy.deepcopy(inverter.decoder), inverter.shape)
+            trial.train().decode(features, (crop, crop))
         except ValueError as error:
             raise UserError(
                 f"--crop {crop}: the last of {images} images, by itself, has one position of {layer}; "
                 f"another --crop or --batch-size ({error})"
             ) from None
+
+
+def measure_features(inverter, images, config):
+    """Tell the decoder the mean and deviation of each channel of the features, over the first crops."""
+    plan = data.epoch_plan(images.sizes, config["seed"], 0, config["crop"])
+    parts = zip(*(part[:MEASURED].split(VALIDATED) for part in plan), strict=True)
+    features = [
+        inverter.encode(data.crops(images, *part, config["crop"]).to(inverter.device)) for part in parts
+    ]
+    deviation, mean = torch.std_mean(torch.cat(features).float(), (0, 2, 3), keepdim=True)
+    smallest = 0.01 * deviation.mean()  # of channels that are hardly ever on
+    inverter.decoder.mean.copy_(mean[0])
+    inverter.decoder.deviation.copy_(deviation[0].clamp_min(smallest))
 
 
 def make_scheduler(optimizer, config, steps, lowest_lr):
@@ -279,7 +296,7 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars):
             done = state.epoch * steps + state.step
             if config["freeze_bn"] and done >= config["freeze_bn"]:
                 freeze_batch_norm(state.decoder)
-            terms = train_step(model, batch, features, loss, state.optimizer)
+            terms = train_step(model, batch, features, loss, state.optimizer, config["clip_grad"])
             if config["schedule"] == "onecycle":
                 state.scheduler.step()
             state.meter.add(terms)
@@ -297,14 +314,17 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars):
     return state.meter.averages()
 
 
-def train_step(model, images, features, loss, optimizer):
+def train_step(model, images, features, loss, optimizer, clip=0):
     """One step on `images` (B, 3, N, N) in [0, 1]; {term of the loss: (B,)}, without gradient.
 
-    features: theirs, where they are known, else None.
+    features: theirs, where they are known, else None. clip: the largest norm of the gradient; 0: any.
     """
-    terms = loss(model(images, features), images)
+    *earlier, output = model(images, features, each=True)
+    terms = loss(output, images, earlier)
     optimizer.zero_grad()
     terms["loss"].mean().backward()
+    if clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return {name: value.detach() for name, value in terms.items()}
 

@@ -21,6 +21,7 @@ RESULTS = (  # files of an evaluation; the first says what was measured, and is 
     "reconstructions.png",
     "histograms.png",
     "reconstructions.zip",
+    "iterations.png",  # of decoders that iterate
 )
 INVERSION = ("inversion.json", "inversion.csv", "inversion.png")  # files of invert.py, likewise
 

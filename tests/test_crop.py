@@ -15,7 +15,7 @@ from training import batches_of, parse, parts_of, train_epoch, validate
 import data
 import kept
 from decoders import AttentionDecoder
-from kept import keep_crops, weights_key
+from kept import keep_crops
 from models import Encoder
 from study import DEFINING, PUBLISHED, PUBLISHED_CODE
 
@@ -211,7 +211,7 @@ def test_kept_crops_are_those_of_the_epochs_and_come_again(photos, tmp_path):
 
 
 def test_key_of_weights_is_theirs():
-    keys = {weights_key(Encoder("alexnet", "conv1", "random", seed)) for seed in (1, 1, 2)}
+    keys = {Encoder("alexnet", "conv1", "random", seed).key() for seed in (1, 1, 2)}
     assert len(keys) == 2
 
 

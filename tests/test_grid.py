@@ -202,7 +202,8 @@ def test_configs_are_the_fifteen_experiments():
 # --- one's own pictures ----------------------------------------------------------------------------------
 
 
-def test_own_pictures(trained, tmp_path, run_evaluate, capsys):
+@pytest.mark.parametrize("size", ["native", "224"])
+def test_own_pictures(trained, tmp_path, run_evaluate, capsys, size):
     (tmp_path / "dir").mkdir()
     wide = Image.effect_mandelbrot((500, 90), (-2, -1, 1, 1), 20).convert("CMYK")
     wide.save(tmp_path / "wide.jpg")
@@ -216,14 +217,16 @@ def test_own_pictures(trained, tmp_path, run_evaluate, capsys):
         "--images",
         tmp_path / "wide.jpg",
         tmp_path / "dir",
+        *(["--size", "224"] if size == "224" else []),
     ]
     assert run_evaluate(*flags) == 0
     files = sorted((tmp_path / "out" / "images").iterdir())
     assert [file.name for file in files] == ["thin.png", "wide-1.png", "wide-3.png"]
     assert capsys.readouterr().out.count(" dB, ") == 3
-    for file in files:
+    own = ((7, 300), (500, 90), (20, 20))
+    for file, (width, height) in zip(files, own if size == "native" else 3 * [(224, 224)], strict=True):
         with Image.open(file) as picture:
-            assert picture.size == (3 * 224, 224)
+            assert picture.size == (3 * width, height)
             original, output, difference = (
                 part.astype(int) for part in np.split(np.asarray(picture), 3, axis=1)
             )

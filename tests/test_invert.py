@@ -29,8 +29,8 @@ def test_finds_the_picture_from_a_blurred_one_and_from_noise(encoder, pixels):
     image = data.center_crops(pixels[:1])[:, :, 64:128, 64:128]
     blurred = torch.nn.functional.avg_pool2d(image, 5, 1, 2, count_include_pad=False)
     grey = invert.noise(image, 0)
-    for start, gain in ((blurred, 3), (grey, 8)):
-        found = invert.invert(encoder, encoder(image), start, steps=80, bars=True)
+    for start, lr, gain in ((blurred, 0.05, 3), (grey, 0.1, 12)):
+        found = invert.invert(encoder, encoder(image), start, steps=80, lr=lr, bars=True)
         assert found.min() >= 0 and found.max() <= 1 and not found.requires_grad
         assert psnr(found, image).item() > psnr(start, image).item() + gain
 
@@ -58,12 +58,12 @@ def test_mean_pairwise_distance_is_numpys(encoder, pixels):
 
 
 def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_invert, encoder, pixels, capsys):
-    flags = ("--ckpt", trained / "best.pt", "--count", 1, "--steps", 3, "--out", tmp_path, "--quiet")
+    flags = ("--ckpt", trained / "best.pt", "--count", 1, "--steps", 12, "--out", tmp_path, "--quiet")
     assert run_invert(*flags) == 0
     screen = capsys.readouterr().out
     found = json.loads((tmp_path / "inversion.json").read_text())
     start, inversion = found["metrics"]["start"], found["metrics"]["inversion"]
-    assert (found["start"], found["images"], found["steps"], found["data"]) == ("tconv", 1, 3, str(photos))
+    assert (found["start"], found["images"], found["steps"], found["data"]) == ("tconv", 1, 12, str(photos))
     decoder = load_inverter(trained / "best.pt")[0].decoder
     image = data.center_crops(pixels[:1])
     features = encoder(image)

@@ -398,3 +398,9 @@ def test_table_lists_every_encoder_layer_and_decoder(capsys):
     encoder = (3 * 64 + 64 * 64) * 9 * 224**2
     decoder = 64 * 32 * 16 * 112**2 + 32 * 3 * 9 * 224**2
     assert lines[2][7] == f"{encoder / 1e9:.2f}" and lines[2][9] == f"{(encoder + decoder) / 1e9:.2f}"
+
+
+def test_other_weights_of_the_encoder_are_refused(checkpoint, tmp_path, run_evaluate, error_line):
+    torch.save(checkpoint | {"encoder_sha256": "0" * 64}, tmp_path / "best.pt")
+    assert run_evaluate("--ckpt", tmp_path / "best.pt") == 2
+    assert "was trained with other vgg16's imagenet weights up to its layer" in error_line()

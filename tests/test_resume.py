@@ -24,13 +24,14 @@ from metrics import TERMS
 
 @pytest.fixture(scope="module")
 def whole(photos, tmp_path_factory):
-    """(flags, folder) of three runs of 2 epochs, 3 steps a pass, in one go."""
+    """(flags, folder) of four runs of 2 epochs, 3 steps a pass, in one go."""
     both = ["--data", photos, "--epochs", 2, "--batch-size", 3, "--lr", 1e-3, "--width", 8, "--quiet"]
     runs = {}
     for name, flags in {
         "plateau": [],
         "onecycle": ["--schedule", "onecycle", "--freeze-bn", 2],
         "crops": ["--crop", 64, "--passes", 2, "--kept-crops", 3, "--val-images", 1],
+        "feedback": ["--crop", 64, "--decoder", "feedback", "--iterations", 2],
     }.items():
         out = tmp_path_factory.mktemp(name)
         train.train(parse(*both, *flags, "--out", out))
@@ -44,6 +45,7 @@ def whole(photos, tmp_path_factory):
         ("plateau", (signal.SIGTERM, data, "crops", 5)),  # in the second step of epoch 2
         ("onecycle", (signal.SIGINT, data, "crops", 2)),
         ("crops", (signal.SIGTERM, data, "crops", 11)),  # in the second pass of epoch 2
+        ("feedback", (signal.SIGTERM, data, "crops", 7)),  # of which two are for the deviation
         ("plateau", (signal.SIGINT, data, "center_crops", 1)),  # in the validation of epoch 1
         ("plateau", (signal.SIGUSR1, train, "draw_curves", 1)),  # between the epochs
         ("plateau", (signal.SIGTERM, utils.os, "replace", 3)),  # while a file is written

@@ -250,14 +250,15 @@ def test_amp_computes_in_bfloat16_and_returns_float32():
     assert 1e-5 < (exact - rounded).abs().max() < 0.02
 
 
-def test_compiled_training_is_the_same(photos, tmp_path, monkeypatch, run_train):
+@pytest.mark.parametrize("decoder", ["tconv", "feedback"])
+def test_compiled_training_is_the_same(photos, tmp_path, monkeypatch, run_train, decoder):
     """Through torch.compile's tracer, with a backend that needs no C++ compiler."""
     compiled = []
     real = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self: compiled.append(self) or real(self, backend="aot_eager")
     )
-    flags = ("--data", photos, "--epochs", 1, "--width", 8, "--tracker", "none")
+    flags = ("--data", photos, "--epochs", 1, "--width", 8, "--tracker", "none", "--decoder", decoder)
     assert run_train(*flags, "--out", tmp_path / "a") == 0 and not compiled
     assert run_train(*flags, "--out", tmp_path / "b", "--compile") == 0 and len(compiled) == 2
     a, b = (load(tmp_path / name / "best.pt") for name in "ab")

@@ -1,0 +1,131 @@
+"""The decoder that looks at the encoder: its loop, its loss, what a run of it writes, and its flags."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from training import batches_of, parse, parts_of
+
+import data
+import train
+from decoders import FeedbackDecoder
+from metrics import Loss
+from models import build_inverter, load_inverter
+
+SMALL = ["--decoder", "feedback", "--width", 16, "--crop", 64, "--mse-weight", 1, "--lpips-weight", 0]
+SMALL += ["--lr", 2e-3, "--clip-grad", 0.3]
+
+
+@pytest.fixture(scope="module")
+def feedback(photos, tmp_path_factory):
+    """The folder of a short training of a small feedback decoder with two iterations."""
+    out = tmp_path_factory.mktemp("feedback")
+    running = ["--data", photos, "--out", out, "--passes", 60, "--epochs", 1, "--batch-size", 2, "--quiet"]
+    flags = [*SMALL, "--iterations", 2, "--schedule", "onecycle", *running]
+    train.train(parse(*flags))
+    return out
+
+
+def test_an_iteration_sees_what_the_features_lack():
+    """An encoder that only unfolds pixels, weights by hand: h ← h + r / σ, x ← x − h / 2, in rounds of 3."""
+    net = FeedbackDecoder((12, 7, 7), width=12, size=14, blocks=0, iterations=3).eval()
+    identity = torch.eye(12)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+        net.deviation.fill_(2)
+        net.head.layers[0].bias.fill_(0.5)
+        net.steps[0].compare.weight[:, :12, 1, 1] = identity
+        net.steps[0].head.last.weight[:, :, 1, 1] = -identity / 2
+    wanted = torch.rand(2, 3, 14, 14)
+    images = net(F.pixel_unshuffle(wanted, 2), lambda x: F.pixel_unshuffle(x, 2), iterations=5)
+    x, h = np.full(wanted.shape, 0.5), 0
+    for number, image in enumerate(images):
+        np.testing.assert_allclose(image.detach(), x, atol=1e-5)
+        if number == 3:
+            h = 0
+        h = h + (x - wanted.numpy()) / 2
+        x = x - h / 2
+    assert len(images) == 6
+
+
+def test_at_first_an_iteration_changes_nothing():
+    inverter = build_inverter(decoder="feedback", width=8).eval()
+    with torch.no_grad():
+        images = inverter.iterates(inverter.encode(torch.rand(1, 3, 64, 64)), (64, 64))
+    assert len(images) == 4 and all(torch.equal(image, images[0]) for image in images)
+
+
+def test_iterations_bring_the_features_closer(feedback, photos):
+    inverter, _ = load_inverter(feedback / "best.pt")
+    batch = data.center_crops(data.load_split(str(photos), "test")[:])
+    with torch.no_grad():
+        features = inverter.encode(batch)
+        images = inverter.iterates(features)
+        errors = [(inverter.encoder(image) - features).norm().item() for image in images]
+    assert len(images) == 3 and errors[2] < errors[0]
+
+
+def test_metrics_of_each_iteration(feedback, run_evaluate, tmp_path):
+    assert run_evaluate("--ckpt", feedback / "best.pt", "--quiet") == 0
+    found = json.loads((feedback / "metrics.json").read_text())
+    assert found["iterations"] == 2 and len(found["iterates"]) == 3
+    for name in ("psnr", "ssim", "lpips"):
+        assert found["iterates"][2][name] == found[name]
+    assert (feedback / "iterations.png").stat().st_size > 5000
+    assert run_evaluate("--ckpt", feedback / "best.pt", "--iterations", 1, "--quiet") == 0
+    fewer = json.loads((feedback / "iterations-1" / "metrics.json").read_text())
+    assert fewer["iterates"] == found["iterates"][:2] and fewer["psnr"] == found["iterates"][1]["psnr"]
+
+
+def test_feature_error_by_hand(feedback, photos):
+    metrics = json.loads((feedback / "metrics.json").read_text())
+    inverter, _ = load_inverter(feedback / "best.pt")
+    batch = data.center_crops(data.load_split(str(photos), "test")[:])
+    with torch.no_grad():
+        wanted = inverter.encode(batch).flatten(1)
+        made = inverter.encoder(inverter.decode(inverter.encode(batch))).flatten(1)
+    distances = [(wanted[a] - wanted[b]).norm() for a, b in ((0, 1), (0, 2), (1, 2))]
+    expected = (made - wanted).norm(dim=1).mean() / torch.stack(distances).mean()
+    assert metrics["iterates"][2]["feature_error"]["mean"] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_loss_counts_earlier_iterates():
+    images = torch.rand(2, 3, 32, 32)
+    outputs = [torch.rand(2, 3, 32, 32) for _ in range(3)]
+    terms = Loss(0.5, 0)(outputs[2], images, outputs[:2])
+    errors = [F.mse_loss(output, images, reduction="none").mean((1, 2, 3)) for output in outputs]
+    torch.testing.assert_close(terms["loss"], 0.5 * (errors[2] + 0.3 * (errors[0] + errors[1])))
+    torch.testing.assert_close(terms["mse"], errors[2])
+
+
+def test_features_are_normalised_by_their_mean_and_deviation(photos):
+    parts = parts_of(photos, *SMALL)
+    train.measure_features(parts.inverter, parts.train, parts.config)
+    crops = torch.cat([batch for batch, _ in batches_of(parts)])
+    channels = parts.inverter.encode(crops).double().transpose(0, 1).flatten(1)
+    mean = parts.inverter.decoder.mean.flatten().double()
+    torch.testing.assert_close(mean, channels.mean(1), rtol=1e-4, atol=1e-6)
+    expected = channels.std(1)
+    expected = expected.clamp_min(0.01 * expected.mean())
+    torch.testing.assert_close(
+        parts.inverter.decoder.deviation.flatten().double(), expected, rtol=1e-4, atol=0
+    )
+
+
+def test_published_images_are_shown_to_the_encoder_as_they_are_normalised(photos):
+    parts = parts_of(photos, *SMALL, "--protocol", "published")
+    image = torch.rand(1, 3, 64, 64)
+    encoder = parts.inverter.encoder
+    assert torch.equal(parts.inverter.look((image - encoder.mean) / encoder.std), encoder(image))
+
+
+def test_iterations_want_a_decoder_that_iterates(
+    trained, run_train, run_evaluate, error_line, photos, tmp_path
+):
+    assert run_train("--iterations", 2, "--data", photos, "--out", tmp_path) == 2
+    assert "--iterations: only with --decoder feedback" in error_line()
+    assert run_evaluate("--ckpt", trained / "best.pt", "--iterations", 2) == 2
+    assert "tconv decoder, which does not iterate" in error_line()
