@@ -63,7 +63,7 @@ FAST = ("--config", "configs/fast.yaml")
 TRIALS = 9  # of its number of epochs, from one on
 ATTENTION = """
 import resource, torch
-from decoders import build_decoder
+from models import build_decoder
 build_decoder("attention", (64, 112, 112))(torch.rand(1, 64, 112, 112)).mean().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """

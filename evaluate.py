@@ -32,7 +32,6 @@ from tqdm import tqdm
 
 import data
 from baselines import write_baselines
-from decoders import ITERATIONS
 from metrics import (
     LPIPS,
     feature_error,
@@ -239,8 +238,7 @@ def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, o
     draw_histograms(values, histograms)
     write_samples(found.targets, found.outputs, samples)
     if found.iterates:
-        trained = config["iterations"] or ITERATIONS
-        draw_iterations(found.iterates, iterations, trained)
+        draw_iterations(found.iterates, iterations, inverter.decoder.trained)
         about["iterations"] = len(found.iterates) - 1
         about["iterates"] = [{name: summary(after[name]) for name in FIGURES} for after in found.iterates]
     write_text(numbers, json.dumps(metrics | about, indent=2))  # last: where it is, the others are

@@ -298,6 +298,7 @@ def parse_invert(argv=None, doc=None):
     add("--out", help="folder for the results (default: the checkpoint's; from noise: runs/noise_…)")
     add_running_flags(add)
     args = parser.parse_args(argv)
+    refuse_ignored(args, "course", ("ckpt", "encoder", "data", "lr", "cache"))
     if args.encoder and args.ckpt:
         raise UserError("--encoder with --ckpt: the checkpoint knows its own; give one of them")
     if args.encoder:

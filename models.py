@@ -4,15 +4,24 @@ python models.py                every layer and decoder, with its cost
 """
 
 import hashlib
+import math
 
 import torch
 import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from decoders import BUILDERS, IMAGE_SIZE, FeedbackDecoder, build_decoder, upsamplings
+from decoders import (
+    IMAGE_SIZE,
+    AttentionDecoder,
+    FrequencyDecoder,
+    TransposedConv,
+    WaveletDecoder,
+    upsamplings,
+)
+from feedback import FeedbackDecoder, ResidualDecoder
 from flags import check_layer
-from study import DOCUMENTED, FEEDBACK_OPTIONS, IMAGENET_MEAN, IMAGENET_STD, LAYERS, PROTOCOLS
+from study import DECODERS, DOCUMENTED, FEEDBACK_OPTIONS, IMAGENET_MEAN, IMAGENET_STD, LAYERS, PROTOCOLS
 from utils import UserError, digest, load, out_of_memory
 from weights import VIT_SMALL, imagenet_weights, weights_from_file
 
@@ -130,6 +139,38 @@ def load_trunk(net, trunk, state, source):
     net.load_state_dict({key: state[key].to(own[key].dtype) for key in own}, strict=False, assign=True)
 
 
+# --- Decoders ------------------------------------------------------------------------------------------
+
+BUILDERS = {
+    "tconv": TransposedConv,
+    "frequency": FrequencyDecoder,
+    "wavelet": WaveletDecoder,
+    "attention": AttentionDecoder,
+    "residual": ResidualDecoder,
+    "feedback": FeedbackDecoder,
+}
+
+
+def build_decoder(decoder, shape, width=None, seed=42, **options):
+    """Decoder `decoder` for features of `shape` (C, H, W), initialised from `seed`.
+
+    Kaiming initialisation (paper 3.3.4) as PyTorch's own layers have it, uniform within ±1/√fan, but with a
+    fan of 16 C for transposed convolutions, where PyTorch counts 16 times the channels that come out and an
+    output pixel sees 4 C (docs/conclusions.md). width: the decoder's main number of channels; options: those
+    of FeedbackDecoder; each the decoder's own where None. Raises UserError for an unknown name.
+    """
+    if decoder not in DECODERS:
+        raise UserError(f"--decoder {decoder}: not a decoder; choose from {', '.join(DECODERS)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        options = {name: value for name, value in {"width": width, **options}.items() if value}
+        net = BUILDERS[decoder](shape, **options)
+        for layer in net.modules():
+            if isinstance(layer, nn.ConvTranspose2d):
+                nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), mode="fan_out")
+    return net.to(memory_format=torch.channels_last)
+
+
 # --- Encoder and decoder in one ------------------------------------------------------------------------
 
 
@@ -167,18 +208,15 @@ class Inverter(nn.Module):
         with self.autocast():
             return self.encoder(images)
 
-    def decode(self, features, size=None, iterations=None):
+    def decode(self, features, size=None):
         """Images from features, in float32 even with amp, as the losses want them; size: theirs, else 224."""
-        return self.iterates(features, size, iterations)[-1]
+        return self.iterates(features, size)[-1]
 
-    def iterates(self, features, size=None, iterations=None):
-        """Images from features as `decode` gives them, after each iteration: one of a decoder that has none.
-
-        iterations: as many, rather than the decoder's own number.
-        """
+    def iterates(self, features, size=None):
+        """Images from features, as `decode` gives the last, after each iteration; one where there is none."""
         with self.autocast():
             if isinstance(self.decoder, FeedbackDecoder):
-                images = self.decoder(features, self.look, size, iterations)
+                images = self.decoder(features, self.look, size)
             else:
                 images = [self.decoder(features, size)]
         return [image.float() for image in images]

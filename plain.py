@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision import transforms as T
 
-from decoders import build_decoder
+from models import build_decoder
 from study import IMAGENET_MEAN, IMAGENET_STD
 from weights import imagenet_weights
 

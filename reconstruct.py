@@ -156,7 +156,7 @@ def reach(inverter):
         a, b = torch.rand(2, 1, 3, STRIP, width, generator=draw).to(inverter.device)
         b[..., half:] = a[..., half:]
         changed = (inverter(a) - inverter(b)).abs().amax((0, 1, 2)) > TOLERANCE
-        last = int(changed.nonzero().max()) + 1 - half
+        last = int((changed * torch.arange(1, width + 1, device=changed.device)).max()) - half
         if last <= half // 2:  # well before the end
             break
     return -(-max(last, 1) // inverter.stride) * inverter.stride

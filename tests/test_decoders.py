@@ -5,8 +5,9 @@ import skimage.data
 import torch
 import torch.nn.functional as F
 
-from decoders import BUILDERS, FeedbackDecoder, MultiHeadAttention, TransformerBlock, build_decoder
-from models import Encoder, count_parameters
+from decoders import MultiHeadAttention, TransformerBlock
+from feedback import FeedbackDecoder
+from models import BUILDERS, Encoder, build_decoder, count_parameters
 from study import DECODERS
 
 SHAPES = [  # every distinct feature shape of every encoder's layers

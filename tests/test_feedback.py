@@ -10,7 +10,7 @@ from training import batches_of, parse, parts_of
 
 import data
 import train
-from decoders import FeedbackDecoder
+from feedback import FeedbackDecoder
 from metrics import Loss
 from models import build_inverter, load_inverter
 
@@ -40,7 +40,8 @@ def test_an_iteration_sees_what_the_features_lack():
         net.steps[0].compare.weight[:, :12, 1, 1] = identity
         net.steps[0].head.last.weight[:, :, 1, 1] = -identity / 2
     wanted = torch.rand(2, 3, 14, 14)
-    images = net(F.pixel_unshuffle(wanted, 2), lambda x: F.pixel_unshuffle(x, 2), iterations=5)
+    net.iterations = 5
+    images = net(F.pixel_unshuffle(wanted, 2), lambda x: F.pixel_unshuffle(x, 2))
     x, h = np.full(wanted.shape, 0.5), 0
     for number, image in enumerate(images):
         np.testing.assert_allclose(image.detach(), x, atol=1e-5)
@@ -78,6 +79,56 @@ def test_metrics_of_each_iteration(feedback, run_evaluate, tmp_path):
     assert run_evaluate("--ckpt", feedback / "best.pt", "--iterations", 1, "--quiet") == 0
     fewer = json.loads((feedback / "iterations-1" / "metrics.json").read_text())
     assert fewer["iterates"] == found["iterates"][:2] and fewer["psnr"] == found["iterates"][1]["psnr"]
+
+
+def test_more_iterations_are_another_round(feedback, photos, run_evaluate):
+    """The third of two begins with the second's image and a new hidden map."""
+    assert run_evaluate("--ckpt", feedback / "best.pt", "--iterations", 3, "--quiet") == 0
+    more = json.loads((feedback / "iterations-3" / "metrics.json").read_text())
+    inverter, _ = load_inverter(feedback / "best.pt")
+    batch = data.center_crops(data.load_split(str(photos), "test")[:])
+    decoder = inverter.decoder
+    with torch.no_grad():
+        features = inverter.encode(batch)
+        image = inverter.decode(features)
+        lacking = (inverter.encoder(image) - features) / decoder.deviation
+        hidden = decoder.blocks(decoder.embed((features - decoder.mean) / decoder.deviation))
+        hidden = hidden + decoder.steps[0].blocks(decoder.steps[0].compare(torch.cat([lacking, hidden], 1)))
+        image = (image + decoder.steps[0].head(hidden, (224, 224))).clamp(0, 1)
+    expected = (-10 * (image - batch).square().mean((1, 2, 3)).log10()).mean().item()
+    assert more["psnr"]["mean"] == pytest.approx(expected, abs=1e-3) and len(more["iterates"]) == 4
+
+
+@pytest.mark.parametrize(
+    "flags", [["--feedback", "gradient"], ["--feedback", "both"], ["--own-weights", "--iterations", 2]]
+)
+def test_every_way_to_look_trains_all_weights(photos, flags):
+    parts = parts_of(photos, *SMALL, *flags)
+    decoder = parts.inverter.decoder
+    for parameter in decoder.parameters():
+        if not parameter.any():  # where blocks change nothing at first
+            torch.nn.init.normal_(parameter, std=0.01)
+    train.measure_features(parts.inverter, parts.train, parts.config)
+    batch, features = next(batches_of(parts))
+    train.train_step(parts.inverter.train(), batch, features, parts.loss, parts.state.optimizer, clip=0.3)
+    gradients = [parameter.grad for parameter in decoder.parameters()]
+    assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
+    assert len(decoder.steps) == (2 if "--own-weights" in flags else 1)
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
+    assert norm == pytest.approx(0.3, rel=1e-3) or norm < 0.3
+
+
+def test_gradient_is_that_of_the_features_distance():
+    """An encoder that only unfolds pixels, so that by hand it is (x − t) / (σ² N ‖r‖); and 0 where r is 0."""
+    net = FeedbackDecoder((12, 7, 7), size=14, feedback="gradient")
+    net.deviation.fill_(2)
+    image, wanted = torch.rand(2, 1, 3, 14, 14)
+    encoder = torch.nn.PixelUnshuffle(2)
+    difference = (image - wanted).double().numpy()
+    size = np.sqrt(np.mean((difference / 2) ** 2))
+    seen = F.pixel_shuffle(net.look(image, encoder(wanted), encoder), 2)
+    np.testing.assert_allclose(seen, difference / (4 * difference.size * size), rtol=1e-4, atol=1e-9)
+    assert net.look(image, encoder(image), encoder).abs().max() == 0
 
 
 def test_feature_error_by_hand(feedback, photos):

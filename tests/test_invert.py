@@ -89,6 +89,23 @@ def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_invert, en
     assert "invert again" in report.inversion(tmp_path, metrics)
 
 
+def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, capsys):
+    flags = ("--ckpt", trained / "best.pt", "--count", 2, "--steps", 4, "--quiet", "--out", tmp_path / "a")
+    assert run_invert(*flags) == 0
+    found = json.loads((tmp_path / "a" / "inversion.json").read_text())
+    course = found["course"]
+    assert course["step"] == [0, 1, 2, 3, 4] and course["seconds"] == sorted(course["seconds"])
+    for moment, kind in ((0, "start"), (-1, "inversion")):
+        assert course["psnr"][moment] == pytest.approx(found["metrics"][kind]["psnr"]["mean"], abs=1e-3)
+    assert run_invert("--course", tmp_path / "a", "--out", tmp_path) == 0
+    assert (tmp_path / "course.png").stat().st_size > 5000
+    capsys.readouterr()
+    assert run_invert("--course", tmp_path) == 2
+    assert "has no inversion.json; python invert.py writes one" in error_line()
+    assert run_invert("--course", tmp_path / "a", "--encoder", "vgg16") == 2
+    assert "--encoder: not with --course" in error_line()
+
+
 def test_from_noise_and_random_weights(photos, tmp_path, run_invert, error_line):
     flags = ("--encoder", "alexnet", "--layer", "conv2", "--weights", "random", "--data", photos)
     assert run_invert(*flags, "--count", 1, "--steps", 2, "--out", tmp_path, "--quiet") == 0

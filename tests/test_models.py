@@ -18,9 +18,8 @@ from conftest import REPOSITORY
 import models
 import utils
 import weights
-from decoders import build_decoder
 from metrics import LPIPS
-from models import Encoder, build_inverter, count_parameters, feature_shape, load_inverter
+from models import Encoder, build_decoder, build_inverter, count_parameters, feature_shape, load_inverter
 from study import LAYERS, PUBLISHED_CODE
 from utils import UserError
 

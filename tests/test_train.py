@@ -238,16 +238,17 @@ def test_pixel_target_is_in_0_1(photos, tmp_path, monkeypatch, run_train):
     assert torch.equal(targets[-1], pixels.float() / 255)
 
 
-def test_amp_computes_in_bfloat16_and_returns_float32():
+@pytest.mark.parametrize("decoder", ["tconv", "feedback"])
+def test_amp_computes_in_bfloat16_and_returns_float32(decoder):
     image = torch.rand(1, 3, 32, 32)
-    inverter = build_inverter().eval()
+    inverter = build_inverter(decoder=decoder).eval()
     inverter.decoder.size = (32, 32)  # small, because bfloat16 is slow on a CPU
     exact = inverter(image).detach()
     inverter.amp = True
     rounded = inverter(image).detach()
     assert inverter.encode(image).dtype == torch.bfloat16
     assert rounded.dtype == torch.float32 and rounded.shape == exact.shape
-    assert 1e-5 < (exact - rounded).abs().max() < 0.02
+    assert 1e-5 < (exact - rounded).abs().max() < 0.02 * max(1, exact.abs().max())  # tconv's are at most 1
 
 
 @pytest.mark.parametrize("decoder", ["tconv", "feedback"])

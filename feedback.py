@@ -1,0 +1,164 @@
+"""Two decoders beyond the study's: residual blocks, and one that looks at the encoder to correct itself."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from decoders import IMAGE_SIZE, resize, upsamplings
+
+
+class Refinement(nn.Module):
+    """Convolution, GELU and convolution beside a shortcut: (B, C, H, W) → the same, at first unchanged."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        nn.init.zeros_(self.body[-1].weight)
+        nn.init.zeros_(self.body[-1].bias)
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class PixelShuffleHead(nn.Module):
+    """Per 2× a convolution and a pixel shuffle: (B, C, H, W) → (B, 3, *size), any real numbers.
+
+    Each step halves the channels, down to 32. shade: what it gives at first, about.
+    """
+
+    def __init__(self, channels, steps, shade=0.0):
+        super().__init__()
+        self.layers = nn.Sequential()
+        for step in range(1, steps + 1):
+            out = max(channels // 2, 32) if step < steps else 3
+            self.layers.extend([nn.Conv2d(channels, 4 * out, 3, padding=1), nn.PixelShuffle(2)])
+            if step < steps:
+                self.layers.append(nn.GELU())
+            channels = out
+        nn.init.constant_(self.last.bias, shade)
+
+    @property
+    def last(self):
+        """The convolution whose channels become pixels."""
+        return self.layers[-2]
+
+    def forward(self, x, size):
+        x = resize(self.layers(x), size)
+        return x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse to be corrected
+
+
+class ResidualDecoder(nn.Module):
+    """Residual blocks at the features' resolution: features (B, C, H, W) → images (B, 3, size, size).
+
+    Not held to [0, 1], where a sigmoid would slow the darkest and the brightest pixels down: what is measured
+    or drawn is clamped. No batch norm: each channel has mean 0 and deviation 1 over training images, which
+    train.py measures. width: channels of the blocks.
+    """
+
+    def __init__(self, shape, width=64, size=IMAGE_SIZE, blocks=6):
+        super().__init__()
+        channels, height, _ = shape
+        self.size = (size, size)
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("deviation", torch.ones(channels, 1, 1))
+        self.embed = nn.Conv2d(channels, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(Refinement(width) for _ in range(blocks)))
+        self.head = PixelShuffleHead(width, upsamplings(height, size), shade=0.5)
+
+    def hidden(self, z):
+        return self.blocks(self.embed((z - self.mean) / self.deviation))
+
+    def forward(self, z, size=None):
+        return self.head(self.hidden(z), size or self.size)
+
+
+class FeedbackStep(nn.Module):
+    """An iteration of FeedbackDecoder: what it sees (B, S, H, W) and h (B, width, H, W) → h, and a change."""
+
+    def __init__(self, seen, width, steps, blocks):
+        super().__init__()
+        self.compare = nn.Conv2d(seen + width, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(Refinement(width) for _ in range(blocks)))
+        self.head = PixelShuffleHead(width, steps)
+        nn.init.zeros_(self.head.last.weight)  # at first it changes nothing
+
+    def forward(self, seen, h, size):
+        h = h + self.blocks(self.compare(torch.cat([seen, h], 1)))
+        return h, self.head(h, size)
+
+
+class FeedbackDecoder(ResidualDecoder):
+    """A decoder that looks at the encoder: features (B, C, H, W) → images after each iteration, x₀ … x_K.
+
+    x₀ is ResidualDecoder's. Then K times the image is encoded, and how its features differ from those wanted,
+    r = (E(x) − z) / σ, changes a hidden map h and with it the image: h ← h + blocks(conv[r, h]), and
+    x ← x + head(h). A learned optimisation (Adler & Öktem 2017; Putzky & Welling 2017; Carreira et al. 2016)
+    of what Mahendran & Vedaldi 2015 do by hand, with the gradient of ‖r‖². feedback: what an iteration sees,
+    the `residual` r, that `gradient`, or `both`. own_weights: of each iteration; else the same in all.
+
+    More than K iterations, where `iterations` is set to more, are rounds of K, each with a new h. So that a
+    second one improves what it is given, half of training's batches begin with what a first one made.
+    """
+
+    def __init__(
+        self,
+        shape,
+        width=64,
+        size=IMAGE_SIZE,
+        blocks=1,
+        iterations=3,
+        feedback="residual",
+        own_weights=False,
+    ):
+        super().__init__(shape, width, size, blocks)
+        channels, height, _ = shape
+        steps = upsamplings(height, size)
+        self.iterations = self.trained = iterations  # how many are asked for, and how many make a round
+        self.feedback = feedback
+        self.factor = 2**steps
+        pixels = 3 * self.factor**2
+        seen = {"residual": channels, "gradient": pixels, "both": channels + pixels}[feedback]
+        count = iterations if own_weights else 1
+        self.steps = nn.ModuleList(FeedbackStep(seen, width, steps, blocks) for _ in range(count))
+
+    def forward(self, z, encoder, size=None):
+        """encoder: images (B, 3, H, W) → features like z."""
+        h = self.hidden(z)
+        start = self.head(h, size or self.size)
+        images = [start]
+        if self.training and torch.rand(()) < 0.5:
+            with torch.no_grad():
+                start = self.round(start, h, z, encoder, self.trained)[-1]
+        for done in range(0, self.iterations, self.trained):
+            images += self.round(start, h, z, encoder, min(self.iterations - done, self.trained))
+            start = images[-1]
+        return images
+
+    def round(self, image, h, z, encoder, count):
+        """What `count` iterations make of `image` (B, 3, H, W), one after the other."""
+        images = []
+        for number in range(count):
+            step = self.steps[number % len(self.steps)]
+            h, change = step(self.look(image, z, encoder), h, image.shape[2:])
+            image = image + change
+            images.append(image)
+        return images
+
+    def look(self, images, z, encoder):
+        """What an iteration sees, (B, S, H, W), of images (B, 3, h, w)."""
+        seen = []
+        if self.feedback != "gradient":
+            seen.append((encoder(images) - z) / self.deviation)
+        if self.feedback != "residual":
+            with torch.enable_grad():  # also in validation; training does not differentiate it again
+                x = images.detach().requires_grad_()
+                error = ((encoder(x) - z.detach()) / self.deviation).square().mean((1, 2, 3))
+                error = (error + 1e-12).sqrt()  # whose gradient is finite at 0, too
+                (gradient,) = torch.autograd.grad(error.sum(), x)
+            gradient = resize(gradient, (self.factor * z.shape[2], self.factor * z.shape[3]))
+            seen.append(F.pixel_unshuffle(gradient, self.factor))  # to the features' resolution
+        return torch.cat(seen, 1)
