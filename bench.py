@@ -138,6 +138,7 @@ class Ours:
         self.cache = f"{folder}/cache"
         self.images = data.load_split(folder, "train", self.cache, bars=True).to(device)
         self.inverter = inverter_of(self.config).to(device)
+        self.config["crop"] = self.config["crop"] or self.inverter.size
         self.loss = Loss().to(device)
         if self.config["compile"]:
             self.inverter.compile()

@@ -7,6 +7,7 @@ import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -48,17 +49,18 @@ class Images:
     shards: list  # open files of the cache, or uint8 arrays: pixels, image after image
     places: np.ndarray  # int64 (N, 2): in which shard each image is, and at which byte it begins
     key: str  # changes with the names, the order or the pixels
+    side: int = RESIZE  # of the square that validation and test cut their centre from
     resident: torch.Tensor | None = None  # uint8 (P, 3): the pixels of all, in this order, on a GPU
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, which):
-        """The central 256×256 of the images in a slice or a list of numbers: uint8 (B, 256, 256, 3)."""
+        """The central side×side of the images in a slice or a list of numbers: uint8 (B, side, side, 3)."""
         numbers = range(len(self))[which] if isinstance(which, slice) else which
         if not len(numbers):
-            return torch.empty(0, RESIZE, RESIZE, 3, dtype=torch.uint8)
-        return torch.stack([center(self.image(number)[None], RESIZE)[0] for number in numbers])
+            return torch.empty(0, self.side, self.side, 3, dtype=torch.uint8)
+        return torch.stack([center(self.image(number)[None], self.side)[0] for number in numbers])
 
     def image(self, number):
         """One image, uint8 (H, W, 3): mapped into memory, read where it is used, and held by no one else."""
@@ -133,17 +135,23 @@ def image_files(folder):
     return sorted(found)
 
 
-def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None):
+def side_of(size):
+    """Side of the image that a size×size crop is cut from: 256 for the study's 224."""
+    return round(size * RESIZE / CROP)
+
+
+def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None, size=CROP):
     """Images of `split` (train, val or test) of `data`, a value that `resolve` returned.
 
     A folder's train and val are 80 and 20 % of its training images, by a permutation with seed 42 (paper
     3.3.1: 640 and 160 of DIV2K's 800). Raises UserError for a folder of another layout, too few images, or an
     image that can't be read. cache: folder of the uint8 cache. protocol: `published` scales the shorter side
     to 256 and keeps the rest of a training image, `documented` squeezes all to 256×256. bars: tqdm's
-    `disable`.
+    `disable`. size: of the crops that will be cut, where another than 224, with as much more around them.
     """
+    side = side_of(size)
     if data == "sample":
-        return sample_tiles(split)
+        return sample_tiles(split, side)
     for train, test in LAYOUTS:
         folder = Path(data, test if split == "test" else train)
         if folder.is_dir():
@@ -164,14 +172,14 @@ def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None):
         order = np.random.RandomState(42).permutation(len(files))
         cut = min(max(int(0.8 * len(files)), 1), len(files) - 1)
         order = order[:cut] if split == "train" else order[cut:]
-    return subset(cached_images(folder, files, cache, protocol, bars), order)
+    return subset(cached_images(folder, files, cache, protocol, bars, side), order)
 
 
 def subset(images, order):
     """The Images of these numbers, in this order."""
     names = [images.names[i] for i in order]
     key = hashlib.sha256(f"{images.key} {names}".encode()).hexdigest()
-    return Images(names, images.sizes[order], images.shards, images.places[order], key)
+    return replace(images, names=names, sizes=images.sizes[order], places=images.places[order], key=key)
 
 
 def read_image(path):
@@ -194,27 +202,28 @@ def read_image(path):
         raise UserError(f"{path}: not an image that can be read ({error}); replace or remove it") from None
 
 
-def decode(path, protocol=DOCUMENTED):
+def decode(path, protocol=DOCUMENTED, side=RESIZE):
     """The image at `path`, resized (bilinear, antialiased as Pillow's always is), as a uint8 array.
 
-    `documented`: (256, 256, 3). `published`: the shorter side is 256, and the shape of the picture stays.
+    `documented`: (side, side, 3). `published`: the shorter side is `side`, the shape of the picture stays.
     """
     image = read_image(path)
     if protocol.squeezed:
-        size = (RESIZE, RESIZE)
+        size = (side, side)
     else:
-        size = [RESIZE * side // min(image.size) for side in image.size]
+        size = [side * length // min(image.size) for length in image.size]
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
 
 
-def cached_images(folder, files, cache=None, protocol=DOCUMENTED, bars=None):
+def cached_images(folder, files, cache=None, protocol=DOCUMENTED, bars=None, side=RESIZE):
     """Images of `decode` of `files`, all under `folder`, each decoded once and kept in `cache`, in shards.
 
     A shard is NAME.u8, its pixels, and NAME.json, written after it, the manifest that it is trusted by; NAME
     stands for what its files are called, their sizes and their modification times. An interrupted build goes
     on with the shards that are missing.
     """
-    where = hashlib.sha256(f"{protocol.name} {folder.resolve()}".encode()).hexdigest()[:16]
+    size = "" if side == RESIZE else f"{side} "
+    where = hashlib.sha256(f"{size}{protocol.name} {folder.resolve()}".encode()).hexdigest()[:16]
     cache = user_cache(cache) / where
     names = [file.relative_to(folder).as_posix() for file in files]
     parts = [slice(first, first + SHARD) for first in range(0, len(files), SHARD)]
@@ -232,7 +241,7 @@ def cached_images(folder, files, cache=None, protocol=DOCUMENTED, bars=None):
             with tqdm(None, f"Decoding {folder}", sum(map(len, missing)), unit="image", disable=bars) as bar:
                 for number, part in enumerate(parts):
                     if sizes[number] is None:
-                        sizes[number] = write_shard(paths[number], files[part], protocol, bar)
+                        sizes[number] = write_shard(paths[number], files[part], protocol, side, bar)
             keep = {path.name for path in paths}
             for old in [*cache.glob("*.u8"), *cache.glob("*.json")]:  # of images that have changed
                 if old.stem not in keep:
@@ -243,7 +252,7 @@ def cached_images(folder, files, cache=None, protocol=DOCUMENTED, bars=None):
         places.append(np.stack([np.full(len(found), number), starts], 1))
     key = hashlib.sha256(" ".join([where, *(path.name for path in paths)]).encode()).hexdigest()
     shards = [open(path.with_suffix(".u8"), "rb") for path in paths]  # another run may replace the files
-    return Images(names, torch.tensor(np.concatenate(sizes)), shards, np.concatenate(places), key)
+    return Images(names, torch.tensor(np.concatenate(sizes)), shards, np.concatenate(places), key, side)
 
 
 def read_manifest(path):
@@ -256,14 +265,14 @@ def read_manifest(path):
         return None
 
 
-def write_shard(path, files, protocol, bar):
+def write_shard(path, files, protocol, side, bar):
     """Decode `files` in parallel into the shard at `path`; [height, width] of each."""
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
         sizes = []
         try:
             with atomic(path.with_suffix(".u8")) as temporary, open(temporary, "wb") as file:
-                for image in pool.map(decode, files, [protocol] * len(files)):
+                for image in pool.map(decode, files, repeat(protocol), repeat(side)):
                     file.write(np.ascontiguousarray(image))
                     sizes.append(list(image.shape[:2]))
                     bar.update()
@@ -274,8 +283,8 @@ def write_shard(path, files, protocol, bar):
     return sizes
 
 
-def sample_tiles(split):
-    """256×256 tiles of scikit-image's photographs at full, half, quarter size, and of the short side."""
+def sample_tiles(split, side=RESIZE):
+    """side×side tiles of scikit-image's photographs at full, half, quarter size, and of the short side."""
     import skimage  # here, since only the sample needs it
 
     folder = Path(skimage.__file__).parent / "data"
@@ -283,29 +292,29 @@ def sample_tiles(split):
     for name in SAMPLE[split]:
         photo = read_image(folder / name)
         short = min(photo.size)
-        for side in sorted({short, short // 2, short // 4, RESIZE}, reverse=True):
-            if side < RESIZE:
+        for scale in sorted({short, short // 2, short // 4, side}, reverse=True):
+            if scale < side:
                 continue
-            width, height = (max(RESIZE, round(length * side / short)) for length in photo.size)
+            width, height = (max(side, round(length * scale / short)) for length in photo.size)
             scaled = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
-            for top in even_steps(height):
-                for left in even_steps(width):
-                    tiles.append(scaled[top : top + RESIZE, left : left + RESIZE])
-                    names.append(f"{Path(name).stem}-{side}-{top}-{left}")
+            for top in even_steps(height, side):
+                for left in even_steps(width, side):
+                    tiles.append(scaled[top : top + side, left : left + side])
+                    names.append(f"{Path(name).stem}-{scale}-{top}-{left}")
     return squares(np.stack(tiles), names)
 
 
 def squares(pixels, names):
-    """Images in memory: pixels, a uint8 array (N, 256, 256, 3), and their names."""
-    count = len(pixels)
-    places = np.stack([np.zeros(count, np.int64), np.arange(count) * 3 * RESIZE**2], 1)
+    """Images in memory: pixels, a uint8 array (N, side, side, 3), and their names."""
+    count, side = pixels.shape[:2]
+    places = np.stack([np.zeros(count, np.int64), np.arange(count) * 3 * side**2], 1)
     key = hashlib.sha256(pixels).hexdigest()
-    return Images(names, torch.full((count, 2), RESIZE), [pixels.reshape(-1)], places, key)
+    return Images(names, torch.full((count, 2), side), [pixels.reshape(-1)], places, key, side)
 
 
-def even_steps(length):
-    """Offsets of the fewest 256-pixel tiles that cover `length` pixels, evenly spaced."""
-    return [int(offset) for offset in np.linspace(0, length - RESIZE, math.ceil(length / RESIZE))]
+def even_steps(length, side=RESIZE):
+    """Offsets of the fewest tiles of `side` pixels that cover `length` pixels, evenly spaced."""
+    return [int(offset) for offset in np.linspace(0, length - side, math.ceil(length / side))]
 
 
 def crops(images, index, tops, lefts, flips, size=CROP):
@@ -336,22 +345,22 @@ def center(pixels, size):
     return pixels[:, top : top + size, left : left + size]
 
 
-def center_crops(pixels):
-    """The central 224×224 of uint8 pixels (B, H, W, 3) → float (B, 3, 224, 224) in [0, 1], channels last."""
-    return center(pixels, CROP).permute(0, 3, 1, 2).float().div_(255)
+def center_crops(pixels, size=CROP):
+    """The centre of uint8 pixels (B, H, W, 3) → float (B, 3, size, size) in [0, 1], channels last."""
+    return center(pixels, size).permute(0, 3, 1, 2).float().div_(255)
 
 
-def epoch_plan(sizes, seed, epoch, size=CROP):
+def epoch_plan(sizes, seed, epoch, size=CROP, side=RESIZE):
     """Order, top, left and flip of size×size crops in an epoch of images of `sizes` (N, 2), on their device.
 
     (seed, epoch) decides, so that an epoch can be resumed, and is the same on every device.
     """
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    count, room, device = len(sizes), RESIZE - size + 1, sizes.device
+    count, room, device = len(sizes), side - size + 1, sizes.device
     order = torch.randperm(count, generator=generator)
     offsets = torch.randint(0, room, (2, count), generator=generator)
     flips = torch.rand(count, generator=generator) < 0.5
-    # Along a side that is longer than 256 there is more room; what 256 leaves is drawn as it would be
+    # Along an edge that is longer than `side` there is more room; what `side` leaves is drawn as it would be
     # without.
     part = torch.rand(2, count, generator=generator, dtype=torch.float64)
     offsets = ((offsets + part) / room * (sizes.cpu()[order].T - size + 1)).long()

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-IMAGE_SIZE = 224
+from study import IMAGE_SIZE
 
 
 def upsamplings(height, size):
-    """Number of 2× steps from `height` to about `size`."""
-    return round(math.log2(size / height))
+    """Number of 2× steps from `height` to about `size`; 0 from more than that."""
+    return max(round(math.log2(size / height)), 0)
 
 
 def resize(x, size):
@@ -110,6 +110,8 @@ class ResidualUpsampling(nn.Module):
             self.blocks.append(nn.ConvTranspose2d(channels, narrower, 4, 2, 1, bias=False))
             self.blocks.extend([nn.BatchNorm2d(narrower), nn.ReLU(inplace=True), ResidualBlock(narrower)])
             channels = narrower
+        if not steps:
+            self.blocks.append(conv_block(channels, out))
 
     def forward(self, x, size=None):
         return resize(self.blocks(x), size or self.size)
@@ -307,3 +309,50 @@ class AttentionDecoder(nn.Module):
 
     def forward(self, z, size=None):
         return self.decode(self.to_map(self.blocks(self.embed(z))), size)
+
+
+class Fused(nn.Module):
+    """A decoder behind the maps of several layers, joined: each divided by its own deviation, and weighed.
+
+    channels: of each source. fusion: `concat`, as they are; `weighted`, a learned weight a source;
+    `attention`, one a source at each position. The weights of the sources have a mean of 1. train.py measures
+    the deviations.
+    """
+
+    def __init__(self, decoder, channels, fusion="concat"):
+        super().__init__()
+        self.decoder = decoder
+        self.channels = list(channels)
+        self.register_buffer("deviation", torch.ones(len(channels)))
+        self.weigh = None
+        if fusion == "weighted":
+            self.weigh = SourceWeights(len(channels))
+        elif fusion == "attention":
+            self.weigh = nn.Conv2d(sum(channels), len(channels), 1)
+
+    def fuse(self, z):
+        """(B, ΣC, H, W) → the same."""
+        parts = [part / scale for part, scale in zip(z.split(self.channels, 1), self.deviation, strict=True)]
+        if self.weigh is None:
+            return torch.cat(parts, 1)
+        logits = self.weigh(torch.cat(parts, 1))  # (B, sources, H, W), or 1 for H and W
+        weights = len(parts) * logits.softmax(1)
+        return torch.cat([weights[:, i : i + 1] * part for i, part in enumerate(parts)], 1)
+
+    def forward(self, z, *args, **options):
+        """As the decoder's own; of one that looks at the encoder, `args` begins with that."""
+        if args and callable(args[0]):
+            encoder, *args = args
+            args = (lambda images: self.fuse(encoder(images)), *args)
+        return self.decoder(self.fuse(z), *args, **options)
+
+
+class SourceWeights(nn.Module):
+    """A learned number for each source, whatever the picture: → (1, sources, 1, 1)."""
+
+    def __init__(self, sources):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(1, sources, 1, 1))
+
+    def forward(self, z):
+        return self.logits

@@ -5,6 +5,7 @@
   python evaluate.py --ckpt runs/best.pt --images holiday.jpg pictures/      your own pictures
   python evaluate.py --baselines --data FOLDER                               what needs no features
   python evaluate.py --report runs                                           the experiments, side by side
+  python evaluate.py --compare runs/a runs/b                                 whether b is better
 
 The checkpoint knows its encoder, layer, decoder and data. Writes metrics.json, per_image.csv,
 reconstructions.png, reconstructions.zip and histograms.png beside it (of other --data: to a folder of its
@@ -82,6 +83,11 @@ def evaluate(args):
     if args.report:
         write_report(args.report)
         return
+    if args.compare:
+        from compare import compare  # here, because SciPy's statistics take a second
+
+        compare(args.compare, args.out or "runs")
+        return
     keep_freed_memory()
     rank, world, device = start_processes(select_device(args.device))
     bars = disable_bars(args, rank)
@@ -98,14 +104,14 @@ def evaluate(args):
             raise UserError(
                 f"--iterations: {args.ckpt} has a {config['decoder']} decoder, which does not iterate"
             )
-        inverter.decoder.iterations = args.iterations
+        inverter.core.iterations = args.iterations
     protocol = PROTOCOLS[config["protocol"]]
     if args.images:
         if rank == 0:
             reconstruct_pictures(args, inverter, config, bars)
         return
     source = data.resolve(args.data or config["data"])
-    images = data.load_split(source, "test", args.cache, protocol, bars)
+    images = data.load_split(source, "test", args.cache, protocol, bars, inverter.size)
     out = Path(args.ckpt).parent
     if same_data(source, config["data"]):
         source = config["data"]
@@ -132,7 +138,7 @@ def evaluate(args):
 
 def iterations_of(inverter):
     """How often the decoder looks at the encoder; 0 for those that do not."""
-    return getattr(inverter.decoder, "iterations", 0)
+    return getattr(inverter.core, "iterations", 0)
 
 
 # --- Measuring -------------------------------------------------------------------------------------------
@@ -151,7 +157,7 @@ def evaluate_model(inverter, pixels, batch_size=4, bars=None, protocol=DOCUMENTE
     inverter.eval()
     with tqdm(None, "Evaluating", len(pixels), unit="image", disable=bars) as bar:
         for part in pixels.split(batch_size):
-            batch = data.center_crops(part).to(inverter.device)
+            batch = data.center_crops(part, inverter.size).to(inverter.device)
             features = inverter.encode(batch)
             wanted = target(batch, protocol).clamp(0, 1)
             parts.append([])
@@ -174,7 +180,7 @@ def evaluate_model(inverter, pixels, batch_size=4, bars=None, protocol=DOCUMENTE
 @torch.no_grad()
 def time_inference(inverter, pixels, repeats=5):
     """Milliseconds for one image by itself: the median of `repeats`, after one that does not count."""
-    image = data.center_crops(pixels[:1]).to(inverter.device)
+    image = data.center_crops(pixels[:1], inverter.size).to(inverter.device)
     inverter.eval()
     seconds = []
     for _ in range(repeats + 1):
@@ -228,7 +234,7 @@ def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, o
     about = {"images": len(names), "inference_ms": milliseconds, "data": source}
     about |= {name: config[name] for name in ("protocol", "weights")}
     about |= {"parameters": count_parameters(inverter.decoder), "epoch": checkpoint["epoch"]}
-    about |= {"shape": list(inverter.shape), "config": config}
+    about |= {"shape": list(inverter.shape), "size": inverter.size, "config": config}
     numbers, per_image, reconstructions, histograms, samples, iterations = (out / name for name in RESULTS)
     label = "target, as measured" if protocol.normalized_target else "original"
     numbers.unlink(missing_ok=True)
@@ -238,7 +244,7 @@ def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, o
     draw_histograms(values, histograms)
     write_samples(found.targets, found.outputs, samples)
     if found.iterates:
-        draw_iterations(found.iterates, iterations, inverter.decoder.trained)
+        draw_iterations(found.iterates, iterations, inverter.core.trained)
         about["iterations"] = len(found.iterates) - 1
         about["iterates"] = [{name: summary(after[name]) for name in FIGURES} for after in found.iterates]
     write_text(numbers, json.dumps(metrics | about, indent=2))  # last: where it is, the others are

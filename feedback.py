@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from decoders import IMAGE_SIZE, resize, upsamplings
+from decoders import resize, upsamplings
+from study import IMAGE_SIZE
 
 
 class Refinement(nn.Module):
@@ -39,6 +40,8 @@ class PixelShuffleHead(nn.Module):
             if step < steps:
                 self.layers.append(nn.GELU())
             channels = out
+        if not steps:  # a position for every pixel
+            self.layers.extend([nn.Conv2d(channels, 3, 3, padding=1), nn.Identity()])
         nn.init.constant_(self.last.bias, shade)
 
     @property

@@ -68,11 +68,18 @@ def number(kind, text, minimum, maximum=LARGEST):
     return value
 
 
+def check_encoder(name):
+    """Raise UserError for what no encoder can be called."""
+    if name not in LAYERS and ".py:" not in name and not name.startswith(("timm/", "torchvision/")):
+        others = "timm/NAME, torchvision/NAME, FILE.py:FUNCTION"
+        raise UserError(f"--encoder {name}: not an encoder; choose from {', '.join(LAYERS)}, {others}")
+
+
 def check_layer(encoder, layer):
-    """Raise UserError unless `layer` is one of `encoder`'s."""
-    if encoder not in LAYERS:
-        raise UserError(f"--encoder {encoder}: not an encoder; choose from {', '.join(LAYERS)}")
-    if layer not in LAYERS[encoder]:
+    """Raise UserError for names that cannot be; of networks that have no short name, encoders.py knows."""
+    for name in [encoder] if ".py:" in encoder else encoder.split("+"):
+        check_encoder(name)
+    if encoder in LAYERS and layer not in LAYERS[encoder]:
         raise UserError(
             f"--layer {layer}: not a layer of {encoder}; choose from {', '.join(LAYERS[encoder])}"
         )
@@ -86,6 +93,33 @@ def add_running_flags(add):
     add("--bars", action="store_true", help="progress bars even where there is no terminal")
 
 
+def add_input_flags(add):
+    """What an encoder's images are like; add: a group's add_argument."""
+    add("--input-size", type=positive_int, metavar="N", help="side of its images (default: its own)")
+    for name in ("mean", "std"):
+        what = f"{name} of its images' channels, three numbers (default: its own)"
+        add(f"--{name}", type=three_numbers, metavar="R,G,B", help=what)
+
+
+def check_weights(args):
+    """Name the weights that a user's own function gives; raise UserError for what is not to be had."""
+    own = [".py:" in name for name in args.encoder.split("+")]
+    if any(own) and args.weights == "random":
+        raise UserError("--weights random: a FILE.py's function decides that; leave it out, or give a file")
+    if all(own) and args.weights == "imagenet":
+        args.weights = "own"
+    if args.std and min(args.std) <= 0:
+        raise UserError(f"--std {args.std}: images are divided by it; give three numbers above 0")
+
+
+def three_numbers(text):
+    """Three numbers with commas between them, as a list of floats, else argparse's own error."""
+    numbers = [number(float, part, minimum=-1e9, maximum=1e9) for part in text.split(",")]
+    if len(numbers) != 3:
+        raise argparse.ArgumentTypeError(f"{text} is not three numbers, as 0.5,0.5,0.5")
+    return numbers
+
+
 # --- train.py ----------------------------------------------------------------------------------------
 
 
@@ -94,11 +128,15 @@ def train_parser(doc=None):
     layers = "; ".join(f"{encoder}: {list(names)[0]}…{list(names)[-1]}" for encoder, names in LAYERS.items())
     parser = Parser(doc)
     add = parser.add_argument_group("what is inverted, and by what").add_argument
-    add("--encoder", choices=list(LAYERS), default="vgg16", help="frozen network")
-    add("--layer", default="block1", help=f"where its features are taken ({layers})")
+    names = f"{', '.join(LAYERS)}, timm/NAME, torchvision/NAME or FILE.py:FUNCTION"
+    add("--encoder", default="vgg16", help=f"frozen network: {names}")
+    add("--layer", default="block1", help=f"where its features are taken ({layers}; or a module's path)")
     add("--weights", default="imagenet", help="`imagenet`; `random`, the control; or a state-dict file")
+    add_input_flags(add)
     add("--decoder", choices=DECODERS, default="tconv", help="trained network")
     add("--width", type=positive_int, help="the decoder's main number of channels (default: its own)")
+    joined = "of several encoders, A+B with --layer a+b: as they are, weighed, or weighed at each position"
+    add("--fusion", choices=["concat", "weighted", "attention"], help=f"{joined} (default: concat)")
     looks = "of the feedback decoder: how often it looks at the encoder and corrects the image (default: 3)"
     add("--iterations", type=positive_int, metavar="K", help=looks)
     sees = "of the feedback decoder: what it sees then (default: residual)"
@@ -108,8 +146,8 @@ def train_parser(doc=None):
     add = parser.add_argument_group("images").add_argument
     add("--data", help="folder of DIV2K or with train/ and test/; `sample` (default: DIV2K if there)")
     add("--download", action="store_true", help="first fetch DIV2K (3.7 GB) into --data")
-    crop = "side of a training crop in pixels: a multiple of the layer's stride. Validation and test have 224"
-    add("--crop", type=positive_int, default=224, metavar="N", help=crop)
+    crop = "side of a training crop in pixels: a multiple of the layer's stride (default: the input size)"
+    add("--crop", type=positive_int, metavar="N", help=crop)
     kept = "encode N crops of each image once and keep them in the cache: for deep layers; 0: none"
     add("--kept-crops", type=whole_number, default=0, metavar="N", help=kept)
     some = "validate on N of the validation images, evenly spaced (default: all)"
@@ -158,6 +196,13 @@ def parse_train(argv=None, doc=None):
     if args.config:
         args = parser.parse_args([*read_config(args.config, parser, args.fast), *argv])
     check_layer(args.encoder, args.layer)
+    if args.fusion and "+" not in args.encoder:
+        raise UserError(
+            f"--fusion: joins several encoders, A+B with --layer a+b; there is one, {args.encoder}"
+        )
+    check_weights(args)
+    if args.protocol == "published" and (args.mean or args.std):
+        raise UserError("--mean and --std: --protocol published has ImageNet's; leave them out")
     for name in FEEDBACK_OPTIONS if args.decoder != "feedback" else ():
         if getattr(args, name):
             flag = name.replace("_", "-")
@@ -224,6 +269,8 @@ def as_flags(action, value):
         return [f"--no-{name}"] if isinstance(action, argparse.BooleanOptionalAction) else []
     if value is None and action.default is None:
         return []
+    if isinstance(value, list) and action.type is three_numbers:
+        value = ",".join(map(str, value))
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(f"{reprlib.repr(value)} should be a number or a word")
     return [f"--{name}={value}"]
@@ -242,6 +289,8 @@ def parse_evaluate(argv=None, doc=None):
     add("--images", nargs="+", metavar="PATH", help="instead: reconstruct these pictures and folders")
     add("--baselines", action="store_true", help="instead: what needs no features, on --data as of train.py")
     add("--report", metavar="RUNS", help="instead: the page and tables of the experiments in this folder")
+    compared = "instead: how these runs differ from the first of them, image by image, with intervals"
+    add("--compare", nargs="+", metavar="RUN", help=compared)
     add("--invert", action="store_true", help="instead: says which command does that, invert.py")
     add = parser.add_argument_group("how").add_argument
     add("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
@@ -261,6 +310,9 @@ def parse_evaluate(argv=None, doc=None):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     refuse_ignored(args, "report", ("ckpt", "data", "cache", "out", "iterations"))
     refuse_ignored(args, "images", ("data", "cache"))
+    refuse_ignored(args, "compare", ("ckpt", "data", "cache", "iterations"))
+    if args.compare and len(args.compare) < 2:
+        raise UserError("--compare: takes two runs or more, the first of which the others are held against")
     refuse_ignored(args, "baselines", ("ckpt", "iterations"))
     if args.size and not args.images:
         raise UserError("--size: only with --images")
@@ -283,9 +335,10 @@ def parse_invert(argv=None, doc=None):
     parser = Parser(doc)
     add = parser.add_argument_group("what is inverted").add_argument
     add("--ckpt", help="start from this checkpoint's reconstructions (default: runs/best.pt)")
-    add("--encoder", choices=list(LAYERS), help="start from noise, without a checkpoint")
-    add("--layer", help="of --encoder (default: its first)")
+    add("--encoder", help="start from noise, without a checkpoint: any that train.py takes")
+    add("--layer", help="of --encoder (default: its first, if it has a short name)")
     add("--weights", help="of --encoder: `imagenet`, `random` or a file (default: imagenet)")
+    add_input_flags(add)
     add("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
     add("--count", type=positive_int, default=10, help="test images, evenly spaced among all")
     add = parser.add_argument_group("how").add_argument
@@ -302,8 +355,11 @@ def parse_invert(argv=None, doc=None):
     if args.encoder and args.ckpt:
         raise UserError("--encoder with --ckpt: the checkpoint knows its own; give one of them")
     if args.encoder:
+        if not args.layer and args.encoder not in LAYERS:
+            raise UserError(f"--encoder {args.encoder}: give a --layer; python models.py lists them")
         args.layer = args.layer or list(LAYERS[args.encoder])[0]
         args.weights = args.weights or "imagenet"
+        check_weights(args)
         check_layer(args.encoder, args.layer)
         args.lr = args.lr or 0.1
     elif args.layer or args.weights:

@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -27,10 +28,11 @@ from tqdm import tqdm
 
 import data
 from decoders import resize
+from encoders import build_encoder
 from metrics import LPIPS, feature_error, mean_pairwise_distance, measure, psnr, summary
-from models import Encoder, load_inverter
+from models import load_inverter
 from pictures import draw_grid, from_worst_to_best, save_figure, to_picture, to_pixels
-from study import FIGURES
+from study import FIGURES, INPUT
 from utils import (
     INVERSION,
     UserError,
@@ -68,7 +70,7 @@ def main(args):
         encoder, decode, about, out = from_checkpoint(args, device)
     encoder.to(device)
     refuse_other_results(out, INVERSION, about)
-    images = data.load_split(about["data"], "test", args.cache, bars=bars)
+    images = data.load_split(about["data"], "test", args.cache, bars=bars, size=encoder.input_size)
     if len(images.names) < 2:
         raise UserError(f"{about['data']}: one test image; errors are divided by the distance of two")
     chosen = evenly_spaced(len(images.names), args.count)
@@ -89,9 +91,10 @@ def main(args):
 def from_noise(args):
     """(encoder, no decoder, what the results are of, folder for them) of --encoder, --layer and --weights."""
     about = {"encoder": args.encoder, "layer": args.layer, "weights": args.weights}
-    encoder = Encoder(**about)
+    about |= {name: getattr(args, name) for name in INPUT if getattr(args, name)}
+    encoder = build_encoder(**about)
     about |= {"start": "noise", "data": data.resolve(args.data)}
-    name = f"noise_{args.encoder}_{args.layer}"
+    name = f"noise_{re.sub('[/:]', '_', args.encoder)}_{args.layer}"
     if args.weights != "imagenet":
         name += f"_{Path(args.weights).stem}"
     return encoder, None, about, Path(args.out or Path("runs", name))
@@ -183,7 +186,7 @@ def invert_images(encoder, decode, pixels, scale, batch_size=4, bars=None, **opt
     values = {"start": [], "inversion": []}  # of each image, in the order of FIGURES
     with tqdm(None, "Images", len(pixels), unit="image", disable=bars) as bar:
         for number, part in enumerate(pixels.split(batch_size)):
-            batch = data.center_crops(part).to(device)
+            batch = data.center_crops(part, encoder.input_size).to(device)
             with torch.no_grad():
                 features = encoder(batch)
             begun = time.perf_counter()

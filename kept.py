@@ -14,6 +14,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from data import crops, epoch_plan
+from encoders import weights_key
 from utils import UserError, atomic, leftovers, user_cache
 
 ENCODED = 16  # crops at a time
@@ -36,9 +37,9 @@ class KeptCrops(NamedTuple):
         return features, *(part[index] for part in self.places[kept])
 
 
-def places_by_image(sizes, seed, number, size):
+def places_by_image(images, seed, number, size):
     """Top, left and flip, (N,) each, that the plan of this pass draws for each image."""
-    order, *drawn = epoch_plan(sizes, seed, number, size)
+    order, *drawn = epoch_plan(images.sizes, seed, number, size, images.side)
     of_image = order.argsort()
     return [part[of_image] for part in drawn]
 
@@ -51,10 +52,10 @@ def keep_crops(images, inverter, config, cache=None, bars=None):
     """
     count = config["kept_crops"]
     size = config["crop"]
-    places = [places_by_image(images.sizes, config["seed"], number, size) for number in range(count)]
+    places = [places_by_image(images, config["seed"], number, size) for number in range(count)]
     shape = (count, len(images), *inverter.shape_at(size))
     about = {name: config[name] for name in ("encoder", "layer", "protocol", "seed", "crop", "amp")}
-    about |= {"images": images.key, "shape": shape, "weights": inverter.encoder.key()}
+    about |= {"images": images.key, "shape": shape, "weights": weights_key(inverter.encoder)}
     about |= {"dtype": np.dtype(DTYPE).name, "device": inverter.device.type}
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = user_cache(cache) / f"{name}.features"

@@ -74,7 +74,7 @@ def mean_pairwise_distance(encoder, pixels, batch_size=4):
     """
     features = []
     for part in pixels.split(batch_size):
-        features.append(encoder(center_crops(part).to(encoder.mean.device)).flatten(1))
+        features.append(encoder(center_crops(part, encoder.input_size).to(encoder.mean.device)).flatten(1))
     return F.pdist(torch.cat(features)).mean().item()
 
 

@@ -1,143 +1,29 @@
-"""The networks: frozen encoders, and the Inverter that joins one to a decoder; built, or loaded.
+"""The Inverter, which joins a frozen encoder to a decoder: built, or loaded; and what every pair costs.
 
-python models.py                every layer and decoder, with its cost
+python models.py                                every layer and decoder of the study, with its cost
+python models.py --encoder timm/convnext_tiny   every layer of another
 """
 
-import hashlib
 import math
 
 import torch
-import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from decoders import (
-    IMAGE_SIZE,
     AttentionDecoder,
     FrequencyDecoder,
+    Fused,
     TransposedConv,
     WaveletDecoder,
     upsamplings,
 )
+from encoders import build_encoder, layers_of, weights_key
 from feedback import FeedbackDecoder, ResidualDecoder
-from flags import check_layer
-from study import DECODERS, DOCUMENTED, FEEDBACK_OPTIONS, IMAGENET_MEAN, IMAGENET_STD, LAYERS, PROTOCOLS
-from utils import UserError, digest, load, out_of_memory
-from weights import VIT_SMALL, imagenet_weights, weights_from_file
-
-# --- Encoders ----------------------------------------------------------------------------------------
-
-
-def build_network(name):
-    """The whole network of encoder `name`, torchvision's or timm's, with its own random weights."""
-    if name == "vit_small":
-        import timm  # here, because it takes a second and the other networks don't need it
-
-        return timm.create_model(VIT_SMALL)
-    return torchvision.models.get_model(name)
-
-
-def features_trunk(net, depth):
-    return net.features[:depth]
-
-
-def resnet34_trunk(net, depth):
-    stages = (net.layer1, net.layer2, net.layer3, net.layer4)
-    return nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, *stages[:depth])
-
-
-class ViTTrunk(nn.Module):
-    """The first blocks of a timm ViT: image → tokens without the class token, as a (B, 384, 14, 14) map."""
-
-    def __init__(self, vit, depth):
-        super().__init__()
-        vit.blocks = vit.blocks[:depth]
-        vit.norm = nn.Identity()
-        vit.head = nn.Identity()
-        self.vit = vit
-
-    def forward(self, x):
-        tokens = self.vit.forward_features(x)[:, self.vit.num_prefix_tokens :]  # (B, 196, 384)
-        return tokens.transpose(1, 2).unflatten(2, (14, 14))
-
-
-# encoder → the part of its network up to a depth, which study.LAYERS has for each layer
-TRUNKS = {
-    "vgg16": features_trunk,
-    "resnet34": resnet34_trunk,
-    "vit_small": ViTTrunk,
-    "alexnet": features_trunk,
-}
-
-
-class Encoder(nn.Module):
-    """A frozen network up to one layer: images (B, 3, 224, 224) in [0, 1] → features (B, C, H, W).
-
-    encoder, layer: names in study.LAYERS. weights: `imagenet`; `random`, torchvision's or timm's own
-    initialisation from `seed`, the control; or the path of a state dict, whose SHA-256 is then
-    `weights_sha256`. Always in eval mode, parameters without gradient (paper 3.1.3); images may have one.
-    Raises UserError for unknown names and weights that can't be had or don't fit.
-    """
-
-    def __init__(self, encoder="vgg16", layer="block1", weights="imagenet", seed=42, protocol=DOCUMENTED):
-        super().__init__()
-        check_layer(encoder, layer)
-        cut = TRUNKS[encoder]
-        depth = LAYERS[encoder][layer]
-        if encoder == "vit_small":
-            blocks = len(LAYERS[encoder])
-            depth = (depth - 1 + protocol.vit_shift) % blocks + 1
-        self.weights_sha256 = None
-        if weights == "random":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                net = build_network(encoder)
-        else:
-            with torch.device("meta"):  # no memory or time for the parts that are cut off
-                net = build_network(encoder)
-            if weights == "imagenet":
-                state = imagenet_weights(encoder)
-            else:
-                state = weights_from_file(weights)
-                self.weights_sha256 = digest(weights)
-            load_trunk(net, cut(net, depth), state, f"--weights {weights}")
-        self.trunk = cut(net, depth).to(memory_format=torch.channels_last)
-        own = getattr(net, "pretrained_cfg", None)  # timm's networks know their own
-        if own is None or not protocol.own_normalization:
-            own = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-        self.register_buffer("mean", torch.tensor(own["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(own["std"]).view(3, 1, 1))
-        self.requires_grad_(False)
-        self.eval()
-
-    def train(self, mode=True):
-        return super().train(False)
-
-    def forward(self, images):
-        return self.trunk((images - self.mean) / self.std)
-
-    def key(self):
-        """The SHA-256 of all that it computes with."""
-        found = hashlib.sha256()
-        for tensor in self.state_dict().values():
-            found.update(tensor.cpu().contiguous().numpy())
-        return found.hexdigest()
-
-
-def load_trunk(net, trunk, state, source):
-    """Load into `net` what `trunk` needs of `state`; raise UserError if something is missing or misshapen."""
-    needed = {id(tensor) for tensor in [*trunk.parameters(), *trunk.buffers()]}
-    own = {key: value for key, value in net.state_dict(keep_vars=True).items() if id(value) in needed}
-    state = {
-        key: torch.tensor(0) for key in own if key.endswith("num_batches_tracked")
-    } | state  # old files lack it
-    for key, tensor in own.items():
-        if key not in state:
-            raise UserError(f"{source}: has no {key}")
-        if state[key].shape != tensor.shape:
-            raise UserError(f"{source}: {key} is {tuple(state[key].shape)}, should be {tuple(tensor.shape)}")
-    net.load_state_dict({key: state[key].to(own[key].dtype) for key in own}, strict=False, assign=True)
-
+from flags import Parser, positive_int
+from networks import own_input
+from study import DECODERS, DOCUMENTED, ENCODERS, FEEDBACK_OPTIONS, INPUT, LAYERS, PROTOCOLS
+from utils import UserError, load, out_of_memory, run
 
 # --- Decoders ------------------------------------------------------------------------------------------
 
@@ -191,8 +77,18 @@ class Inverter(nn.Module):
         self.amp = amp
 
     @property
+    def size(self):
+        """Side of the images of validation, test and pictures: 224, or what the encoder was trained with."""
+        return self.encoder.input_size
+
+    @property
     def device(self):
         return next(self.parameters()).device
+
+    @property
+    def core(self):
+        """The decoder without what joins several sources."""
+        return self.decoder.decoder if isinstance(self.decoder, Fused) else self.decoder
 
     @property
     def look(self):
@@ -215,7 +111,7 @@ class Inverter(nn.Module):
     def iterates(self, features, size=None):
         """Images from features, as `decode` gives the last, after each iteration; one where there is none."""
         with self.autocast():
-            if isinstance(self.decoder, FeedbackDecoder):
+            if isinstance(self.core, FeedbackDecoder):
                 images = self.decoder(features, self.look, size)
             else:
                 images = [self.decoder(features, size)]
@@ -230,12 +126,12 @@ class Inverter(nn.Module):
 
     def shape_at(self, size):
         """(C, H, W) of the features of a size×size image."""
-        return self.shape if size == IMAGE_SIZE else feature_shape(self.encoder, size)
+        return self.shape if size == self.size else feature_shape(self.encoder, size)
 
     @property
     def stride(self):
-        """Pixels of an image from one position of the features to the next."""
-        return 2 ** upsamplings(self.shape[1], IMAGE_SIZE)
+        """Pixels of an image from one position of the features to the next; of several layers, the most."""
+        return 2 ** upsamplings(min(height for _, height, _ in self.encoder.shapes), self.size)
 
     def compile(self):
         """torch.compile both networks, in place."""
@@ -253,15 +149,23 @@ def build_inverter(
     protocol=DOCUMENTED,
     shape=None,
     amp=False,
+    input_size=None,
+    mean=None,
+    std=None,
+    fusion="concat",
     **options,
 ):
     """An Inverter of these names, its decoder untrained, on the CPU. Raises UserError.
 
-    shape: (C, H, W) of the features, where it is known, which spares a trial pass. options: build_decoder's.
+    shape: (C, H, W) of the features, where it is known, which spares a trial pass. input_size, mean, std: of
+    the encoder's images, where not its own. fusion: of several encoders. options: build_decoder's.
     """
-    frozen = Encoder(encoder, layer, weights, seed, protocol)
-    shape = shape or feature_shape(frozen)
-    net = build_decoder(decoder, shape, width, seed, **options)
+    frozen = build_encoder(encoder, layer, weights, seed, protocol, input_size, mean, std)
+    channels, heights, widths = zip(*frozen.shapes, strict=True)
+    shape = shape or (sum(channels), max(heights), max(widths))
+    net = build_decoder(decoder, shape, width, seed, size=frozen.input_size, **options)
+    if len(channels) > 1:
+        net = Fused(net, channels, fusion)
     return Inverter(frozen, net, shape, amp, protocol.normalized_target)
 
 
@@ -269,7 +173,9 @@ def inverter_of(config, shape=None):
     """The Inverter that a run's configuration, {flag: value}, asks for. Raises UserError, and KeyError."""
     names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp")
     values = {name: config[name] for name in names}
-    values |= {name: config.get(name) for name in FEEDBACK_OPTIONS}  # older checkpoints have none
+    values |= {name: config.get(name) for name in (*FEEDBACK_OPTIONS, *INPUT)}  # older checkpoints have none
+    if config.get("fusion"):
+        values["fusion"] = config["fusion"]
     return build_inverter(**values, protocol=PROTOCOLS[config["protocol"]], shape=shape)
 
 
@@ -299,14 +205,15 @@ def load_inverter(path):
             f"{file}: SHA-256 is {found}, the decoder was trained with {checkpoint['weights_sha256']}"
         )
     expected = checkpoint.get("encoder_sha256")  # older checkpoints have none
-    if expected and expected != inverter.encoder.key():
+    if expected and expected != weights_key(inverter.encoder):
         names = "{encoder}'s {weights} weights".format(**checkpoint["config"])
         raise UserError(f"{path}: was trained with other {names} up to its layer than those found here")
     return inverter.eval(), checkpoint
 
 
-def feature_shape(encoder, size=IMAGE_SIZE):
-    """(C, H, W) of `encoder`'s features of a size×size image."""
+def feature_shape(encoder, size=None):
+    """(C, H, W) of `encoder`'s features of a size×size image, its own size where None."""
+    size = size or encoder.input_size
     images = torch.zeros(1, 3, size, size, device=encoder.mean.device)
     with torch.no_grad():
         return tuple(encoder(images).shape[1:])
@@ -331,37 +238,59 @@ def describe():
         + "".join(f"{name:>19}" for name in BUILDERS)
     )
     print(f"{'':<34}{'GMAC':>8}" + f"{'parameters   GMAC':>19}" * len(BUILDERS))
-    plain = [build for build in BUILDERS.values() if build is not FeedbackDecoder]
-    decoders = {}  # (parameters, multiply-adds) of each of these for a shape, which layers share
-    with torch.device("meta"):
-        images = torch.empty(1, 3, IMAGE_SIZE, IMAGE_SIZE)
-        for name, layers in LAYERS.items():
-            for layer, depth in layers.items():
-                encoder = TRUNKS[name](build_network(name), depth)
-                features, encoding = with_cost(encoder, images)
-                shape = tuple(features.shape[1:])
-                if shape not in decoders:
-                    decoders[shape] = [decoder_cost(build, features) for build in plain]
-                costs = [*decoders[shape], decoder_cost(FeedbackDecoder, features, encoder)]
-                line = f"{name:<10}{layer:<9}{' × '.join(map(str, shape)):<15}{encoding / 1e9:>8.2f}"
-                for parameters, decoding in costs:
-                    line += f"{parameters:>12,}{(encoding + decoding) / 1e9:>7.2f}"
-                print(line)
+    decoders = {}  # what each costs for a shape, which layers share
+    for name, layers in LAYERS.items():
+        found = layers_of(name)
+        for layer, path in layers.items():
+            shape, encoding = found[path]
+            if shape not in decoders:
+                decoders[shape] = [decoder_cost(build, shape) for build in BUILDERS.values()]
+            line = f"{name:<10}{layer:<9}{' × '.join(map(str, shape)):<15}{encoding / 1e9:>8.2f}"
+            for parameters, decoding, passes in decoders[shape]:
+                line += f"{parameters:>12,}{(passes * encoding + decoding) / 1e9:>7.2f}"
+            print(line)
 
 
-def decoder_cost(build, *inputs):
-    """(trainable parameters, multiply-adds) of the decoder that `build` makes for features, an encoder."""
-    decoder = build(tuple(inputs[0].shape[1:]))
-    _, cost = with_cost(decoder, *inputs)
-    return count_parameters(decoder), cost
+def decoder_cost(build, shape):
+    """Trainable parameters and multiply-adds of the decoder that `build` makes, and passes of the encoder."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        decoder = build(shape).eval()
+        features = torch.empty(1, *shape)
+        looks = isinstance(decoder, FeedbackDecoder)
+        decoder(features, lambda images: features) if looks else decoder(features)
+    passes = 1 + decoder.iterations if looks else 1
+    return count_parameters(decoder), counter.get_total_flops() / 2, passes
 
 
-def with_cost(network, *inputs):
-    """What `network` makes of the inputs in eval mode, and the multiply-adds that it takes."""
-    with FlopCounterMode(display=False) as counter:
-        y = network.eval()(*inputs)
-    return y, counter.get_total_flops() / 2
+def describe_layers(encoder, input_size=None):
+    """Print every layer of `encoder`: its features, multiply-adds up to there, and decoders' parameters."""
+    size = input_size or own_input(ENCODERS.get(encoder, encoder))["input_size"]
+    layers = layers_of(encoder, size)
+    longest = max(len(path) for path in layers)
+    print(f"{'layer':<{longest}}  {'features':<17}{'GMAC':>8}" + "".join(f"{name:>13}" for name in BUILDERS))
+    counts = {}
+    for path, (shape, cost) in layers.items():
+        if shape not in counts:
+            with torch.device("meta"):
+                counts[shape] = [count_parameters(build(shape, size=size)) for build in BUILDERS.values()]
+        line = f"{path:<{longest}}  {' × '.join(map(str, shape)):<17}{cost / 1e9:>8.2f}"
+        print(line + "".join(f"{count:>13,}" for count in counts[shape]))
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--encoder", help="its layers, by the paths that --layer takes (default: the study's)"
+    )
+    parser.add_argument("--input-size", type=positive_int, metavar="N", help="side of its images")
+    args = parser.parse_args()
+    if args.encoder:
+        describe_layers(args.encoder, args.input_size)
+    elif args.input_size:
+        raise UserError("--input-size: of an --encoder; give one")
+    else:
+        describe()
 
 
 if __name__ == "__main__":
-    describe()
+    run(main)

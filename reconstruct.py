@@ -9,10 +9,9 @@ from tqdm import tqdm
 
 import data
 from metrics import psnr, target
-from models import IMAGE_SIZE
 from pictures import strip, to_pixels
 from study import PROTOCOLS
-from utils import UserError, atomic, digest, make_folder
+from utils import UserError, atomic, digest, make_folder, out_of_memory
 
 LOCAL = ("tconv", "residual", "feedback")  # decoders, of which a pixel depends on some features around it
 WHOLE = 2**20  # pixels that are reconstructed in one go
@@ -64,7 +63,7 @@ def reconstruct_pictures(args, inverter, config, bars=None):
     for file, path, mark in tqdm(jobs, "Reconstructing", len(files), unit="image", disable=bars):
         picture = data.read_image(file)
         if not native:
-            picture = ImageOps.fit(picture, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BILINEAR)
+            picture = ImageOps.fit(picture, (inverter.size, inverter.size), Image.Resampling.BILINEAR)
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(inverter.device).float() / 255
         with torch.no_grad():
             output = (reconstruct_whole(inverter, image) if native else inverter(image)).clamp(0, 1)
@@ -102,10 +101,19 @@ def takes_any_size(inverter, config):
     """Whether what it reconstructs can be a picture of any size, and part by part.
 
     The decoder is local, and its image is as many times its features as the stride says: not of AlexNet's 27
-    positions, whose last step stretches them to 224, nor of ViT's, which are always as many.
+    positions, whose last step stretches them to 224. The encoder has a position more for a stride more on
+    either side: not ViT, which takes no such image.
     """
-    exact = inverter.shape[1] * inverter.stride == IMAGE_SIZE
-    return config["decoder"] in LOCAL and exact and config["encoder"] != "vit_small"
+    _, height, width = inverter.shape
+    stride = inverter.stride
+    if config["decoder"] not in LOCAL or (height * stride, width * stride) != (inverter.size,) * 2:
+        return False
+    try:
+        return inverter.shape_at(inverter.size + stride)[1:] == (height + 1, width + 1)
+    except Exception as error:  # each network has its own
+        if out_of_memory(error):
+            raise
+        return False
 
 
 def reconstruct_whole(inverter, image, whole=WHOLE, tile=TILE):
@@ -159,4 +167,8 @@ def reach(inverter):
         last = int((changed * torch.arange(1, width + 1, device=changed.device)).max()) - half
         if last <= half // 2:  # well before the end
             break
+    else:
+        raise UserError(
+            "the picture is too large for one piece, and each part of it matters to all: --size 224"
+        )
     return -(-max(last, 1) // inverter.stride) * inverter.stride

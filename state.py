@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from filelock import FileLock, Timeout
 
+from encoders import weights_key
 from metrics import Meter
 from tracker import EVENTS
 from utils import INVERSION, RESULTS, UserError, leftovers, load, make_folder, save
@@ -57,10 +58,11 @@ def resume(state, same, out, rank, world):
         return False
     try:
         for key, value in same.items():
-            if content["about"][key] != value:
+            found = content["about"].get(key)  # an older run may know nothing of it
+            if found != value:
                 raise UserError(
                     f"--resume: {key} is {reprlib.repr(value)}, the run in {out} has "
-                    f"{reprlib.repr(content['about'][key])}; give the same, or another --out"
+                    f"{reprlib.repr(found)}; give the same, or another --out"
                 )
         for name in ("decoder", "optimizer", "scheduler"):
             getattr(state, name).load_state_dict(content[name])
@@ -81,7 +83,7 @@ def save_best(inverter, config, state, out):
         "config": config,
         "shape": list(inverter.shape),
         "weights_sha256": inverter.encoder.weights_sha256,
-        "encoder_sha256": inverter.encoder.key(),
+        "encoder_sha256": weights_key(inverter.encoder),
         "epoch": state.epoch,
         "val_loss": state.best_loss,
         "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},

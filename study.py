@@ -2,18 +2,25 @@
 
 from typing import NamedTuple
 
-# The layers of each encoder, shallow to deep, and how many of its modules run up to there: those of
-# torchvision's `features`, ResNet's stages, ViT's blocks. models.py builds them.
+# Short names of encoders, and of their layers, shallow to deep: the network and the path of a module in it.
+ENCODERS = {
+    "vgg16": "torchvision/vgg16",
+    "resnet34": "torchvision/resnet34",
+    "vit_small": "timm/vit_small_patch16_224",
+    "alexnet": "torchvision/alexnet",
+}
 LAYERS = {
-    "vgg16": {"block1": 5, "block2": 10, "block3": 17, "block4": 24, "block5": 31},
-    "resnet34": {"layer1": 1, "layer2": 2, "layer3": 3, "layer4": 4},
-    "vit_small": {f"block{i}": i + 1 for i in range(12)},
-    "alexnet": {"conv1": 3, "conv2": 6, "conv3": 8, "conv4": 10, "conv5": 13},
+    "vgg16": {f"block{i}": f"features.{place}" for i, place in enumerate((4, 9, 16, 23, 30), 1)},
+    "resnet34": {f"layer{i}": f"layer{i}" for i in range(1, 5)},
+    "vit_small": {f"block{i}": f"blocks.{i}" for i in range(12)},
+    "alexnet": {f"conv{i}": f"features.{place}" for i, place in enumerate((2, 5, 7, 9, 12), 1)},
 }
 DECODERS = ["tconv", "frequency", "wavelet", "attention", "residual", "feedback"]  # decoders.py builds them
 FEEDBACK_OPTIONS = ("iterations", "feedback", "own_weights")  # flags of that decoder alone
+INPUT = ("input_size", "mean", "std")  # flags of what an encoder's images are like
 METRICS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}  # metrics.py measures them
 FIGURES = METRICS | {"feature_error": "feature error ↓"}  # of what was made by looking at the encoder again
+IMAGE_SIZE = 224  # of the study's images, and of those that most networks were trained with
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the pixels, which encoders are normalised by
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -33,10 +33,11 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from tqdm import tqdm
 
 import data
+from decoders import Fused
 from download import download_div2k
 from kept import keep_crops
 from metrics import SMALLEST, TERMS, Loss, Meter, target
-from models import IMAGE_SIZE, Inverter, count_parameters, inverter_of
+from models import Inverter, count_parameters, inverter_of
 from signals import Interrupted, Signals
 from state import State, claim, remove_what_will_not_be_true, resume, save_best, save_last
 from study import PROTOCOLS
@@ -46,6 +47,7 @@ from utils import (
     disable_bars,
     evenly_spaced,
     keep_freed_memory,
+    out_of_memory,
     select_device,
     start_processes,
     write_text,
@@ -61,7 +63,7 @@ DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
 
 def train(args):
     """Train as `args` (a Namespace of the flags) say, and write the run's files; the State at its end."""
-    # --- device, processes and data
+    # --- device, processes and networks
     device = select_device(args.device)
     set_up(args.deterministic)
     torch.manual_seed(args.seed)
@@ -73,14 +75,16 @@ def train(args):
     protocol = PROTOCOLS[config["protocol"]]
     out = Path(args.out)
     lock = claim(out, args.resume, args.overwrite) if rank == 0 else None
-    source = (args.cache, protocol, disable_bars(args))  # whichever process builds the cache shows it
+    inverter = inverter_of(config).to(device)
+    config["crop"] = config["crop"] or inverter.size
+
+    # --- data, loss and optimiser
+    source = (args.cache, protocol, disable_bars(args), inverter.size)  # which process builds it shows it
     train_images = data.load_split(config["data"], "train", *source).to(device)
     val_images = data.load_split(config["data"], "val", *source).to(device)
     val_numbers = evenly_spaced(len(val_images), config["val_images"] or len(val_images))
     steps = steps_of_a_pass(len(train_images), config["batch_size"], world) * config["passes"]
 
-    # --- networks, loss and optimiser
-    inverter = inverter_of(config).to(device)
     check_crop(inverter, config, len(train_images), world)
     loss = Loss(config["mse_weight"], config["lpips_weight"], protocol).to(device)
     if world > 1 and device.type == "cuda":
@@ -193,17 +197,22 @@ def check_crop(inverter, config, images, world):
     """Raise UserError unless encoder, decoder and LPIPS take crops of this size; images: their number."""
     crop = config["crop"]
     layer = f"{config['encoder']} {config['layer']}"
-    if crop > data.RESIZE:
-        raise UserError(f"--crop {crop}: images are {data.RESIZE} pixels wide; at most that")
-    if crop % inverter.stride:
+    side = data.side_of(inverter.size)
+    if crop > side:
+        raise UserError(f"--crop {crop}: images are {side} pixels wide; at most that")
+    if crop % inverter.stride and crop != inverter.size:
         raise UserError(
             f"--crop {crop}: {layer} has a stride of {inverter.stride} pixels; give a multiple of it"
         )
+    if inverter.size < SMALLEST:
+        raise UserError(f"--input-size {inverter.size}: LPIPS wants at least {SMALLEST} pixels")
     if config["lpips_weight"] and crop < SMALLEST:
         raise UserError(f"--crop {crop}: LPIPS wants at least {SMALLEST} pixels")
     try:
         shape = inverter.shape_at(crop)
-    except (AssertionError, RuntimeError) as error:  # ViT's, with as many positions as it was trained with
+    except Exception as error:  # each network has its own
+        if out_of_memory(error):
+            raise
         raise UserError(f"--crop {crop}: {layer} takes no such image ({error})") from None
     last = images % config["batch_size"] or config["batch_size"]
     if world == 1 and last == shape[1] * shape[2] == 1:  # batch norm may want more than one value
@@ -218,17 +227,25 @@ def check_crop(inverter, config, images, world):
             ) from None
 
 
+@torch.no_grad()
 def measure_features(inverter, images, config):
     """Tell the decoder the mean and deviation of each channel of the features, over the first crops."""
-    plan = data.epoch_plan(images.sizes, config["seed"], 0, config["crop"])
+    plan = data.epoch_plan(images.sizes, config["seed"], 0, config["crop"], images.side)
     parts = zip(*(part[:MEASURED].split(VALIDATED) for part in plan), strict=True)
     features = [
         inverter.encode(data.crops(images, *part, config["crop"]).to(inverter.device)) for part in parts
     ]
-    deviation, mean = torch.std_mean(torch.cat(features).float(), (0, 2, 3), keepdim=True)
+    features = torch.cat(features).float()
+    if isinstance(inverter.decoder, Fused):
+        sources = features.split(inverter.decoder.channels, 1)
+        inverter.decoder.deviation.copy_(torch.stack([source.std() for source in sources]))
+        features = inverter.decoder.fuse(features)
+        if not hasattr(inverter.core, "deviation"):
+            return
+    deviation, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)
     smallest = 0.01 * deviation.mean()  # of channels that are hardly ever on
-    inverter.decoder.mean.copy_(mean[0])
-    inverter.decoder.deviation.copy_(deviation[0].clamp_min(smallest))
+    inverter.core.mean.copy_(mean[0])
+    inverter.core.deviation.copy_(deviation[0].clamp_min(smallest))
 
 
 def make_scheduler(optimizer, config, steps, lowest_lr):
@@ -269,7 +286,7 @@ def epoch_batches(images, kept, config, state, steps, rank, world, device):
     for step in range(state.step, steps):
         number, place = divmod(state.epoch * steps + step, steps_of_pass)  # passes so far, steps in this one
         if plan is None or place == 0:
-            plan = data.epoch_plan(images.sizes, config["seed"], number, crop)
+            plan = data.epoch_plan(images.sizes, config["seed"], number, crop, images.side)
             if world > 1:  # every process takes as many steps, so the last ones wrap around
                 places = torch.arange(steps_of_pass * size * world, device=images.sizes.device) % len(images)
                 plan = [part[places] for part in plan]
@@ -346,10 +363,10 @@ def check_finite(losses, epoch, step):
 
 @torch.no_grad()
 def validate(inverter, images, numbers, loss, known, world, signals, bars):
-    """Measure the central 224×224 of the images that `numbers` names, which are this process's part.
+    """Measure the centre of the images that `numbers` names, which are this process's part.
 
     known: {number of a batch: features}, for the next validation. Returns averages of the loss's terms, and
-    of some images the targets and outputs, (SHOWN, 3, 224, 224) in [0, 1] each.
+    of some images the targets and outputs, (SHOWN, 3, H, W) in [0, 1] each.
     """
     device = inverter.device
     if world > 1 and device.type == "cpu":  # gloo: batch norm's statistics are those of process 0
@@ -357,12 +374,12 @@ def validate(inverter, images, numbers, loss, known, world, signals, bars):
             dist.broadcast(buffer, 0)
     inverter.eval()
     shown = evenly_spaced(len(numbers), SHOWN)
-    targets = [torch.empty(0, 3, IMAGE_SIZE, IMAGE_SIZE, device=device)]  # a process may have no image
+    targets = [torch.empty(0, 3, inverter.size, inverter.size, device=device)]  # a process may have no image
     outputs = targets.copy()
     meter = Meter(TERMS, device)
     firsts = range(0, len(numbers), VALIDATED)
     for first in tqdm(firsts, "Validation", unit="step", leave=False, disable=bars):
-        batch = data.center_crops(images[numbers[first : first + VALIDATED]]).to(device)
+        batch = data.center_crops(images[numbers[first : first + VALIDATED]], inverter.size).to(device)
         features = known[first] if first in known else inverter.encode(batch)
         size = features.nbytes / len(batch) * len(numbers) * world
         if size <= KEPT_FEATURES:  # deep layers', which take long and are small

@@ -125,6 +125,15 @@ def same_data(a, b):
     return a == b or "sample" not in (a, b) and Path(a).resolve() == Path(b).resolve()
 
 
+def seed_folders(run):
+    """Those of a run's seeds that were evaluated, `seed1` and so on; else one: `run`, or that of a seed."""
+    if (run / RESULTS[0]).exists():
+        return [run]
+    seeds = [path for path in run.glob("seed*") if path.name.removeprefix("seed").isdigit()]
+    seeds.sort(key=lambda path: int(path.name.removeprefix("seed")))
+    return [path for path in seeds if (path / RESULTS[0]).exists()] or (seeds or [run])[:1]
+
+
 def refuse_other_results(out, files, about):
     """Raise UserError if the folder `out` holds one of `files` that is not a result of what `about` says.
 

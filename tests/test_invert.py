@@ -11,8 +11,9 @@ from PIL import Image
 import data
 import invert
 import report
+from encoders import Encoder
 from metrics import psnr
-from models import Encoder, load_inverter
+from models import load_inverter
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,9 @@ from conftest import REPOSITORY
 import models
 import utils
 import weights
+from encoders import Encoder
 from metrics import LPIPS
-from models import Encoder, build_decoder, build_inverter, count_parameters, feature_shape, load_inverter
+from models import build_decoder, build_inverter, count_parameters, feature_shape, load_inverter
 from study import LAYERS, PUBLISHED_CODE
 from utils import UserError
 
@@ -63,7 +64,8 @@ def test_vgg16_features_are_torchvisions(layer, vgg_features, image):
     z = encoder(image)
     assert z.shape[1:] == VGG_SHAPES[layer]
     torch.testing.assert_close(z, x, rtol=1e-4, atol=1e-4)
-    assert len(encoder.trunk) == [5, 10, 17, 24, 31][pools - 1]  # nothing behind the layer is built
+    built = [m for m in encoder.trunk.net.features if not isinstance(m, torch.nn.Identity)]
+    assert len(built) == [5, 10, 17, 24, 31][pools - 1]  # nothing behind the layer takes memory
     assert not z.requires_grad and not any(p.requires_grad for p in encoder.parameters())
 
 
@@ -88,7 +90,7 @@ def test_encoder_stays_in_eval_mode():
 
 
 def test_random_weights_are_seeded():
-    a, b, c = (Encoder("vgg16", "block1", "random", seed).trunk[0].weight for seed in (1, 1, 2))
+    a, b, c = (Encoder("vgg16", "block1", "random", seed).trunk.net.features[0].weight for seed in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -190,7 +192,7 @@ def test_weights_from_a_file(tmp_path):
     net.features = torchvision.models.vgg.make_layers([64, 64, "M", 128, 128, "M"])
     torch.save(net.state_dict(), tmp_path / "vgg.pth")
     encoder = Encoder("vgg16", "block2", str(tmp_path / "vgg.pth"))
-    assert torch.equal(encoder.trunk[5].weight, net.features[5].weight)
+    assert torch.equal(encoder.trunk.net.features[5].weight, net.features[5].weight)
     assert feature_shape(encoder) == (128, 56, 56)
 
 
@@ -274,7 +276,8 @@ def test_resnet34_features_are_torchvisions(random_networks, image, layer):
     )[layer]
     encoder = Encoder("resnet34", layer, file)
     torch.testing.assert_close(encoder(image), expected.detach(), rtol=1e-4, atol=1e-4)
-    assert len(encoder.trunk) == 4 + int(layer[-1])
+    after = [getattr(encoder.trunk.net, f"layer{i}") for i in range(int(layer[-1]) + 1, 5)]
+    assert all(isinstance(module, torch.nn.Identity) for module in after)  # takes no memory
 
 
 def test_weights_of_old_files_are_read(random_networks, image, tmp_path):
@@ -323,7 +326,7 @@ def test_vit_features_are_timms(random_networks, image, layer):
     calls = []
     for module in encoder.modules():
         if isinstance(module, timm.models.vision_transformer.Block):
-            module.register_forward_hook(lambda *_: calls.append(1))
+            module.register_forward_pre_hook(lambda *_: calls.append(1))
     encoder(image)
     assert len(calls) == index + 1  # no block behind the layer is run
 

@@ -20,8 +20,9 @@ import data
 import evaluate
 import metrics
 import train
+from encoders import Encoder
 from metrics import LPIPS, Loss
-from models import Encoder, build_inverter, load_inverter
+from models import build_inverter, load_inverter
 from study import DEFINING, PUBLISHED_CODE
 from utils import UserError, load
 
@@ -76,7 +77,9 @@ def test_command_line_wins_over_yaml_over_defaults(tmp_path):
         ("lr: -1", "lr: -1 is not positive"),
         ("lr: .nan", "lr: nan is not positive"),
         ("deterministic: 3", "deterministic: 3 should be true or false"),
-        ("encoder: vgg19", "--encoder: invalid choice: 'vgg19' (choose from"),
+        ("encoder: vgg19", "--encoder vgg19: not an encoder; choose from vgg16"),
+        ("mean: [0.5, 0.5]", "is not three numbers"),
+        ("encoder: [vgg16]", "encoder: ['vgg16'] should be"),
         ("layer: block9", "choose from block1, block2"),
         ("- 1\n- 2", "is list, should be"),
         ("just words", "is str, should be"),
@@ -460,7 +463,7 @@ def test_non_finite_loss_stops_and_keeps_the_best(photos, tmp_path, run_train, e
     def poisoned(self, images):
         steps.append(1)
         z = real(self, images)
-        return z * math.nan if len(steps) == 5 else z  # 1: the shape; 2–4: epoch 1; 5: epoch 2
+        return z * math.nan if len(steps) == 4 else z  # 1–3: epoch 1; 4: epoch 2
 
     monkeypatch.setattr(Encoder, "forward", poisoned)
     assert run_train("--data", photos, "--out", tmp_path, "--epochs", 3, "--tracker", "none") == 2

@@ -27,6 +27,7 @@ def parts_of(photos, *flags):
     parts.train = data.load_split(str(photos), "train", protocol=protocol)
     parts.val = data.load_split(str(photos), "val", protocol=protocol)
     parts.inverter = inverter_of(config)
+    config["crop"] = config["crop"] or parts.inverter.size
     parts.loss = Loss(config["mse_weight"], config["lpips_weight"], protocol)
     parts.steps = train.steps_of_a_pass(len(parts.train), config["batch_size"], 1) * config["passes"]
     optimizer = torch.optim.Adam(parts.inverter.decoder.parameters(), lr=config["lr"])

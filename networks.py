@@ -1,0 +1,119 @@
+"""Networks by name, torchvision's, timm's or one's own: built, and given their weights."""
+
+import difflib
+import importlib.util
+import warnings
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from flags import check_encoder
+from study import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
+from utils import UserError
+from weights import official
+
+
+def parse(name):
+    """(source, rest) of a network's name: `timm/…`, `torchvision/…` or `FILE.py:FUNCTION`.
+
+    Raises UserError for a name that is none.
+    """
+    check_encoder(name)
+    if ".py:" in name:
+        file, function = name.rsplit(":", 1)
+        if not Path(file).is_file():
+            raise UserError(f"--encoder {name}: no such file")
+        return file, function
+    source, _, rest = name.partition("/")
+    if source == "timm":
+        import timm  # here, because it takes a second and torchvision's networks don't need it
+
+        known = [*timm.list_models(), *timm.list_pretrained()]  # the latter name their weights too
+    else:
+        known = torchvision.models.list_models(module=torchvision.models)
+    if rest not in known:
+        raise UserError(f"--encoder {name}: {source} has no such model; near: {near(rest, known)}")
+    return source, rest
+
+
+def build_network(name):
+    """The network `name`, with its own random weights. Raises UserError."""
+    source, rest = parse(name)
+    if source == "timm":
+        import timm
+
+        return timm.create_model(rest)
+    if source == "torchvision":
+        with warnings.catch_warnings():  # some take long to initialise, and say so
+            warnings.simplefilter("ignore", FutureWarning)
+            return torchvision.models.get_model(rest)
+    return own_network(source, rest)
+
+
+def own_network(file, function):
+    """What `function` of the Python file returns, a user's own nn.Module. Raises UserError."""
+    name = f"--encoder {file}:{function}"
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        net = getattr(module, function)()
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
+        raise UserError(f"{name}: {type(error).__name__}: {error}") from None
+    if not isinstance(net, nn.Module):
+        raise UserError(f"{name}: returns {type(net).__name__}, should be an nn.Module")
+    return net
+
+
+def near(name, names):
+    """A few of `names` that resemble `name`, or that come first."""
+    return ", ".join(difflib.get_close_matches(name, names, 5, 0.3) or names[:5])
+
+
+class NoInitialisation(TorchFunctionMode):
+    """Leaves parameters as they are allocated: a large network that is loaded next is built in no time."""
+
+    SKIPPED = (
+        torch.Tensor.uniform_,
+        torch.Tensor.normal_,
+        torch.Tensor.erfinv_,
+        nn.init.uniform_,
+        nn.init.normal_,
+        nn.init.kaiming_uniform_,
+    )
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.SKIPPED:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def own_input(name):
+    """{"input_size", "mean", "std"} that the network `name` was trained with, where it is known."""
+    source, rest = parse(name)
+    if source == "timm":
+        import timm
+
+        if own := timm.get_pretrained_cfg(rest):  # some have none
+            return {"input_size": own.input_size[1], "mean": own.mean, "std": own.std}
+    if source == "torchvision":
+        own = official(rest).transforms()
+        return {"input_size": own.crop_size[0], "mean": tuple(own.mean), "std": tuple(own.std)}
+    return {"input_size": IMAGE_SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+def load_network(net, state, source):
+    """Load `state` into `net`; raise UserError if something of it is missing or misshapen."""
+    own = net.state_dict()
+    counters = [key for key in own if key.endswith("num_batches_tracked")]  # which old files lack
+    state = dict.fromkeys(counters, torch.tensor(0)) | state
+    for key, tensor in own.items():
+        if key not in state:
+            raise UserError(f"{source}: has no {key}")
+        if state[key].shape != tensor.shape:
+            raise UserError(f"{source}: {key} is {tuple(state[key].shape)}, should be {tuple(tensor.shape)}")
+    net.load_state_dict({key: state[key].to(own[key].dtype) for key in own}, assign=True)

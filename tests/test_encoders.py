@@ -1,0 +1,387 @@
+"""Any network up to any layer: against torchvision's and timm's own features, and what cannot be one."""
+
+import hashlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import families
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from conftest import REPOSITORY
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import encoders
+import models
+import networks
+from decoders import Fused
+from encoders import Encoder, build_encoder
+from utils import UserError
+
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8))
+        self.again = nn.ReLU(inplace=True)
+        self.both = Both()
+        self.never = nn.Conv2d(8, 8, 1)
+        self.last = Raising()
+
+    def forward(self, x):
+        x = self.again(self.again(self.first(x)))
+        return self.last(self.both(x)[0])
+
+class Both(nn.Module):
+    def forward(self, x):
+        return x, x
+
+class Raising(nn.Module):
+    def forward(self, x):
+        if not x.is_meta:
+            raise ValueError("ran")
+        return x
+
+def build():
+    torch.manual_seed(3)
+    return Net()
+
+def three():
+    return 3
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "net.py"
+    path.write_text(OWN)
+    return path
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+def normalised(encoder, image):
+    return (image - encoder.mean) / encoder.std
+
+
+@pytest.mark.parametrize("layer", ["layer1.0", "layer3", "avgpool", "fc"])
+def test_torchvision_features_are_its_own(layer, image):
+    encoder = Encoder("torchvision/resnet18", layer, "random", seed=5)
+    torch.manual_seed(5)
+    net = torchvision.models.resnet18().eval().to(memory_format=torch.channels_last)
+    own = create_feature_extractor(net, [layer])
+    with torch.no_grad():
+        expected = own(normalised(encoder, image))[layer]
+        found = encoder(image)
+    assert torch.equal(found.flatten(), expected.flatten()) and found.dim() == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "index"),
+    [
+        ("vit_tiny_patch16_224", "blocks.3", 3),
+        ("deit_tiny_distilled_patch16_224", "blocks.0", 0),
+        ("swin_tiny_patch4_window7_224", "layers.1", 1),
+        ("convnext_atto", "stages.2", 2),
+    ],
+)
+def test_timm_features_are_its_own(name, layer, index, image):
+    encoder = Encoder(f"timm/{name}", layer, "random", seed=5)
+    torch.manual_seed(5)
+    net = timm.create_model(name).eval().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        x = normalised(encoder, image)
+        (expected,) = net.forward_intermediates(x, [index], intermediates_only=True, norm=False)
+        assert torch.equal(encoder(image), expected)
+    assert encoder.mean.flatten().tolist() == pytest.approx(timm.get_pretrained_cfg(name).mean)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "shape"),
+    [
+        ("timm/swin_tiny_patch4_window7_224", "layers.1", (192, 28, 28)),  # channels last
+        ("timm/swin_tiny_patch4_window7_224", "layers.0.blocks.0.attn", (96, 56, 56)),  # windows
+        ("timm/deit_tiny_distilled_patch16_224", "blocks.0", (192, 14, 14)),  # two tokens more
+        ("timm/vit_small_patch14_reg4_dinov2", "blocks.0", (384, 37, 37)),  # five more, and 518 pixels
+        ("torchvision/vit_b_16", "encoder.layers.encoder_layer_0", (768, 14, 14)),
+        ("torchvision/swin_t", "features.1", (96, 56, 56)),
+        ("torchvision/inception_v3", "Mixed_5b", (256, 35, 35)),  # of 299 pixels
+    ],
+)
+def test_every_kind_becomes_a_map(name, layer, shape):
+    encoder = Encoder(name, layer, "random")
+    x = encoder(torch.rand(1, 3, encoder.input_size, encoder.input_size))
+    assert x.shape[1:] == encoder.shapes[0] == shape and x.std() > 0
+    assert encoders.layers_of(name)[layer][0] == shape
+
+
+def test_windows_lie_side_by_side():
+    """As timm cuts them."""
+    from timm.models.swin_transformer import window_partition
+
+    image = torch.rand(2, 12, 12, 5)
+    windows = window_partition(image, (3, 3))
+    net = nn.ModuleDict({"window": nn.Identity(), "grid_of_windows": nn.Identity()})
+    layout = encoders.layout_of(windows, "window", net, {})
+    assert torch.equal(encoders.as_map(windows, layout), image.permute(0, 3, 1, 2))
+    tokens = windows.flatten(1, 2)
+    layout = encoders.layout_of(tokens, "window", net, {})
+    assert torch.equal(encoders.as_map(tokens, layout), image.permute(0, 3, 1, 2))
+    with pytest.raises(UserError, match="no map"):  # every third pixel, not what lies together
+        encoders.layout_of(tokens, "grid_of_windows", net, {})
+
+
+def test_nothing_behind_the_layer_runs_or_changes_it(own, image):
+    """`last` raises; `again` would make the features positive in place."""
+    encoder = Encoder(f"{own}:build", "first.1")
+    assert encoder(image).min() < 0
+    assert Encoder("torchvision/alexnet", "features.10")(image).min() < 0
+    assert isinstance(encoder.trunk.net.last, nn.Identity)  # nor takes memory
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "message"),
+    [
+        ("OWN:build", "again", "--layer again: runs 2 times for an image"),
+        ("OWN:build", "never", "--layer never: never runs for an image"),
+        ("OWN:build", "both", "gives a tuple, not one tensor"),
+        ("OWN:build", "frist", "has no such module; near: first"),
+        ("OWN:three", "first", "returns int, should be an nn.Module"),
+        ("OWN:four", "first", "AttributeError"),
+        ("nowhere.py:build", "first", "no such file"),
+        ("timm/resnet99", "layer1", "timm has no such model; near: resnet"),
+        ("torchvision/resnet99", "layer1", "torchvision has no such model; near: resnet"),
+        ("resnet99", "layer1", "not an encoder; choose from vgg16"),
+        ("vgg16", "block6", "not a layer of vgg16"),
+    ],
+)
+def test_what_is_no_feature_is_one_line(own, name, layer, message):
+    with pytest.raises(UserError) as error:
+        Encoder(name.replace("OWN", str(own)), layer)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_image_of_another_size_is_refused():
+    with pytest.raises(UserError) as error:
+        Encoder("timm/vit_tiny_patch16_224", "blocks.0", "random", input_size=100)
+    assert "takes no 100×100 images" in str(error.value)
+
+
+def test_heads_become_channels_and_their_weights_are_refused():
+    net = nn.ModuleDict({"block": nn.ModuleDict({"norm": nn.Identity()}), "stage": nn.Identity()})
+    heads = torch.rand(2, 4, 10, 8)  # two images, four heads, a class token and 3×3 positions
+    x = encoders.as_map(heads, encoders.layout_of(heads, "block.norm", net, {"block": 10}))
+    assert torch.equal(x[1, :, 2, 1], heads[1, :, 1 + 7].flatten())
+    weights = torch.rand(2, 4, 10, 10)
+    with pytest.raises(UserError, match="weights between tokens"):
+        encoders.layout_of(weights, "block.norm", net, {"block": 10})
+    assert encoders.layout_of(weights, "stage", net, {"block": 10}) == ("map",)  # no tokens there
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "timm/convit_tiny",
+        "timm/convnext_atto",
+        "timm/efficientnet_lite0",
+        "timm/gmlp_ti16_224",
+        "timm/mobilenetv3_small_050",
+        "timm/poolformer_s12",
+        "timm/regnetx_002",
+        "timm/repghostnet_050",
+        "timm/swin_tiny_patch4_window7_224",
+        "timm/xcit_nano_12_p8_224",
+        "torchvision/densenet121",
+        "torchvision/maxvit_t",
+        "torchvision/shufflenet_v2_x0_5",
+        "torchvision/squeezenet1_1",
+    ],
+)
+def test_families_have_features_and_a_picture(name):
+    """The middle layer; `python tests/families.py` asks all families, at three."""
+    layers = encoders.layers_of(name)
+    layer = families.three_of(list(layers))[1]
+    assert families.picture_of(name, layer) == layers[layer][0]
+
+
+def test_table_lists_the_layers_of_a_network(capsys):
+    models.describe_layers("timm/vit_tiny_patch16_224")
+    lines = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["blocks.3"][:5] == ["192", "×", "14", "×", "14"]
+    embedding = 3 * 16**2 * 192 * 14**2
+    assert lines["patch_embed"][5] == f"{embedding / 1e9:.2f}"
+    tconv = models.build_decoder("tconv", (192, 14, 14))
+    assert lines["blocks.3"][6] == f"{models.count_parameters(tconv):,}"
+
+
+# --- Weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "state_dict", "model", "module", "compiled", "safetensors"])
+def test_weights_are_read_as_others_write_them(kind, image, tmp_path):
+    net = torchvision.models.resnet18()
+    state = net.state_dict()
+    if kind in ("state_dict", "model"):
+        state = {kind: state, "epoch": torch.tensor(3)}
+    elif kind in ("module", "compiled"):
+        prefix = {"module": "module.", "compiled": "_orig_mod."}[kind]
+        state = {prefix + key: value for key, value in state.items()}
+    file = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.pth")
+    if kind == "safetensors":
+        safetensors.torch.save_file(state, file)
+    else:
+        torch.save(state, file)
+    encoder = Encoder("torchvision/resnet18", "layer1", str(file))
+    net.eval().to(memory_format=torch.channels_last)
+    expected = create_feature_extractor(net, ["layer1"])(normalised(encoder, image))["layer1"]
+    assert torch.equal(encoder(image), expected)
+    assert encoder.weights_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_file_without_a_weight_or_of_no_weights_is_one_line(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    del state["layer1.1.bn2.bias"]
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="has no layer1.1.bn2.bias"):
+        Encoder("torchvision/resnet18", "layer2", str(tmp_path / "x.pth"))
+    Encoder("torchvision/resnet18", "layer1.0", str(tmp_path / "x.pth"))  # needs none behind
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.safetensors"))
+
+
+# --- Several at once --------------------------------------------------------------------------------------
+
+
+def test_layers_are_joined_in_one_pass(image):
+    joint = build_encoder("vgg16+vgg16", "block2+block1", "random")
+    passes = []
+    joint.encoders[0].trunk.net.features[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    z = joint(image)
+    deep, shallow = (Encoder("vgg16", layer, "random")(image) for layer in ("block2", "block1"))
+    assert (
+        len(passes) == 1 and joint.shapes == [(128, 56, 56), (64, 112, 112)] and z.shape == (1, 192, 112, 112)
+    )
+    assert torch.equal(z[:, 128:], shallow)
+    expected = torch.nn.functional.interpolate(deep, (112, 112), mode="bilinear")
+    torch.testing.assert_close(z[:, :128], expected)
+
+
+def test_encoders_may_have_weights_of_their_own(image):
+    joint = build_encoder("alexnet+vgg16+alexnet", "conv2+block2+conv2", "imagenet+random+random")
+    z = joint(image)
+    assert z.shape == (1, 192 + 128 + 192, 56, 56) and not torch.equal(z[:, :192], z[:, 320:])
+    with pytest.raises(UserError, match="2 encoders, 1 layers"):
+        build_encoder("vgg16+alexnet", "block1", "random")
+    with pytest.raises(UserError, match="a layer of vgg16 twice"):
+        build_encoder("vgg16+vgg16", "block1+block1", "random")
+    with pytest.raises(UserError, match="--input-size"):
+        build_encoder("vgg16+torchvision/inception_v3", "block1+Mixed_5b", "random")
+
+
+@pytest.mark.parametrize("fusion", ["concat", "weighted", "attention"])
+def test_sources_are_weighed(fusion):
+    z = torch.rand(2, 5, 4, 4)
+    fused = Fused(nn.Identity(), [2, 3], fusion)
+    fused.deviation.copy_(torch.tensor([2.0, 4.0]))
+    parts = z[:, :2] / 2, z[:, 2:] / 4
+    if fusion == "attention":
+        share = fused.weigh(torch.cat(parts, 1)).softmax(1)
+        assert share.shape == (2, 2, 4, 4) and share.std() > 0
+        expected = torch.cat([2 * share[:, :1] * parts[0], 2 * share[:, 1:] * parts[1]], 1)
+    else:
+        expected = torch.cat(parts, 1)  # untrained weights are 1
+    torch.testing.assert_close(fused(z), expected)
+    assert len(list(fused.parameters())) == {"concat": 0, "weighted": 1, "attention": 2}[fusion]
+
+
+@pytest.mark.parametrize("decoder", ["tconv", "residual", "feedback"])
+def test_several_are_trained_resumed_and_measured(decoder, photos, tmp_path, run_train, run_evaluate):
+    names = ("--encoder", "vgg16+vgg16", "--layer", "block3+block2", "--fusion", "weighted")
+    options = ("--data", photos, "--decoder", decoder, "--crop", 32, "--out", tmp_path, "--quiet")
+    assert run_train(*names, *options, "--kept-crops", 1, "--epochs", 1) == 0
+    assert run_train(*names, *options, "--kept-crops", 1, "--epochs", 1, "--resume") == 0
+    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
+    found = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert found["shape"] == [384, 56, 56] and found["decoder"]["weigh.logits"].std() > 0
+
+
+def test_joined_maps_have_the_stride_of_the_coarsest(photos, tmp_path, run_train, error_line):
+    flags = ("--encoder", "vgg16+vgg16", "--layer", "block5+block1", "--weights", "random", "--data", photos)
+    assert run_train(*flags, "--crop", 62, "--out", tmp_path) == 2
+    assert "has a stride of 32 pixels" in error_line()
+
+
+# --- One's own --------------------------------------------------------------------------------------------
+
+
+def test_the_readmes_own_network(photos, tmp_path, monkeypatch, run_train, run_evaluate, run_invert):
+    """As written there: the file, a short training of it as one's own, and the commands."""
+    section = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("#### Your own network")[1]
+    program, commands = (part.split("```")[0] for part in re.split("```python\n|```bash\n", section)[1:3])
+    monkeypatch.chdir(tmp_path)
+    Path("mynet.py").write_text(program)
+    net = networks.own_network("mynet.py", "build")
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(3):  # which of ten shades is the picture?
+        shade = torch.arange(10)
+        loss = nn.functional.cross_entropy(net(shade.view(10, 1, 1, 1).expand(10, 3, 96, 96) / 10), shade)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.save(net.state_dict(), "mynet.pth")
+    train, evaluate, invert = commands.replace("FOLDER", str(photos)).splitlines()
+    for line, script, call in ((train, "train", run_train), (evaluate, "evaluate", run_evaluate)):
+        assert line.startswith(f"python {script}.py ")
+        more = ["--epochs", 1, "--quiet"] if script == "train" else ["--quiet"]
+        assert call(*shlex.split(line)[2:], *more) == 0
+    assert run_invert(*shlex.split(invert)[2:], "--steps", 2, "--count", 2, "--quiet") == 0
+    found = torch.load("runs/mynet/best.pt", weights_only=True)
+    assert found["config"]["input_size"] == 96 and found["weights_sha256"]
+    torch.save(networks.own_network("mynet.py", "build").state_dict(), "mynet.pth")
+    assert run_evaluate("--ckpt", "runs/mynet/best.pt") == 2  # another's weights
+
+
+def test_own_network_is_trained_and_measured(own, photos, tmp_path, run_train, run_evaluate):
+    flags = ("--encoder", f"{own}:build", "--layer", "first.0", "--input-size", 96, "--mean", "0.5,0.5,0.5")
+    options = ("--data", photos, "--epochs", 1, "--out", tmp_path, "--quiet")
+    assert run_train(*flags, "--std", "1,1,1", *options) == 0
+    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
+    found = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert found["shape"] == [8, 48, 48] and found["config"]["crop"] == 96
+    assert found["config"]["mean"] == [0.5, 0.5, 0.5]
+
+
+def test_flags_of_ones_own_network(own, photos, tmp_path, run_train, run_invert, error_line, capsys):
+    flags = ("--encoder", f"{own}:build", "--layer", "first.0", "--data", photos)
+    for more, message in (
+        (("--weights", "random"), "a FILE.py's function decides that"),
+        (("--weights", "imagenet", "--std", "1,0,1"), "give three numbers above 0"),
+        (("--mean", "0.5,0.5"), "is not three numbers"),
+        (("--mean", "0,0,0", "--protocol", "published"), "--protocol published has ImageNet's"),
+        (("--input-size", 16), "LPIPS wants at least"),
+    ):
+        assert run_train(*flags, *more, "--out", tmp_path / "a") == 2
+        assert message in error_line()
+    assert run_invert(*flags, "--input-size", 64, "--steps", 1, "--count", 2, "--out", tmp_path / "b") == 0
+    about = json.loads((tmp_path / "b" / "inversion.json").read_text())
+    assert (about["weights"], about["input_size"]) == ("own", 64)
+
+
+def test_another_file_is_another_encoder(own, tmp_path):
+    """Whose weights are the same."""
+    before = encoders.weights_key(Encoder(f"{own}:build", "first.1", "own"))
+    other = tmp_path / "net.py"
+    other.write_text(own.read_text() + "\n")
+    assert encoders.weights_key(Encoder(f"{other}:build", "first.1", "own")) != before
