@@ -1,9 +1,11 @@
-"""What needs no features: images as a single colour. A decoder below their own mean colours has failed."""
+"""What needs no features: images as one colour, or as a few pixels. A decoder below that has failed."""
 
 import json
+from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
@@ -22,8 +24,21 @@ def mean_colour(targets, mean):
     return targets.mean((2, 3), keepdim=True).expand_as(targets)
 
 
+def thumbnail(height, width, targets, mean):
+    """Each reduced to height×width pixels, the size of a layer's map, and enlarged again."""
+    reduced = F.adaptive_avg_pool2d(targets, (height, width))
+    return F.interpolate(reduced, targets.shape[2:], mode="bicubic").clamp(0, 1)
+
+
+def thumbnail_name(height, width):
+    return f"thumbnail {height} × {width}"
+
+
+# Of the maps of the study's layers, from the deepest on: VGG16's, ResNet34's, ViT's and AlexNet's.
+SIDES = (6, 7, 13, 14, 27, 28, 56, 112)
 # By name, what makes images of targets, (B, 3, H, W) in [0, 1] both, and of all, their mean colour.
-BASELINES = {"constant colour": constant_colour, "mean colour": mean_colour}
+COLOURS = {"constant colour": constant_colour, "mean colour": mean_colour}
+BASELINES = COLOURS | {thumbnail_name(side, side): partial(thumbnail, side, side) for side in SIDES}
 
 
 @torch.no_grad()

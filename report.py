@@ -12,11 +12,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from baselines import BASELINES
+from baselines import BASELINES, COLOURS, thumbnail_name
 from flags import parse_train
 from pictures import draw_grid, save_figure
-from study import DEFINING, METRICS, PROTOCOLS, PUBLISHED, PUBLISHED_INFERENCE
-from utils import UserError, evenly_spaced, same_data, write_csv, write_text
+from study import DEFINING, IMAGE_SIZE, INPUT, METRICS, PROTOCOLS, PUBLISHED, PUBLISHED_INFERENCE
+from utils import UserError, evenly_spaced, same_data, seed_folders, write_csv, write_text
 
 PAGE = Path(__file__).with_name("report.html")
 CONFIGS = Path(__file__).with_name("configs")
@@ -66,24 +66,30 @@ def result_rows(runs):
     called. `note` says what is special about a run, or why there are no measurements. Baselines come last.
     """
     experiments = {name: defining_of_file(CONFIGS / f"{name}.yaml") for name in PUBLISHED}
-    found = [*runs.glob("metrics.json"), *runs.glob("*/metrics.json")]
-    others = {str(path.parent.relative_to(runs)) for path in found} - PUBLISHED.keys()  # `.` is `runs` itself
+    found = [path.parent for path in (*runs.glob("metrics.json"), *runs.glob("*/metrics.json"))]
+    found += [path.parent.parent for path in runs.glob("*/seed[0-9]*/metrics.json")]
+    others = {str(folder.relative_to(runs)) for folder in found} - PUBLISHED.keys()  # `.` is `runs` itself
     rows = []
     for name in [*PUBLISHED, *sorted(others)]:
         row = {"note": "not run"}
         experiment = name
+        folder, *more = seed_folders(runs / name)
         try:
-            if (runs / name / "metrics.json").exists():
-                results = read_results(runs / name)
+            if (folder / "metrics.json").exists():
+                results = read_results(folder)
                 experiment = experiment_of(results["config"], experiments)
-                row |= measured(results, runs / name)
+                row |= measured(results, folder)
+                for other in more:
+                    refuse_another(results, read_results(other), other)
+                if more:
+                    row = over_seeds([row, *(measured(read_results(other), other) for other in more)])
                 if name in PUBLISHED and experiment != name:
                     difference = other_than(results["config"], experiments[name])
                     row["note"] = joined(difference, row["note"])
-            elif (runs / name / "error.txt").exists():
-                lines = (runs / name / "error.txt").read_text(errors="replace").strip().splitlines()
+            elif (folder / "error.txt").exists():
+                lines = (folder / "error.txt").read_text(errors="replace").strip().splitlines()
                 row["note"] = f"failed: {lines[-1] if lines else 'no message'}"
-            elif (runs / name / "last.pt").exists():
+            elif (folder / "last.pt").exists():
                 row["note"] = "not finished"
         except Damaged as error:
             row["note"] = str(error)
@@ -93,6 +99,29 @@ def result_rows(runs):
     rows += baselines
     label_data(rows)
     return rows
+
+
+def refuse_another(results, others, folder):
+    """Raise Damaged where metrics.json in `folder` is not that of another seed of the same."""
+    for name in (*results["config"], "data", "protocol"):
+        a, b = (found["config"].get(name, found.get(name)) for found in (results, others))
+        if a != b and name not in ("seed", "out"):
+            raise Damaged(f"{folder.name}: {name} is {b}, of another seed {a}")
+
+
+def over_seeds(rows):
+    """One row of those of several seeds: means of their metrics, and in `note` the deviations of these."""
+    row = dict(rows[0])
+    spread = []
+    for (metric, label), digits in zip(METRICS.items(), (2, 4, 4), strict=True):
+        values = [other[metric] for other in rows]
+        row[metric] = float(np.mean(values))
+        row[f"{metric}_std"] = float(np.mean([other[f"{metric}_std"] for other in rows]))
+        row[f"{metric}_seeds"] = float(np.std(values, ddof=1))
+        spread.append(f"± {row[f'{metric}_seeds']:.{digits}f} {label.split()[0]}")
+    row["seed"] = ", ".join(str(other["seed"]) for other in rows)
+    row["note"] = joined(row["note"], f"{len(rows)} seeds: {', '.join(spread)}")
+    return row
 
 
 def is_experiment(row):
@@ -172,7 +201,7 @@ def measured(results, folder):
 
 def optimisation(config):
     """How a run's optimisation differs from the study's, or ""."""
-    study = vars(parse_train([]))
+    study = vars(parse_train([])) | {"crop": IMAGE_SIZE}
     keys = (
         "epochs",
         "passes",
@@ -183,6 +212,8 @@ def optimisation(config):
         "schedule",
         "freeze_bn",
         "clip_grad",
+        *INPUT,
+        "fusion",
     )
     return ", ".join(f"{key} {config[key]}" for key in keys if config.get(key, study[key]) != study[key])
 
@@ -269,15 +300,19 @@ def baseline_rows(runs):
 
 
 def note_below(rows, baselines):
-    """Have `note` say which rows have a PSNR below that of each image's mean colour, on their data."""
+    """Have `note` say which rows have a PSNR below that of a baseline, on their data.
+
+    Those are each image's mean colour, and each image reduced to as many pixels as the layer has positions.
+    """
     for limit in baselines:
-        if limit["experiment"] != "mean colour":
-            continue
         for row in rows:
-            if "psnr" not in row or row["protocol"] != limit["protocol"]:
+            if "psnr" not in row or row["protocol"] != limit.get("protocol"):
                 continue
-            if row["psnr"] < limit["psnr"] and same_data(row["data"], limit["data"]):
-                row["note"] = joined(row["note"], "below mean colour")
+            own = ("mean colour", thumbnail_name(row["resolution"], row["resolution"]))
+            if limit["experiment"] not in own or row["psnr"] >= limit["psnr"]:
+                continue
+            if same_data(row["data"], limit["data"]):
+                row["note"] = joined(row["note"], f"below {limit['experiment']}")
 
 
 def label_data(rows):
@@ -317,7 +352,7 @@ def results_table(rows):
         cells.append(f"{row.get('published_parameters') or '–'} → {cell(row.get('parameters'), 0)}")
         cells.append(f"{cell(row.get('published_minutes'), 0)} → {cell(row.get('minutes'), 1)}")
         cells.append(f"{row.get('published_inference') or '–'} → {cell(row.get('inference_ms'), 1)}")
-        cells += [cell(row.get("seed"), 0), row.get("data", "–"), row["note"]]
+        cells += [str(row.get("seed", "–")), row.get("data", "–"), row["note"]]
         lines.append("| " + " | ".join(text.replace("|", "/") for text in cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -334,7 +369,7 @@ def other_weights(row):
 
 def draw_results(rows, path):
     """Published and measured metrics of the experiments as bars, the baselines as dashed lines."""
-    baselines = [row for row in rows if not is_experiment(row) and "psnr" in row]
+    baselines = [row for row in rows if "psnr" in row and row["experiment"] in COLOURS]
     rows = [row for row in rows if is_experiment(row)]
     figure = Figure(figsize=(14, 0.3 * len(rows) + 0.5), layout="constrained")
     places = np.arange(len(rows))
@@ -377,7 +412,7 @@ def decoded(text):
 def page(runs, rows, images):
     """report.html with the rows, curves and test images of the folder `runs` in it: it needs nothing else."""
     names = [row["experiment"] for row in rows if is_experiment(row)]
-    histories = {name: read_history(runs / name)[0] for name in names}
+    histories = {name: read_history(seed_folders(runs / name)[0])[0] for name in names}
     content = json.dumps({"rows": rows, "histories": histories, "images": images}, allow_nan=False)
     # Every < is escaped, so that no name of a file can end the script element that the JSON stands in.
     return PAGE.read_text(encoding="utf-8").replace("{{CONTENT}}", content.replace("<", "\\u003c"))
@@ -391,7 +426,7 @@ def test_images(runs, rows):
     """
     images = {}
     for row in rows:
-        path = runs / row["experiment"] / "reconstructions.zip"
+        path = seed_folders(runs / row["experiment"])[0] / "reconstructions.zip"
         if not is_experiment(row) or "data" not in row or not path.exists():
             continue
         source = (

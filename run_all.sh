@@ -6,6 +6,7 @@
 #   bash run_all.sh --fast                               the same by an optimisation of its own for each
 #   bash run_all.sh --data sample --epochs 1             flags of train.py, passed to every run
 #   ONLY="vgg16_*" bash run_all.sh                       some, by name without the number
+#   SEEDS="1 2 3" bash run_all.sh                        each with these seeds, into runs/<name>/seed1/ and so on
 #   sbatch --array=1-15 run_all.sh                       one a task, on a cluster
 #
 # RUNS names another folder than runs. An experiment that fails does not stop the others; its reason is
@@ -33,7 +34,9 @@ for flag; do
   case ${flag%%=*} in
     --out | --config)
       echo "error: $flag: every experiment has its own; RUNS=FOLDER names the folder of them all" >&2 && exit 2 ;;
-    --encoder | --layer | --decoder | --width | --mse-weight | --lpips-weight)
+    --seed)
+      if [[ -n ${SEEDS:-} ]]; then echo "error: --seed: SEEDS=\"$SEEDS\" has them already" >&2 && exit 2; fi ;;
+    --encoder | --layer | --decoder | --width | --mse-weight | --lpips-weight | --input-size | --mean | --std | --fusion)
       echo "error: $flag: is what makes an experiment; train another with train.py $flag …" >&2 && exit 2 ;;
     --quiet | --bars | --device | --cache) evaluation+=("$flag") ;;
     --data | --protocol) data+=("$flag") ;;
@@ -56,12 +59,15 @@ for config in "${configs[@]}"; do
   name=$(basename "$config" .yaml)
   # shellcheck disable=SC2053  # ONLY is a pattern
   [[ ${name#*_} == ${ONLY:-*} || $name == ${ONLY:-*} ]] || continue
-  names+=("$name")
-  if [[ -f $runs/$name/metrics.json ]]; then
-    echo "=== $name: done (rm -r $runs/$name, or another RUNS, to do it again)"
-  else
-    todo+=("$name")
-  fi
+  for seed in ${SEEDS:-""}; do
+    run=$name${seed:+/seed$seed}
+    names+=("$run")
+    if [[ -f $runs/$run/metrics.json ]]; then
+      echo "=== $run: done (rm -r $runs/$run, or another RUNS, to do it again)"
+    else
+      todo+=("$run")
+    fi
+  done
 done
 ((${#names[@]})) || { echo "error: ONLY=$ONLY matches none of: ${configs[*]}" >&2 && exit 2; }
 
@@ -111,7 +117,9 @@ for name in ${todo[@]+"${todo[@]}"}; do # an empty array is an error in bash 4.3
   log=$out/error.txt
   mkdir -p "$out"
   rm -f "$log"
-  run python train.py --config "configs/$name.yaml" --out "$out" --resume "$@" &&
+  seed=() # of a name that ends in one
+  if [[ $name == */seed* ]]; then seed=(--seed "${name##*/seed}"); fi
+  run python train.py --config "configs/${name%%/*}.yaml" --out "$out" --resume "$@" ${seed[@]+"${seed[@]}"} &&
     run python evaluate.py --ckpt "$out/best.pt" ${evaluation[@]+"${evaluation[@]}"}
   status=$?
   check "$name" $status

@@ -14,6 +14,7 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
+from baselines import BASELINES
 from flags import parse_train
 from study import PUBLISHED
 
@@ -59,7 +60,7 @@ def test_grid_goes_on_past_a_failure_and_says_so(grid, tmp_path):
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
     rows = results(tmp_path)
-    assert len(rows) == 17 and rows["mean colour"]["data"] == "few"
+    assert len(rows) == 15 + len(BASELINES) and rows["mean colour"]["data"] == "few"
     good, bad = rows["01_vgg16_block1_tconv"], rows["02_vgg16_block2_tconv"]
     assert (
         float(good["published_psnr"]) == 17.35
@@ -135,6 +136,24 @@ if [ "$2" = --baselines ]; then exit {status}; fi
     assert calls()[:2] == (0, ["--config", "--ckpt", "--report"])
     (runs / "01_vgg16_block1_tconv" / "metrics.json").write_text("{}")  # what is done is not done again
     assert calls()[:2] == (0, ["--report"])
+
+
+def test_seeds_have_folders_of_their_own(tmp_path):
+    stub = tmp_path / "python"  # notes its arguments
+    stub.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\n')
+    stub.chmod(0o755)
+    environment = os.environ | {"RUNS": str(tmp_path), "ONLY": "vgg16_block1_tconv", "SEEDS": "1 7"}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    subprocess.run(["bash", "run_all.sh"], cwd=REPOSITORY, env=environment, check=True)
+    lines = (tmp_path / "calls").read_text().splitlines()
+    for seed, line, evaluation in zip((1, 7), lines[0:4:2], lines[1:4:2], strict=True):
+        out = f"{tmp_path}/01_vgg16_block1_tconv/seed{seed}"
+        file = "configs/01_vgg16_block1_tconv.yaml"
+        assert line == f"train.py --config {file} --out {out} --resume --seed {seed}"
+        assert evaluation == f"evaluate.py --ckpt {out}/best.pt"
+    refused = ["bash", "run_all.sh", "--seed", "3"]
+    done = subprocess.run(refused, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == 'error: --seed: SEEDS="1 7" has them already\n'
 
 
 def test_array_has_fifteen_tasks(grid):

@@ -51,7 +51,7 @@ def runs(tmp_path_factory):
         images = [EVIL, *(f"{i:04}.png" for i in range(1, 30))]
         columns = [values[metric].tolist() for metric in METRICS]
         write_csv(folder / name / "per_image.csv", ("image", *METRICS), zip(images, *columns, strict=True))
-        config = config_of(parse_train(["--config", str(report.CONFIGS / f"{name}.yaml")]))
+        config = config_of(parse_train(["--config", str(report.CONFIGS / f"{name}.yaml"), "--crop", "224"]))
         metrics = {metric: summary(values[metric]) for metric in values}
         metrics |= {
             "images": 30,
@@ -141,6 +141,23 @@ def test_other_runs_join_the_fifteen(runs, tmp_path):
     rows = report.result_rows(tmp_path)
     assert [row["experiment"] for row in rows] == [*NAMES, ".", "mine"]
     assert rows[-1]["psnr"] == rows[-2]["psnr"] > 20
+
+
+def test_seeds_are_one_row_with_their_deviation(runs, tmp_path):
+    for seed, psnr in ((2, 21.0), (10, 24.0)):
+        config = json.loads((runs / NAMES[0] / "metrics.json").read_text())["config"] | {"seed": seed}
+        values = {"psnr": {"mean": psnr, "std": 1.0}, "config": config}
+        copied(runs, tmp_path / NAMES[0] / f"seed{seed}", **values)
+    (tmp_path / NAMES[1] / "seed1").mkdir(parents=True)
+    (tmp_path / NAMES[1] / "seed1" / "error.txt").write_text("error: no")
+    rows = report.result_rows(tmp_path)
+    assert (rows[0]["psnr"], rows[0]["seed"]) == (22.5, "2, 10")
+    assert rows[0]["psnr_seeds"] == pytest.approx(3 / math.sqrt(2))  # two values 3 apart
+    assert rows[0]["note"] == "2 seeds: ± 2.12 PSNR, ± 0.0000 SSIM, ± 0.0000 LPIPS"
+    assert rows[1]["note"] == "failed: error: no" and len(rows) == 15
+    report.write_report(tmp_path)
+    assert "| 2, 10 | photos | 2 seeds: ± 2.12" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "grid.png").exists()  # of the first seed
 
 
 def test_published_numbers_go_by_configuration_not_by_name(runs, tmp_path):
@@ -283,6 +300,16 @@ def test_what_is_below_mean_colour_says_so(runs, tmp_path):
     notes = {row["experiment"]: row["note"] for row in report.result_rows(tmp_path)}
     assert (notes[NAMES[0]], notes["protocol"]) == ("", "protocol published; below mean colour")
     assert notes["mean colour"] == "baseline, no features; protocol published"
+
+
+def test_what_is_below_a_thumbnail_says_so(runs, tmp_path):
+    """The picture in as many pixels as the layer has positions: 112 for experiment 1, 56 for 2."""
+    copied(runs, tmp_path / NAMES[0])
+    copied(runs, tmp_path / NAMES[1], NAMES[1])
+    values = {"psnr": {"mean": 30, "std": 1}, "ssim": {"mean": 1, "std": 0}, "lpips": {"mean": 0, "std": 0}}
+    write_baselines(tmp_path, baselines={"thumbnail 112 × 112": values})
+    rows = {row["experiment"]: row["note"] for row in report.result_rows(tmp_path)}
+    assert rows[NAMES[0]] == "below thumbnail 112 × 112" and rows[NAMES[1]] == ""
 
 
 def test_one_folder_by_two_names_has_one_label(runs, tmp_path):

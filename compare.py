@@ -1,0 +1,149 @@
+"""Whether one run is better than another: paired differences over the same test images, with intervals."""
+
+import csv
+import json
+import math
+import operator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import bootstrap
+
+from pictures import save_figure
+from study import IMAGE_SIZE, METRICS
+from utils import RESULTS, UserError, make_folder, same_data, seed_folders, write_csv
+
+FILES = ("compare.csv", "compare.png")
+RESAMPLES = 9999
+SAME = ("data", "protocol", "images", "size")  # of two runs, or their difference says nothing
+LOWER = ("lpips",)  # is better
+
+
+class Measured(NamedTuple):
+    """What the seeds of a configuration measured on the same images."""
+
+    name: str
+    about: dict  # what of metrics.json says which images, and how they were measured
+    images: list  # their names
+    values: dict  # {metric: float64 (seeds, images)}
+
+
+def compare(folders, out):
+    """Print how each run differs from the first, and write the table and figure to the folder `out`.
+
+    folders: of runs, or of runs of several seeds, FOLDER/seed1 and so on. Raises UserError where they were
+    not measured on the same images, by the same protocol.
+    """
+    runs = [read_runs(Path(folder)) for folder in folders]
+    first, *others = runs
+    rows = []
+    for run in others:
+        refuse_other_images(first, run)
+        for metric in METRICS:
+            a, b = first.values[metric], run.values[metric]
+            row = {"run": run.name, "against": first.name, "metric": metric, "seeds": f"{len(b)}, {len(a)}"}
+            rows.append(row | difference(a, b, metric in LOWER))
+    table, figure = (make_folder(out) / name for name in FILES)
+    write_csv(table, list(rows[0]), [row.values() for row in rows])
+    draw(rows, figure)
+    print_table(rows)
+    print(f"{table} and {figure.name}")
+
+
+def read_runs(folder):
+    """The Measured of a run, or of those in its seed folders. Raises UserError."""
+    parts = [read_run(seed) for seed in seed_folders(folder)]
+    for part in parts[1:]:
+        refuse_other_images(parts[0], part)
+    values = {name: np.concatenate([part.values[name] for part in parts]) for name in METRICS}
+    return Measured(str(folder), parts[0].about, parts[0].images, values)
+
+
+def read_run(folder):
+    """The Measured of one evaluation, of one seed. Raises UserError for a folder that holds none."""
+    numbers, per_image = (folder / name for name in RESULTS[:2])
+    try:
+        about = {"size": IMAGE_SIZE} | json.loads(numbers.read_text(encoding="utf-8"))  # older ones: no size
+        with open(per_image, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        values = {name: np.array([[float(row[name]) for row in rows]]) for name in METRICS}
+        return Measured(
+            str(folder), {key: about[key] for key in SAME}, [row["image"] for row in rows], values
+        )
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--compare {folder}: has no {Path(error.filename).name}; evaluate it first"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--compare {folder}: not results of this program ({error})") from None
+
+
+def refuse_other_images(a, b):
+    """Raise UserError unless two runs were measured on the same images in the same way."""
+    for key in SAME:
+        same = same_data if key == "data" else operator.eq
+        if not same(a.about[key], b.about[key]):
+            raise UserError(f"--compare: {key} is {a.about[key]} in {a.name}, {b.about[key]} in {b.name}")
+    if a.images != b.images:
+        raise UserError(f"--compare: the images in {a.name} are not those in {b.name}")
+
+
+def difference(a, b, lower):
+    """b − a over images, (seeds, images) each: mean, 95 % interval, and the share of images that b won.
+
+    The interval is a bootstrap over the images, and over the seeds of each where there are several. lower:
+    what is lower is better.
+    """
+    drawn = [np.arange(values) for values in (len(a), len(b), a.shape[1])]
+    several = [number for number, sample in enumerate(drawn) if len(sample) > 1]
+
+    def statistic(*chosen):
+        where = dict(zip(several, chosen, strict=True))
+        seeds_a, seeds_b, images = (where.get(number, sample) for number, sample in enumerate(drawn))
+        return b[np.ix_(seeds_b, images)].mean() - a[np.ix_(seeds_a, images)].mean()
+
+    low = high = math.nan  # of one image and one seed
+    if several:
+        found = bootstrap(
+            [drawn[number] for number in several],
+            statistic,
+            n_resamples=RESAMPLES,
+            vectorized=False,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
+        low, high = found.confidence_interval
+    by_image = b.mean(0) - a.mean(0)
+    won = by_image < 0 if lower else by_image > 0
+    return {"difference": by_image.mean(), "low": low, "high": high, "won": won.mean()}
+
+
+def print_table(rows):
+    """For the screen; differences whose interval has no 0 in it are marked."""
+    print(f"against {rows[0]['against']}; 95 % intervals, * where 0 lies outside; share of images won")
+    longest = max(len(row["run"]) for row in rows)
+    for row in rows:
+        sure = "*" if row["low"] > 0 or row["high"] < 0 else " "
+        print(
+            f"{row['run']:<{longest}}  {METRICS[row['metric']]:<12}{row['difference']:>+10.4f}{sure} "
+            f"[{row['low']:+.4f}, {row['high']:+.4f}]  {row['won']:>4.0%}"
+        )
+
+
+def draw(rows, path):
+    """Differences and their intervals, a panel a metric."""
+    names = list(dict.fromkeys(row["run"] for row in rows))
+    figure = Figure(figsize=(12, 1.2 + 0.5 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(METRICS), sharey=True)
+    for axis, (metric, label) in zip(panels, METRICS.items(), strict=True):
+        for place, row in enumerate(row for row in rows if row["metric"] == metric):
+            spread = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
+            axis.errorbar(row["difference"], place, xerr=np.abs(spread), fmt="o", color="black", capsize=3)
+        axis.axvline(0, color="grey", linewidth=1)
+        axis.set(xlabel=f"difference of {label}", yticks=range(len(names)))
+        axis.set_yticklabels(names, parse_math=False)
+    panels[0].invert_yaxis()  # they share it
+    figure.suptitle(f"against {rows[0]['against']}", parse_math=False)
+    save_figure(figure, path)
