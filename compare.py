@@ -96,7 +96,7 @@ def difference(a, b, lower):
     The interval is a bootstrap over the images, and over the seeds of each where there are several. lower:
     what is lower is better.
     """
-    drawn = [np.arange(values) for values in (len(a), len(b), a.shape[1])]
+    drawn = [np.arange(count) for count in (len(a), len(b), a.shape[1])]  # seeds of each, images
     several = [number for number, sample in enumerate(drawn) if len(sample) > 1]
 
     def statistic(*chosen):

@@ -16,10 +16,10 @@ from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from study import DOCUMENTED
+from study import DOCUMENTED, IMAGE_SIZE
 from utils import UserError, atomic, user_cache, write_text
 
-RESIZE, CROP = 256, 224
+RESIZE = 256  # side of the images that the study crops
 SHARD = 4096  # images in a file of the cache, about 800 MB
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 LAYOUTS = (("DIV2K_train_HR", "DIV2K_valid_HR"), ("train", "test"))  # folders of train + val, and of test
@@ -137,10 +137,10 @@ def image_files(folder):
 
 def side_of(size):
     """Side of the image that a size×size crop is cut from: 256 for the study's 224."""
-    return round(size * RESIZE / CROP)
+    return round(size * RESIZE / IMAGE_SIZE)
 
 
-def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None, size=CROP):
+def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None, size=IMAGE_SIZE):
     """Images of `split` (train, val or test) of `data`, a value that `resolve` returned.
 
     A folder's train and val are 80 and 20 % of its training images, by a permutation with seed 42 (paper
@@ -317,7 +317,7 @@ def even_steps(length, side=RESIZE):
     return [int(offset) for offset in np.linspace(0, length - side, math.ceil(length / side))]
 
 
-def crops(images, index, tops, lefts, flips, size=CROP):
+def crops(images, index, tops, lefts, flips, size=IMAGE_SIZE):
     """Batched crops of Images → float (B, 3, size, size) in [0, 1], channels last, where the pixels are.
 
     index, tops, lefts: int64 (B,); flips: bool (B,), mirrored left to right.
@@ -345,12 +345,12 @@ def center(pixels, size):
     return pixels[:, top : top + size, left : left + size]
 
 
-def center_crops(pixels, size=CROP):
+def center_crops(pixels, size=IMAGE_SIZE):
     """The centre of uint8 pixels (B, H, W, 3) → float (B, 3, size, size) in [0, 1], channels last."""
     return center(pixels, size).permute(0, 3, 1, 2).float().div_(255)
 
 
-def epoch_plan(sizes, seed, epoch, size=CROP, side=RESIZE):
+def epoch_plan(sizes, seed, epoch, size=IMAGE_SIZE, side=RESIZE):
     """Order, top, left and flip of size×size crops in an epoch of images of `sizes` (N, 2), on their device.
 
     (seed, epoch) decides, so that an epoch can be resumed, and is the same on every device.

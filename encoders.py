@@ -101,20 +101,20 @@ def course_of(name, path, size):
         if path not in paths:
             raise UserError(f"--layer {path}: {name} has no such module; near: {near(path, paths)}")
         course = Course(net, path, images)
-        course.layout = layout_of(course.output, path, net, course.tokens) if course.runs == 1 else None
+        if course.runs != 1:
+            how = "never runs" if course.runs == 0 else f"runs {course.runs} times"
+            raise UserError(f"--layer {path}: {how} for an image; choose one that runs once")
+        course.layout = layout_of(course.output, path, net, course.tokens)
         try:
             cut(net, course)
             with torch.no_grad():
-                Trunk(net, {path: ("map",)})(images)
-        except Exception:  # a module may use the weights of one that it does not run
+                again = Trunk(net, {path: ("map",)})(images)
+            course.whole = again.shape != course.output.shape
+        except (AttributeError, TypeError):  # a module uses what it does not run: nn.Identity has no weights
             course.whole = True
         return course
 
-    course = tried(follow, name, size)
-    if course.runs != 1:
-        how = "never runs" if course.runs == 0 else f"runs {course.runs} times"
-        raise UserError(f"--layer {path}: {how} for an image; choose one that runs once")
-    return course
+    return tried(follow, name, size)
 
 
 def cut(net, course):
@@ -272,7 +272,7 @@ class Encoder(nn.Module):
         name = names[0][0]
         own = own_input(name)
         self.input_size = input_size or own["input_size"]
-        self.programs = [digest(parse(name)[0])] if ".py:" in name else []
+        self.programs = programs_of(name)
         self.weights_sha256 = None
         with torch.random.fork_rng(devices=[]):
             courses = {path: course_of(name, path, self.input_size) for _, path in names}
@@ -330,7 +330,7 @@ class JointEncoder(nn.Module):
         self.input_size = self.encoders[0].input_size
         if any(other.input_size != self.input_size for other in self.encoders):
             raise UserError(f"--encoder {encoder}: they take images of different sizes; give an --input-size")
-        self.programs = [program for encoder in self.encoders for program in encoder.programs]
+        self.programs = programs_of(encoder)
         hashes = [encoder.weights_sha256 for encoder in self.encoders]
         self.weights_sha256 = hashes if any(hashes) else None
         found = [(*pair, part) for pair, parts in wanted.items() for part in parts]
@@ -360,16 +360,21 @@ class JointEncoder(nn.Module):
 
 def weights_key(encoder):
     """The SHA-256 of all that an encoder computes with: its tensors, and a user's own file."""
-    found = hashlib.sha256("".join(encoder.programs).encode())
+    found = hashlib.sha256("".join(encoder.programs.values()).encode())
     for tensor in encoder.state_dict().values():
         found.update(tensor.cpu().contiguous().numpy())
     return found.hexdigest()
 
 
+def programs_of(encoder):
+    """{file: its SHA-256} of the users' own that an encoder's name, or several names joined by `+`, say."""
+    files = [parse(name)[0] for name in encoder.split("+") if ".py:" in name]
+    return {file: digest(file) for file in files}
+
+
 def build_encoder(encoder, layer, *options, **more):
     """An Encoder, or of names with `+` between them a JointEncoder."""
-    several = "+" in layer or "+" in encoder and ".py:" not in encoder
-    kind = JointEncoder if several else Encoder
+    kind = JointEncoder if "+" in encoder + layer else Encoder
     return kind(encoder, layer, *options, **more)
 
 

@@ -6,7 +6,7 @@ import sys
 
 import yaml
 
-from study import DECODERS, FEEDBACK_OPTIONS, LAYERS, PROTOCOLS
+from study import DECODERS, FEEDBACK_OPTIONS, INPUT, LAYERS, PROTOCOLS
 from utils import UserError
 
 TRACKERS = ["tensorboard", "wandb", "none"]
@@ -77,7 +77,7 @@ def check_encoder(name):
 
 def check_layer(encoder, layer):
     """Raise UserError for names that cannot be; of networks that have no short name, encoders.py knows."""
-    for name in [encoder] if ".py:" in encoder else encoder.split("+"):
+    for name in encoder.split("+"):
         check_encoder(name)
     if encoder in LAYERS and layer not in LAYERS[encoder]:
         raise UserError(
@@ -362,8 +362,9 @@ def parse_invert(argv=None, doc=None):
         check_weights(args)
         check_layer(args.encoder, args.layer)
         args.lr = args.lr or 0.1
-    elif args.layer or args.weights:
-        raise UserError(f"--{'layer' if args.layer else 'weights'}: only with --encoder")
+    for name in () if args.encoder else ("layer", "weights", *INPUT):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')}: only with --encoder")
     args.lr = args.lr or 0.02
     args.ckpt = args.ckpt or "runs/best.pt"
     return args

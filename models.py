@@ -18,7 +18,7 @@ from decoders import (
     WaveletDecoder,
     upsamplings,
 )
-from encoders import build_encoder, layers_of, weights_key
+from encoders import build_encoder, layers_of, programs_of, weights_key
 from feedback import FeedbackDecoder, ResidualDecoder
 from flags import Parser, positive_int
 from networks import own_input
@@ -183,8 +183,9 @@ def load_inverter(path):
     """(Inverter, checkpoint) of the best.pt at `path`, on the CPU, in eval mode, computing in float32.
 
     The checkpoint, a dictionary, has `decoder`, `config`, `shape`, `weights_sha256`, `encoder_sha256`,
-    `epoch` and `val_loss`; only what rebuilds the networks is taken from it. Raises UserError for another
-    file, and where the encoder's weights are not those that the decoder was trained with.
+    `programs`, `epoch` and `val_loss`; only what rebuilds the networks is taken from it. Raises UserError for
+    another file, and where the encoder's weights, or a user's own file, which is then not run, are not those
+    that the decoder was trained with.
     """
     checkpoint = load(path)
     wanted = {"decoder", "config", "shape", "weights_sha256", "epoch", "val_loss"}
@@ -192,6 +193,9 @@ def load_inverter(path):
     if missing:
         raise UserError(f"{path}: not a best.pt of this train.py (it has no {', '.join(sorted(missing))})")
     try:
+        found = programs_of(checkpoint["config"]["encoder"])
+        if found and found != checkpoint.get("programs"):
+            raise UserError(f"{path}: {', '.join(found)}: not what it was trained with; it was not run")
         inverter = inverter_of(checkpoint["config"] | {"amp": False}, checkpoint["shape"])
         inverter.decoder.load_state_dict(checkpoint["decoder"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

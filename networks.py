@@ -74,7 +74,10 @@ def near(name, names):
 
 
 class NoInitialisation(TorchFunctionMode):
-    """Leaves parameters as they are allocated: a large network that is loaded next is built in no time."""
+    """Leaves parameters as they are allocated: a large network that is loaded next is built in no time.
+
+    load_network asks for every one of them. What is no parameter is initialised as ever.
+    """
 
     SKIPPED = (
         torch.Tensor.uniform_,
@@ -88,7 +91,9 @@ class NoInitialisation(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in self.SKIPPED:
-            return args[0] if args else kwargs["tensor"]
+            tensor = args[0] if args else kwargs["tensor"]
+            if isinstance(tensor, nn.Parameter):
+                return tensor
         return function(*args, **kwargs)
 
 

@@ -86,7 +86,10 @@ def strip_paths(files, out):
 
 
 def mark_of(path):
-    """What reconstruct_pictures wrote into the PNG at `path` about its origin, or None."""
+    """What reconstruct_pictures wrote into the PNG at `path` about its origin.
+
+    None where there is nothing, also where the file can't be read: such a file is never replaced.
+    """
     try:
         with Image.open(path) as picture:
             return picture.info.get("Software")

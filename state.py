@@ -84,6 +84,7 @@ def save_best(inverter, config, state, out):
         "shape": list(inverter.shape),
         "weights_sha256": inverter.encoder.weights_sha256,
         "encoder_sha256": weights_key(inverter.encoder),
+        "programs": inverter.encoder.programs,
         "epoch": state.epoch,
         "val_loss": state.best_loss,
         "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},

@@ -75,7 +75,7 @@ def weights_from_file(path):
             state = state[wrapped]
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise UserError(f"--weights {path}: not a state dict, which maps names to tensors")
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # compiled before or after DataParallel
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state

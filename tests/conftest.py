@@ -1,6 +1,8 @@
 """Small real photographs, and a way to run a script in this process as its command line would."""
 
+import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two t
 
 import pytest
 import torch
+from made_up import write_runs
 from PIL import Image
 
 import data
@@ -114,3 +117,20 @@ def trained(photos, tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(trained):
     return torch.load(trained / "best.pt", weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A folder of experiments with made-up numbers; not to be changed."""
+    folder = tmp_path_factory.mktemp("runs")
+    write_runs(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def content(runs):
+    """The data that the page carries."""
+    page = (runs / "report.html").read_text(encoding="utf-8")
+    return json.loads(
+        re.search(r'<script id="content" type="application/json">(.*?)</script>', page, re.S)[1]
+    )

@@ -326,7 +326,9 @@ def test_joined_maps_have_the_stride_of_the_coarsest(photos, tmp_path, run_train
 # --- One's own --------------------------------------------------------------------------------------------
 
 
-def test_the_readmes_own_network(photos, tmp_path, monkeypatch, run_train, run_evaluate, run_invert):
+def test_the_readmes_own_network(
+    photos, tmp_path, monkeypatch, run_train, run_evaluate, run_invert, capsys, error_line
+):
     """As written there: the file, a short training of it as one's own, and the commands."""
     section = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("#### Your own network")[1]
     program, commands = (part.split("```")[0] for part in re.split("```python\n|```bash\n", section)[1:3])
@@ -351,6 +353,11 @@ def test_the_readmes_own_network(photos, tmp_path, monkeypatch, run_train, run_e
     assert found["config"]["input_size"] == 96 and found["weights_sha256"]
     torch.save(networks.own_network("mynet.py", "build").state_dict(), "mynet.pth")
     assert run_evaluate("--ckpt", "runs/mynet/best.pt") == 2  # another's weights
+    capsys.readouterr()
+    Path("mynet.py").write_text(program + "\nopen('ran', 'w')\n")
+    assert run_evaluate("--ckpt", "runs/mynet/best.pt") == 2
+    assert "mynet.py: not what it was trained with; it was not run" in error_line()
+    assert not Path("ran").exists()
 
 
 def test_own_network_is_trained_and_measured(own, photos, tmp_path, run_train, run_evaluate):
@@ -374,6 +381,8 @@ def test_flags_of_ones_own_network(own, photos, tmp_path, run_train, run_invert,
     ):
         assert run_train(*flags, *more, "--out", tmp_path / "a") == 2
         assert message in error_line()
+    assert run_invert("--ckpt", "best.pt", "--mean", "0,0,0") == 2
+    assert error_line() == "--mean: only with --encoder"
     assert run_invert(*flags, "--input-size", 64, "--steps", 1, "--count", 2, "--out", tmp_path / "b") == 0
     about = json.loads((tmp_path / "b" / "inversion.json").read_text())
     assert (about["weights"], about["input_size"]) == ("own", 64)

@@ -10,7 +10,7 @@ from PIL import Image
 
 import data
 import invert
-import report
+import results
 from encoders import Encoder
 from metrics import psnr
 from models import load_inverter
@@ -76,8 +76,8 @@ def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_invert, en
     assert inversion["feature_error"]["mean"] < start["feature_error"]["mean"]
     metrics = {"data": str(photos), "config": checkpoint["config"]}
     note = f"inverted: {inversion['psnr']['mean']:.2f} dB from {start['psnr']['mean']:.2f}"
-    assert note in report.inversion(tmp_path, metrics)
-    assert report.inversion(tmp_path, metrics | {"config": checkpoint["config"] | {"layer": "block2"}}) == ""
+    assert note in results.inversion(tmp_path, metrics)
+    assert results.inversion(tmp_path, metrics | {"config": checkpoint["config"] | {"layer": "block2"}}) == ""
     assert f"{inversion['psnr']['mean']:.4f}" in screen and "feature error" in screen
     with open(tmp_path / "inversion.csv", newline="") as file:
         (row,) = csv.DictReader(file)
@@ -85,9 +85,9 @@ def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_invert, en
     with Image.open(tmp_path / "inversion.png") as picture:
         assert picture.height > 500
     (tmp_path / "inversion.json").write_text("{}")
-    assert report.inversion(tmp_path, metrics) == ""
+    assert results.inversion(tmp_path, metrics) == ""
     (tmp_path / "inversion.json").write_text("[")
-    assert "invert again" in report.inversion(tmp_path, metrics)
+    assert "invert again" in results.inversion(tmp_path, metrics)
 
 
 def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, capsys):

@@ -1,0 +1,301 @@
+"""What was measured, and what was published: a row for each experiment of a folder, and for each baseline."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from baselines import BASELINES, thumbnail_name
+from flags import parse_train
+from study import DEFINING, IMAGE_SIZE, INPUT, METRICS, PROTOCOLS, PUBLISHED, PUBLISHED_INFERENCE
+from utils import same_data, seed_folders
+
+CONFIGS = Path(__file__).with_name("configs")
+UNREADABLE = (  # what reading a file that is not as it should be can raise
+    ValueError,
+    KeyError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    OSError,
+)
+
+
+class Damaged(Exception):
+    """A run's metrics.json cannot be read; the message says why, and what to do."""
+
+
+def result_rows(runs):
+    """A dictionary for each of the fifteen experiments, every other evaluated run and baseline in `runs`.
+
+    The published numbers are those of the experiment that has the run's configuration, whatever its folder is
+    called. `note` says what is special about a run, or why there are no measurements. Baselines come last.
+    """
+    experiments = {name: defining_of_file(CONFIGS / f"{name}.yaml") for name in PUBLISHED}
+    found = [path.parent for path in (*runs.glob("metrics.json"), *runs.glob("*/metrics.json"))]
+    found += [path.parent.parent for path in runs.glob("*/seed[0-9]*/metrics.json")]
+    others = {str(folder.relative_to(runs)) for folder in found} - PUBLISHED.keys()  # `.` is `runs` itself
+    rows = []
+    for name in [*PUBLISHED, *sorted(others)]:
+        row = {"note": "not run"}
+        experiment = name
+        folder, *more = seed_folders(runs / name)
+        try:
+            if (folder / "metrics.json").exists():
+                results = read_results(folder)
+                experiment = experiment_of(results["config"], experiments)
+                row |= measured(results, folder)
+                for other in more:
+                    refuse_another(results, read_results(other), other)
+                if more:
+                    row = over_seeds([row, *(measured(read_results(other), other) for other in more)])
+                if name in PUBLISHED and experiment != name:
+                    difference = other_than(results["config"], experiments[name])
+                    row["note"] = joined(difference, row["note"])
+            elif (folder / "error.txt").exists():
+                lines = (folder / "error.txt").read_text(errors="replace").strip().splitlines()
+                row["note"] = f"failed: {lines[-1] if lines else 'no message'}"
+            elif (folder / "last.pt").exists():
+                row["note"] = "not finished"
+        except Damaged as error:
+            row["note"] = str(error)
+        rows.append({"experiment": name} | published(experiment) | row)
+    baselines = baseline_rows(runs)
+    note_below(rows, baselines)
+    rows += baselines
+    label_data(rows)
+    return rows
+
+
+def refuse_another(results, others, folder):
+    """Raise Damaged where metrics.json in `folder` is not that of another seed of the same."""
+    for name in (*results["config"], "data", "protocol"):
+        a, b = (found["config"].get(name, found.get(name)) for found in (results, others))
+        if a != b and name not in ("seed", "out"):
+            raise Damaged(f"{folder.name}: {name} is {b}, of another seed {a}")
+
+
+def over_seeds(rows):
+    """One row of those of several seeds: means of their metrics, and in `note` the deviations of these."""
+    row = dict(rows[0])
+    spread = []
+    for (metric, label), digits in zip(METRICS.items(), (2, 4, 4), strict=True):
+        values = [other[metric] for other in rows]
+        row[metric] = float(np.mean(values))
+        row[f"{metric}_std"] = float(np.mean([other[f"{metric}_std"] for other in rows]))
+        row[f"{metric}_seeds"] = float(np.std(values, ddof=1))
+        spread.append(f"± {row[f'{metric}_seeds']:.{digits}f} {label.split()[0]}")
+    row["seed"] = ", ".join(str(other["seed"]) for other in rows)
+    row["note"] = joined(row["note"], f"{len(rows)} seeds: {', '.join(spread)}")
+    return row
+
+
+def is_experiment(row):
+    """Whether a row is of a run: a baseline's has no published numbers, not even empty ones."""
+    return "published_psnr" in row
+
+
+def defining_of_file(path):
+    """What makes an experiment, {flag: value}, of the YAML file at `path`."""
+    return defining(vars(parse_train(["--config", str(path)])))
+
+
+def defining(config):
+    return {key: config[key] for key in DEFINING}
+
+
+def experiment_of(config, experiments):
+    """The name of the experiment that has this configuration, or None."""
+    for name, wanted in experiments.items():
+        if defining(config) == wanted:
+            return name
+    return None
+
+
+def other_than(config, wanted):
+    """How a run's configuration differs from the experiment that its folder is called after."""
+    differences = [f"{key} {config[key]}" for key in DEFINING if config[key] != wanted[key]]
+    return f"not this experiment: {', '.join(differences)}"
+
+
+def published(experiment):
+    """What the study published of an experiment, as a part of a row; None: of no experiment."""
+    if experiment is None:
+        return {
+            f"published_{name}": None
+            for name in ("psnr", "ssim", "lpips", "parameters", "minutes", "inference")
+        }
+    values = {f"published_{name}": value for name, value in PUBLISHED[experiment]._asdict().items()}
+    return values | {"published_inference": PUBLISHED_INFERENCE}
+
+
+def read_results(folder):
+    """The content of metrics.json in `folder`, whose numbers are finite. Raises Damaged."""
+    try:
+        results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        numbers = [results[name][kind] for name in METRICS for kind in ("mean", "std")]
+        numbers += [results[name] for name in ("parameters", "inference_ms", "epoch")] + results["shape"]
+        if len(results["shape"]) != 3 or not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"a number in it is not finite, or the shape {results['shape']} is none")
+        if not all(type(results[name]) is str for name in ("data", "protocol", "weights")):
+            raise ValueError("data, protocol and weights should be words")
+        Path(results["data"]).resolve()  # or an error: no name that a folder can have
+        defining(results["config"])
+        return results
+    except UNREADABLE as error:
+        raise Damaged(f"metrics.json is not that of evaluate.py ({error!r}); evaluate again") from None
+
+
+def measured(results, folder):
+    """What metrics.json, its content, and history.csv in `folder` say, as a part of a row."""
+    row = means(results)
+    row |= {
+        key: results[key] for key in ("parameters", "inference_ms", "epoch", "data", "protocol", "weights")
+    }
+    row |= {key: results["config"].get(key) for key in ("encoder", "decoder", "seed")}
+    row["resolution"] = results["shape"][1]
+    history, damage = read_history(folder)
+    seconds = history.get("seconds", []) + history.get("val_seconds", [])
+    row["minutes"] = sum(filter(None, seconds)) / 60 if seconds else None
+    weights = {"imagenet": "", "random": "random weights (control)"}.get(
+        row["weights"], f"weights {row['weights']}"
+    )
+    budget = optimisation(results["config"])
+    row["note"] = joined(weights, unusual(row["protocol"]), budget, inversion(folder, results), damage)
+    return row
+
+
+def optimisation(config):
+    """How a run's optimisation differs from the study's, or ""."""
+    study = vars(parse_train([])) | {"crop": IMAGE_SIZE}
+    keys = (
+        "epochs",
+        "passes",
+        "batch_size",
+        "crop",
+        "kept_crops",
+        "lr",
+        "schedule",
+        "freeze_bn",
+        "clip_grad",
+        *INPUT,
+        "fusion",
+    )
+    return ", ".join(f"{key} {config[key]}" for key in keys if config.get(key, study[key]) != study[key])
+
+
+def means(metrics):
+    """Mean and standard deviation of each metric of {metric: its summary}, as a part of a row."""
+    row = {}
+    for name in METRICS:
+        row[name] = metrics[name]["mean"]
+        row[f"{name}_std"] = metrics[name]["std"]
+    return row
+
+
+def unusual(protocol):
+    """What a note says of a protocol, by its name."""
+    return "" if protocol == "documented" else f"protocol {protocol}"
+
+
+def joined(*notes):
+    """One note of several, of which some may be empty."""
+    return "; ".join(filter(None, notes))
+
+
+def inversion(folder, results):
+    """What inversion.json in `folder` says of the networks and data that `results` are of, or ""."""
+    if not (folder / "inversion.json").exists():
+        return ""
+    try:
+        found = json.loads((folder / "inversion.json").read_text(encoding="utf-8"))
+        config = results["config"]
+        same = {name: config[name] for name in ("encoder", "layer", "weights")}
+        same |= {"start": config["decoder"], "data": results["data"]}
+        if any(found.get(name) != value for name, value in same.items()):
+            return ""
+        start, end = (found["metrics"][kind]["psnr"]["mean"] for kind in ("start", "inversion"))
+        return f"inverted: {end:.2f} dB from {start:.2f} ({found['images']} images)"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"inversion.json is not that of invert.py ({error!r}); invert again"
+
+
+def read_history(folder):
+    """{column: values, an epoch each} of history.csv in `folder`, and what is wrong with the file, or "".
+
+    What is no finite number is None. {} where there is no such file.
+    """
+    path = folder / "history.csv"
+    if not path.exists():
+        return {}, ""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return {key: [finite(row[key]) for row in rows] for key in rows[0]}, ""
+    except (ValueError, TypeError, IndexError, OSError, csv.Error) as error:
+        return {}, f"history.csv is not that of train.py ({error}); train again"
+
+
+def finite(text):
+    """`text` as a number; None for an empty one, infinity and NaN, which JSON has not. Raises ValueError."""
+    value = float(text) if text else math.nan
+    return value if math.isfinite(value) else None
+
+
+def baseline_rows(runs):
+    """A row for each baseline of baselines.json in the folder `runs`, or one that says what is wrong."""
+    path = runs / "baselines.json"
+    if not path.exists():
+        return []
+    rows = []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        Path(found["data"]).resolve()  # or an error: no name that a folder can have
+        about = {"data": found["data"], "protocol": PROTOCOLS[found["protocol"]].name}
+        about["note"] = joined("baseline, no features", unusual(about["protocol"]))
+        for name, metrics in found["baselines"].items():
+            row = {"experiment": name} | means(metrics) | about
+            if name not in BASELINES or not all(math.isfinite(row[key]) for key in means(metrics)):
+                raise ValueError(f"{name!r} is no baseline, or a number of it not finite")
+            rows.append(row)
+        return rows
+    except UNREADABLE as error:
+        advice = "remove it and measure again"
+        note = f"{path.name} is not that of evaluate.py --baselines ({error!r}); {advice}"
+        return [{"experiment": path.name, "note": note}]
+
+
+def note_below(rows, baselines):
+    """Have `note` say which rows have a PSNR below that of a baseline, on their data.
+
+    Those are each image's mean colour, and each image reduced to as many pixels as the layer has positions.
+    """
+    for limit in baselines:
+        for row in rows:
+            if "psnr" not in row or row["protocol"] != limit.get("protocol"):
+                continue
+            own = ("mean colour", thumbnail_name(row["resolution"], row["resolution"]))
+            if limit["experiment"] not in own or row["psnr"] >= limit["psnr"]:
+                continue
+            if same_data(row["data"], limit["data"]):
+                row["note"] = joined(row["note"], f"below {limit['experiment']}")
+
+
+def label_data(rows):
+    """Have the column `data` name each folder as shortly as tells it from the others."""
+    sources = {row["data"] for row in rows if "data" in row}
+    labels = {}
+    for source in sources:
+        parts = Path(source).parts
+        others = [other for other in sources if not same_data(source, other)]
+        for length in range(1, len(parts) + 1):
+            labels[source] = str(Path(*parts[-length:]))
+            if not any(Path(other).parts[-length:] == parts[-length:] for other in others):
+                break
+    for row in rows:
+        if "data" in row:
+            row["data"] = labels[row["data"]]
