@@ -88,12 +88,12 @@ def strip_paths(files, out):
 def mark_of(path):
     """What reconstruct_pictures wrote into the PNG at `path` about its origin.
 
-    None where there is nothing, also where the file can't be read: such a file is never replaced.
+    None where there is nothing, also where it is no PNG that can be read: such a file is never replaced.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=["PNG"]) as picture:
             return picture.info.get("Software")
-    except Exception:  # every Pillow plugin has its own kinds
+    except (OSError, ValueError, Image.DecompressionBombError):
         return None
 
 

@@ -257,7 +257,7 @@ def test_own_pictures(trained, tmp_path, run_evaluate, capsys, size):
 
 
 def test_unrelated_picture_is_never_replaced(trained, tmp_path, run_evaluate, error_line):
-    """Neither a person's own images/cat.png nor the strip of another cat.jpg."""
+    """Neither a person's own images/cat.png, nor one that is damaged, nor the strip of another cat.jpg."""
     Image.new("RGB", (20, 20), "blue").save(tmp_path / "cat.jpg")
     flags = ("--ckpt", trained / "best.pt", "--out", tmp_path, "--images", tmp_path / "cat.jpg", "--quiet")
     (tmp_path / "images").mkdir()
@@ -268,10 +268,15 @@ def test_unrelated_picture_is_never_replaced(trained, tmp_path, run_evaluate, er
     assert "cat.png: would be overwritten" in error_line() and strip.read_bytes() == before
     strip.unlink()
     assert run_evaluate(*flags) == 0
-    before = strip.read_bytes()
+    whole = strip.read_bytes()
+    for damaged in (b"no picture", whole[:20], whole[:30] + bytes(12) + whole[42:]):
+        strip.write_bytes(damaged)
+        assert run_evaluate(*flags) == 2
+        assert "cat.png: would be overwritten" in error_line() and strip.read_bytes() == damaged
+    strip.write_bytes(whole)
     Image.new("RGB", (20, 20), "green").save(tmp_path / "cat.jpg")
     assert run_evaluate(*flags) == 2
-    assert "cat.png: would be overwritten" in error_line() and strip.read_bytes() == before
+    assert "cat.png: would be overwritten" in error_line() and strip.read_bytes() == whole
 
 
 def test_own_pictures_are_never_overwritten(trained, tmp_path, run_evaluate, error_line):
