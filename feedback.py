@@ -7,6 +7,8 @@ from torch import nn
 from decoders import resize, upsamplings
 from study import IMAGE_SIZE
 
+GAIN = 0.1  # of what becomes pixels: a step of Adam moves all weights at once, and with 1 the images too far
+
 
 class Refinement(nn.Module):
     """Convolution, GELU and convolution beside a shortcut: (B, C, H, W) → the same, at first unchanged."""
@@ -42,7 +44,7 @@ class PixelShuffleHead(nn.Module):
             channels = out
         if not steps:  # a position for every pixel
             self.layers.extend([nn.Conv2d(channels, 3, 3, padding=1), nn.Identity()])
-        nn.init.constant_(self.last.bias, shade)
+        nn.init.constant_(self.last.bias, shade / GAIN)
 
     @property
     def last(self):
@@ -51,7 +53,8 @@ class PixelShuffleHead(nn.Module):
 
     def forward(self, x, size):
         x = resize(self.layers(x), size)
-        return x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse to be corrected
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse to be corrected
+        return GAIN * x
 
 
 class ResidualDecoder(nn.Module):

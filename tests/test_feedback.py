@@ -39,9 +39,9 @@ def test_an_iteration_sees_what_the_features_lack():
         for parameter in net.parameters():
             parameter.zero_()
         net.deviation.fill_(2)
-        net.head.layers[0].bias.fill_(0.5)
+        net.head.layers[0].bias.fill_(5)  # a tenth is what it adds to pixels
         net.steps[0].compare.weight[:, :12, 1, 1] = identity
-        net.steps[0].head.last.weight[:, :, 1, 1] = -identity / 2
+        net.steps[0].head.last.weight[:, :, 1, 1] = -5 * identity
     wanted = torch.rand(2, 3, 14, 14)
     net.iterations = 5
     images = net(F.pixel_unshuffle(wanted, 2), lambda x: F.pixel_unshuffle(x, 2))
