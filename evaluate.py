@@ -2,7 +2,7 @@
 
   python evaluate.py --ckpt runs/best.pt
   python evaluate.py --ckpt runs/best.pt --data FOLDER --out results
-  python evaluate.py --ckpt runs/best.pt --images holiday.jpg pictures/      your own pictures
+  python evaluate.py --ckpt pretrained/vgg16_block1.pt --images holiday.jpg  your own pictures, or folders
   python evaluate.py --baselines --data FOLDER                               what needs no features
   python evaluate.py --report runs                                           the experiments, side by side
   python evaluate.py --compare runs/a runs/b                                 whether b is better

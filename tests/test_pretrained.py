@@ -1,0 +1,50 @@
+"""The decoders in pretrained/: what they are, and that they still do what their figures say."""
+
+import json
+import re
+
+import pytest
+from conftest import REPOSITORY
+
+from data import load_split
+from evaluate import evaluate_model
+from flags import config_of, parse_train
+from models import load_inverter
+from utils import load
+
+FOLDER = REPOSITORY / "pretrained"
+NAMES = [path.stem for path in sorted(FOLDER.glob("*.pt"))]
+
+
+def figures(name):
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def test_they_are_small_and_each_has_its_figures():
+    assert {"vgg16_block1", "vgg16_block2", "alexnet_conv3"} <= set(NAMES)
+    assert sum(path.stat().st_size for path in FOLDER.iterdir() if path.is_file()) <= 12e6
+    assert [path.stem for path in sorted(FOLDER.glob("*.json"))] == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_that_is_told_has_made_it(name, monkeypatch):
+    """What pretrained/README.md says, by train.py's own flags, is the configuration in the checkpoint."""
+    monkeypatch.chdir(REPOSITORY)
+    text = (FOLDER / "README.md").read_text()
+    told = next(line for line in text.splitlines() if line.startswith(f"train {name} "))
+    shared = re.search(r'python train.py "\$@" (.*) --out', text)[1]
+    args = parse_train([*told.split()[2:], *shared.split(), "--out", f"runs/pretrained/{name}"])
+    checkpoint = load(FOLDER / f"{name}.pt")
+    wanted = config_of(args)
+    assert wanted["crop"]
+    assert {key: checkpoint["config"][key] for key in wanted} == wanted
+    assert checkpoint["encoder_sha256"]
+    assert figures(name)["config"] == checkpoint["config"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_photographs_that_training_never_saw(name):
+    """Four tiles of scikit-image's: at most 3 dB below what the 100 test images have."""
+    inverter, _ = load_inverter(FOLDER / f"{name}.pt")
+    found = evaluate_model(inverter, load_split("sample", "test")[::4])
+    assert found.values["psnr"].mean() > figures(name)["psnr"]["mean"] - 3
