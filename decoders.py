@@ -324,18 +324,18 @@ class Fused(nn.Module):
         self.decoder = decoder
         self.channels = list(channels)
         self.register_buffer("deviation", torch.ones(len(channels)))
-        self.weigh = None
+        self.fusion = fusion
         if fusion == "weighted":
-            self.weigh = SourceWeights(len(channels))
+            self.logits = nn.Parameter(torch.zeros(1, len(channels), 1, 1))
         elif fusion == "attention":
             self.weigh = nn.Conv2d(sum(channels), len(channels), 1)
 
     def fuse(self, z):
         """(B, ΣC, H, W) → the same."""
         parts = [part / scale for part, scale in zip(z.split(self.channels, 1), self.deviation, strict=True)]
-        if self.weigh is None:
+        if self.fusion == "concat":
             return torch.cat(parts, 1)
-        logits = self.weigh(torch.cat(parts, 1))  # (B, sources, H, W), or 1 for H and W
+        logits = self.logits if self.fusion == "weighted" else self.weigh(torch.cat(parts, 1))  # a source's
         weights = len(parts) * logits.softmax(1)
         return torch.cat([weights[:, i : i + 1] * part for i, part in enumerate(parts)], 1)
 
@@ -345,14 +345,3 @@ class Fused(nn.Module):
             encoder, *args = args
             args = (lambda images: self.fuse(encoder(images)), *args)
         return self.decoder(self.fuse(z), *args, **options)
-
-
-class SourceWeights(nn.Module):
-    """A learned number for each source, whatever the picture: → (1, sources, 1, 1)."""
-
-    def __init__(self, sources):
-        super().__init__()
-        self.logits = nn.Parameter(torch.zeros(1, sources, 1, 1))
-
-    def forward(self, z):
-        return self.logits

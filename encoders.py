@@ -3,8 +3,9 @@
 import hashlib
 import math
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,51 +25,45 @@ class Reached(Exception):
     """The last layer has run: nothing behind it shall."""
 
 
-class Course:
-    """What runs in `net` for `images` until the module at `path` has: names of modules that began, and ended.
+class Trace:
+    """A whole pass of `net` over `images`, module by module, by their paths.
 
-    runs: how often that module does in a whole pass; output: its first, and its layout, that of `layout_of`;
-    depth: how many modules had ended; whole: nothing of the network may be cut off.
+    begun, ended: in this order; outputs: {path: its first}; passed: {path: how many had begun then, and
+    ended}; costs: {path: what `cost` said then}; tokens: {path: N} of those that were given rows of N tokens.
     """
 
-    def __init__(self, net, path, images):
-        self.begun, self.ended = set(), set()
-        self.runs, self.output, self.layout = 0, None, None
-        self.whole = False
-        self.tokens = {}
-        handles = watch_tokens(net, self.tokens)
-        for name, module in net.named_modules():
-            handles.append(module.register_forward_pre_hook(partial(self.begin, name)))
-            handles.append(module.register_forward_hook(partial(self.end, name)))
-        handles.append(net.get_submodule(path).register_forward_hook(self.reach))
+    def __init__(self, net, images, cost=lambda: 0):
+        self.begun, self.ended = [], []
+        self.outputs, self.passed, self.costs, self.tokens = {}, {}, {}, {}
+        self.cost = cost
+        handles = []
+        for path, module in net.named_modules():
+            handles.append(module.register_forward_pre_hook(partial(self.begin, path)))
+            handles.append(module.register_forward_hook(partial(self.end, path)))
         with torch.no_grad():
             net(images)
         for handle in handles:
             handle.remove()
-        self.depth = len(self.ended)
 
-    def begin(self, name, *_):
-        if not self.runs:
-            self.begun.add(name)
-
-    def end(self, name, *_):
-        if not self.runs:
-            self.ended.add(name)
-
-    def reach(self, module, inputs, output):
-        self.runs += 1
-        if self.runs == 1:
-            self.output = output
-
-
-def watch_tokens(net, tokens):
-    """Have `tokens` say, {path: N}, which modules of `net` are given rows of N tokens; the hooks' handles."""
-
-    def watch(name, module, inputs):
+    def begin(self, path, module, inputs):
+        self.begun.append(path)
         if inputs and torch.is_tensor(inputs[0]) and inputs[0].dim() == 3:
-            tokens[name] = inputs[0].shape[1]
+            self.tokens[path] = inputs[0].shape[1]
 
-    return [module.register_forward_pre_hook(partial(watch, name)) for name, module in net.named_modules()]
+    def end(self, path, module, inputs, output):
+        self.ended.append(path)
+        if path not in self.outputs:
+            self.outputs[path] = output
+            self.passed[path] = len(self.begun), len(self.ended)
+            self.costs[path] = self.cost()
+
+
+class Course(NamedTuple):
+    """What is to be known of a network before it runs up to some of its layers."""
+
+    layouts: dict  # {path of a layer: what layout_of says}
+    shapes: list  # (C, H, W) of each
+    unused: list  # paths of modules that can be left out
 
 
 def tried(look, name, size):
@@ -90,52 +85,62 @@ def tried(look, name, size):
     raise refusal
 
 
-def course_of(name, path, size):
-    """The Course of the network `name` up to the module at `path`, of size×size images.
+def course_of(name, paths, size):
+    """The Course of the network `name` up to the modules at `paths`, of size×size images.
 
-    Raises UserError where there is no such module, and where it does not run once.
+    Raises UserError where there is no such module, and where one does not run once.
     """
 
     def follow(net, images):
-        paths = [found for found, _ in net.named_modules() if found]
-        if path not in paths:
-            raise UserError(f"--layer {path}: {name} has no such module; near: {near(path, paths)}")
-        course = Course(net, path, images)
-        if course.runs != 1:
-            how = "never runs" if course.runs == 0 else f"runs {course.runs} times"
-            raise UserError(f"--layer {path}: {how} for an image; choose one that runs once")
-        course.layout = layout_of(course.output, path, net, course.tokens)
+        known = [path for path, _ in net.named_modules() if path]
+        for path in paths:
+            if path not in known:
+                raise UserError(f"--layer {path}: {name} has no such module; near: {near(path, known)}")
+        trace = Trace(net, images)
+        for path in paths:
+            if (runs := trace.ended.count(path)) != 1:
+                how = f"runs {runs} times" if runs else "never runs"
+                raise UserError(f"--layer {path}: {how} for an image; choose one that runs once")
+        outputs = {path: trace.outputs[path] for path in paths}
+        layouts = {path: layout_of(output, path, net, trace.tokens) for path, output in outputs.items()}
+        shapes = [tuple(as_map(outputs[path], layouts[path]).shape[1:]) for path in paths]
+        unused = unused_of(net, trace, paths)
+        leave_out(net, unused)
         try:
-            cut(net, course)
             with torch.no_grad():
-                again = Trunk(net, {path: ("map",)})(images)
-            course.whole = again.shape != course.output.shape
-        except (AttributeError, TypeError):  # a module uses what it does not run: nn.Identity has no weights
-            course.whole = True
-        return course
+                maps = Trunk(net, layouts)(images)
+            again = [tuple(x.shape[1:]) for x in (maps if len(paths) > 1 else [maps])]
+        except (AttributeError, TypeError, RuntimeError):  # a module uses one that it does not run
+            again = None
+        return Course(layouts, shapes, unused if again == shapes else [])
 
     return tried(follow, name, size)
 
 
-def cut(net, course):
-    """Replace what of `net` runs behind the layer, so that it takes neither memory nor weights.
+def unused_of(net, trace, paths):
+    """The paths of modules of `net` that are of no use to the layers at `paths`: what runs behind the last.
 
     That are modules that neither began nor hold one that did, inside one that had begun, but not ended. What
     a module that had ended holds without running it, as nn.MultiheadAttention does its projection, it may
     have used.
     """
-    if course.whole:
-        return
-    kept = set(course.begun)
-    for name in course.begun:
-        kept.update(ancestors(name))
-    for name, _ in list(net.named_modules()):
-        parent, _, child = name.rpartition(".")
-        if name in kept or parent not in kept:
-            continue
-        around = next(above for above in ancestors(name) if above in course.begun)
-        if around not in course.ended:
-            setattr(net.get_submodule(parent), child, nn.Identity())
+    begun, ended = max(trace.passed[path] for path in paths)
+    begun, ended = set(trace.begun[:begun]), set(trace.ended[:ended])
+    kept = begun.union(*map(ancestors, begun))
+    unused = []
+    for path, _ in net.named_modules():
+        if path not in kept and path.rpartition(".")[0] in kept:
+            around = next(above for above in ancestors(path) if above in begun)
+            if around not in ended:
+                unused.append(path)
+    return unused
+
+
+def leave_out(net, unused):
+    """Replace the modules of `net` at these paths, so that they take neither memory nor weights."""
+    for path in unused:
+        parent, _, child = path.rpartition(".")
+        setattr(net.get_submodule(parent), child, nn.Identity())
 
 
 def ancestors(name):
@@ -148,7 +153,7 @@ def ancestors(name):
 def layout_of(output, path, net, tokens):
     """How the output of the layer at `path` for two images becomes (2, C, H, W): a word, numbers for as_map.
 
-    tokens: what watch_tokens found. Raises UserError for an output that is no feature of an image.
+    tokens: a Trace's. Raises UserError for an output that is no feature of an image.
     """
     if not torch.is_tensor(output):
         kind = type(output).__name__
@@ -275,20 +280,19 @@ class Encoder(nn.Module):
         self.programs = programs_of(name)
         self.weights_sha256 = None
         with torch.random.fork_rng(devices=[]):
-            courses = {path: course_of(name, path, self.input_size) for _, path in names}
+            course = course_of(name, [path for _, path in names], self.input_size)
             torch.manual_seed(seed)
             loaded = weights not in ("random", "own") and not (weights == "imagenet" and self.programs)
             with NoInitialisation() if loaded else nullcontext():
                 net = build_network(name).eval()
-        cut(net, max(courses.values(), key=lambda course: course.depth))
+        leave_out(net, course.unused)
         if loaded and weights == "imagenet":
             load_network(net, imagenet_weights(name.removeprefix("torchvision/")), f"--weights {weights}")
         elif loaded:
             load_network(net, weights_from_file(weights), f"--weights {weights}")
             self.weights_sha256 = digest(weights)
-        self.shapes = [tuple(as_map(course.output, course.layout).shape[1:]) for course in courses.values()]
-        layouts = {path: course.layout for path, course in courses.items()}
-        self.trunk = Trunk(net, layouts).to(memory_format=torch.channels_last)
+        self.shapes = course.shapes
+        self.trunk = Trunk(net, course.layouts).to(memory_format=torch.channels_last)
         if not protocol.own_normalization:
             own = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         self.register_buffer("mean", torch.tensor(mean or own["mean"]).view(3, 1, 1))
@@ -307,7 +311,7 @@ class JointEncoder(nn.Module):
     """Several encoders at once, or layers of one: their maps, resized to the largest, joined: (B, C, h, w).
 
     encoder, layer: as `vgg16+alexnet` and `block3+conv2`; weights: one word for all, or as many. shapes: of
-    each map, in this order. Of a network that is named several times, all layers are of the same pass.
+    each map, as they are joined: those of a network that is named several times, which runs once, together.
     """
 
     def __init__(self, encoder, layer, weights="imagenet", *options, **more):
@@ -333,10 +337,7 @@ class JointEncoder(nn.Module):
         self.programs = programs_of(encoder)
         hashes = [encoder.weights_sha256 for encoder in self.encoders]
         self.weights_sha256 = hashes if any(hashes) else None
-        found = [(*pair, part) for pair, parts in wanted.items() for part in parts]
-        self.order = [found.index(place) for place in zip(names, sources, layers, strict=True)]
-        shapes = [shape for encoder in self.encoders for shape in encoder.shapes]
-        self.shapes = [shapes[number] for number in self.order]
+        self.shapes = [shape for encoder in self.encoders for shape in encoder.shapes]
 
     @property
     def mean(self):
@@ -355,7 +356,7 @@ class JointEncoder(nn.Module):
         for part in found:
             maps += part if isinstance(part, list) else [part]
         size = torch.Size(max(x.shape[side] for x in maps) for side in (2, 3))
-        return torch.cat([resize(maps[number], size) for number in self.order], 1)
+        return torch.cat([resize(x, size) for x in maps], 1)
 
 
 def weights_key(encoder):
@@ -394,28 +395,20 @@ def layers_of(encoder, input_size=None):
     input_size: of the images; the network's own where None. Raises UserError where there is none.
     """
     name = ENCODERS.get(encoder, encoder)
-    found, runs, tokens = {}, Counter(), {}
 
     def follow(net, images):
-        for results in (found, runs, tokens):  # of the device that was tried before
-            results.clear()
-        watch_tokens(net, tokens)
-        for path, module in net.named_modules():
-            module.register_forward_hook(partial(record, path, net))
-        with torch.no_grad(), counter:
-            net(images)
+        with FlopCounterMode(display=False) as counter:
+            trace = Trace(net, images, counter.get_total_flops)
+        runs = Counter(trace.ended)
+        layers = {}
+        for path, output in trace.outputs.items():
+            if path and runs[path] == 1:
+                with suppress(UserError):
+                    shape = tuple(as_map(output, layout_of(output, path, net, trace.tokens)).shape[1:])
+                    layers[path] = shape, trace.costs[path] / 4  # two images, two operations
+        return layers
 
-    def record(path, net, module, inputs, output):
-        runs[path] += 1
-        try:
-            layout = layout_of(output, path, net, tokens)
-        except UserError:
-            return
-        found[path] = tuple(as_map(output, layout).shape[1:]), counter.get_total_flops() / 4  # two images
-
-    counter = FlopCounterMode(display=False)
-    tried(follow, name, input_size or own_input(name)["input_size"])
-    layers = {path: values for path, values in found.items() if path and runs[path] == 1}
+    layers = tried(follow, name, input_size or own_input(name)["input_size"])
     if not layers:
         raise UserError(f"--encoder {encoder}: no module in it runs once and gives features")
     return layers

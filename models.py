@@ -5,6 +5,7 @@ python models.py --encoder timm/convnext_tiny   every layer of another
 """
 
 import math
+from functools import cache
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from encoders import build_encoder, layers_of, programs_of, weights_key
 from feedback import FeedbackDecoder, ResidualDecoder
 from flags import Parser, positive_int
 from networks import own_input
-from study import DECODERS, DOCUMENTED, ENCODERS, FEEDBACK_OPTIONS, INPUT, LAYERS, PROTOCOLS
+from study import DECODERS, DOCUMENTED, ENCODERS, FEEDBACK_OPTIONS, IMAGE_SIZE, INPUT, LAYERS, PROTOCOLS
 from utils import UserError, load, out_of_memory, run
 
 # --- Decoders ------------------------------------------------------------------------------------------
@@ -231,69 +232,57 @@ def count_parameters(module):
 # --- The table -----------------------------------------------------------------------------------------
 
 
-def describe():
-    """Print every encoder and layer: feature shape, and each decoder's parameters and multiply-adds an image.
+def describe(layers, size=IMAGE_SIZE, decoding=True):
+    """Print `layers`: features, multiply-adds up to there, each decoder's parameters, and an image's cost.
 
-    On the meta device: nothing is loaded or computed. Multiply-adds are those of encoder and decoder
-    together, half of what torch.utils.flop_counter counts.
+    layers: {name: what layers_of says}, of size×size images. decoding: the cost, in multiply-adds of encoder
+    and decoder together, half of what torch.utils.flop_counter counts. On the meta device: nothing is
+    computed, but counting takes a second for three shapes of features.
     """
-    print(
-        f"{'encoder':<10}{'layer':<9}{'features':<15}{'encoder':>8}"
-        + "".join(f"{name:>19}" for name in BUILDERS)
-    )
-    print(f"{'':<34}{'GMAC':>8}" + f"{'parameters   GMAC':>19}" * len(BUILDERS))
-    decoders = {}  # what each costs for a shape, which layers share
-    for name, layers in LAYERS.items():
-        found = layers_of(name)
-        for layer, path in layers.items():
-            shape, encoding = found[path]
-            if shape not in decoders:
-                decoders[shape] = [decoder_cost(build, shape) for build in BUILDERS.values()]
-            line = f"{name:<10}{layer:<9}{' × '.join(map(str, shape)):<15}{encoding / 1e9:>8.2f}"
-            for parameters, decoding, passes in decoders[shape]:
-                line += f"{parameters:>12,}{(passes * encoding + decoding) / 1e9:>7.2f}"
-            print(line)
+    longest = max(map(len, layers))
+    of_decoder = f"{'parameters':>13}" + f"{'GMAC':>7}" * decoding
+    print(f"{'':<{longest + 17}}{'encoder':>9}" + "".join(f"{name:>{len(of_decoder)}}" for name in BUILDERS))
+    print(f"{'layer':<{longest}} {'features':<16}{'GMAC':>9}" + of_decoder * len(BUILDERS))
+    decoders = {}  # for a shape, which layers share
+    for name, (shape, encoding) in layers.items():
+        if shape not in decoders:
+            with torch.device("meta"):
+                decoders[shape] = [build(shape, size=size).eval() for build in BUILDERS.values()]
+        line = f"{name:<{longest}} {' × '.join(map(str, shape)):<16}{encoding / 1e9:>9.2f}"
+        for decoder in decoders[shape]:
+            line += f"{count_parameters(decoder):>13,}"
+            if decoding:
+                cost, passes = decoder_cost(decoder, shape)
+                line += f"{(passes * encoding + cost) / 1e9:>7.2f}"
+        print(line)
 
 
-def decoder_cost(build, shape):
-    """Trainable parameters and multiply-adds of the decoder that `build` makes, and passes of the encoder."""
+@cache
+def decoder_cost(decoder, shape):
+    """Multiply-adds of a decoder on the meta device, and passes of the encoder, the first included."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        decoder = build(shape).eval()
         features = torch.empty(1, *shape)
         looks = isinstance(decoder, FeedbackDecoder)
         decoder(features, lambda images: features) if looks else decoder(features)
-    passes = 1 + decoder.iterations if looks else 1
-    return count_parameters(decoder), counter.get_total_flops() / 2, passes
-
-
-def describe_layers(encoder, input_size=None):
-    """Print every layer of `encoder`: its features, multiply-adds up to there, and decoders' parameters."""
-    size = input_size or own_input(ENCODERS.get(encoder, encoder))["input_size"]
-    layers = layers_of(encoder, size)
-    longest = max(len(path) for path in layers)
-    print(f"{'layer':<{longest}}  {'features':<17}{'GMAC':>8}" + "".join(f"{name:>13}" for name in BUILDERS))
-    counts = {}
-    for path, (shape, cost) in layers.items():
-        if shape not in counts:
-            with torch.device("meta"):
-                counts[shape] = [count_parameters(build(shape, size=size)) for build in BUILDERS.values()]
-        line = f"{path:<{longest}}  {' × '.join(map(str, shape)):<17}{cost / 1e9:>8.2f}"
-        print(line + "".join(f"{count:>13,}" for count in counts[shape]))
+    return counter.get_total_flops() / 2, 1 + decoder.iterations if looks else 1
 
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--encoder", help="its layers, by the paths that --layer takes (default: the study's)"
-    )
+    parser.add_argument("--encoder", help="its layers, as --layer takes them (default: the study's)")
     parser.add_argument("--input-size", type=positive_int, metavar="N", help="side of its images")
     args = parser.parse_args()
     if args.encoder:
-        describe_layers(args.encoder, args.input_size)
+        size = args.input_size or own_input(ENCODERS.get(args.encoder, args.encoder))["input_size"]
+        describe(layers_of(args.encoder, size), size, decoding=False)
     elif args.input_size:
         raise UserError("--input-size: of an --encoder; give one")
     else:
-        describe()
+        layers = {}
+        for encoder, names in LAYERS.items():
+            found = layers_of(encoder)
+            layers |= {f"{encoder} {layer}": found[path] for layer, path in names.items()}
+        describe(layers)
 
 
 if __name__ == "__main__":
