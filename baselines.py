@@ -11,7 +11,7 @@ from tqdm import tqdm
 import data
 from metrics import LPIPS, measure, summary, summary_table, target
 from study import DOCUMENTED, METRICS
-from utils import make_folder, refuse_other_results, write_text
+from utils import RESULTS, make_folder, refuse_other_results, write_csv, write_text
 
 
 def constant_colour(targets, mean):
@@ -43,7 +43,7 @@ BASELINES = COLOURS | {thumbnail_name(side, side): partial(thumbnail, side, side
 
 @torch.no_grad()
 def measure_baselines(images, device, batch_size=4, bars=None, protocol=DOCUMENTED):
-    """{baseline: {metric: its summary}} of Images, measured as decoders are; bars: tqdm's `disable`."""
+    """{baseline: {metric: float64 (N,)}} of Images, measured as decoders are; bars: tqdm's `disable`."""
     lpips = LPIPS().to(device)
 
     def batches():
@@ -61,24 +61,30 @@ def measure_baselines(images, device, batch_size=4, bars=None, protocol=DOCUMENT
                     values[name][metric] += value
             bar.update(len(wanted))
     return {
-        name: {metric: summary(np.array(value)) for metric, value in found.items()}
-        for name, found in values.items()
+        name: {metric: np.array(value) for metric, value in found.items()} for name, found in values.items()
     }
 
 
 def write_baselines(source, out, protocol, device, batch_size=4, cache=None, bars=None):
     """Measure the baselines on the test images of `source`, print them, write baselines.json to folder `out`.
 
-    source: what data.resolve returned. Raises UserError, also for a baselines.json of other data or protocol.
+    And each one's results, as a run's, to a folder in `out`/baselines, for `evaluate.py --compare`. source:
+    what data.resolve returned. Raises UserError, also for a baselines.json of other data or protocol.
     """
     about = {"data": source, "protocol": protocol.name}
     refuse_other_results(out, ("baselines.json",), about)
     images = data.load_split(source, "test", cache, protocol, bars)
     found = measure_baselines(images, device, batch_size, bars, protocol)
-    about |= {"images": len(images.names), "baselines": found}
+    about |= {"images": len(images.names)}
     path = make_folder(out) / "baselines.json"
-    write_text(path, json.dumps(about, indent=2))
     print(f"Baselines, protocol {protocol.name}; {len(images.names)} test images of {source}")
-    for name, metrics in found.items():
-        print(summary_table(metrics, name))
+    summaries = {}
+    for name, values in found.items():
+        summaries[name] = {metric: summary(value) for metric, value in values.items()}
+        print(summary_table(summaries[name], name))
+        folder = make_folder(out / "baselines" / name.replace(" × ", "x").replace(" ", "_"))
+        rows = zip(images.names, *(values[metric].tolist() for metric in METRICS), strict=True)
+        write_csv(folder / RESULTS[1], ("image", *METRICS), rows)
+        write_text(folder / RESULTS[0], json.dumps(summaries[name] | about, indent=2))
+    write_text(path, json.dumps(about | {"baselines": summaries}, indent=2))
     print(f"results in {path}")

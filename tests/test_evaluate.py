@@ -315,6 +315,12 @@ def test_baselines_by_hand(photos, tmp_path, run_evaluate, capsys, protocol):
             assert found["baselines"][name][metric] == pytest.approx(expected, abs=1e-4)
             assert f"{found['baselines'][name][metric]['mean']:.4f} ±" in screen
         assert f"\n{name} " in screen
+        with open(tmp_path / "baselines" / name.replace(" ", "_") / "per_image.csv", newline="") as file:
+            each = [float(row["psnr"]) for row in csv.DictReader(file)]
+        assert each == pytest.approx(values["psnr"], abs=1e-4)
+    folders = [tmp_path / "baselines" / name for name in ("mean_colour", "thumbnail_14x14")]
+    assert run_evaluate("--compare", *folders, "--out", tmp_path) == 0
+    assert "thumbnail_14x14  PSNR" in capsys.readouterr().out
     values = []
     for image in images:
         thumbnail = Image.fromarray((255 * image).round().astype(np.uint8)).reduce(16)
