@@ -327,7 +327,7 @@ def refuse_ignored(args, flag, ignored):
     """Raise UserError if one of the flags `ignored` is given beside `flag`, which makes no use of it."""
     for name in ignored:
         if getattr(args, flag) and getattr(args, name):
-            raise UserError(f"--{name}: not with --{flag}")
+            raise UserError(f"--{name.replace('_', '-')}: not with --{flag}")
 
 
 def parse_invert(argv=None, doc=None):
@@ -346,12 +346,13 @@ def parse_invert(argv=None, doc=None):
     add("--steps", type=positive_int, default=300, help="of Adam")
     rate = "Adam's learning rate (default: 0.1 from noise, 0.02 from a checkpoint's)"
     add("--lr", type=positive_float, help=rate)
-    add("--tv-weight", type=non_negative_float, default=0.3, help="of the total variation")
+    prior = "of the total variation, at first (default: 1 from noise, 0.3 from a checkpoint's)"
+    add("--tv-weight", type=non_negative_float, help=prior)
     add("--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it")
     add("--out", help="folder for the results (default: the checkpoint's; from noise: runs/noise_…)")
     add_running_flags(add)
     args = parser.parse_args(argv)
-    refuse_ignored(args, "course", ("ckpt", "encoder", "data", "lr", "cache"))
+    refuse_ignored(args, "course", ("ckpt", "encoder", "data", "lr", "tv_weight", "cache"))
     if args.encoder and args.ckpt:
         raise UserError("--encoder with --ckpt: the checkpoint knows its own; give one of them")
     if args.encoder:
@@ -361,10 +362,11 @@ def parse_invert(argv=None, doc=None):
         args.weights = args.weights or "imagenet"
         check_weights(args)
         check_layer(args.encoder, args.layer)
-        args.lr = args.lr or 0.1
     for name in () if args.encoder else ("layer", "weights", *INPUT):
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: only with --encoder")
-    args.lr = args.lr or 0.02
+    args.lr = args.lr or (0.1 if args.encoder else 0.02)
+    if args.tv_weight is None:
+        args.tv_weight = 1.0 if args.encoder else 0.3
     args.ckpt = args.ckpt or "runs/best.pt"
     return args

@@ -130,13 +130,14 @@ def total_variation(images):
     return across.mean((1, 2, 3)) + down.mean((1, 2, 3))
 
 
-def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=0.3, bars=None, watch=None):
+def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=1.0, bars=None, watch=None):
     """Images (B, 3, H, W) in [0, 1], found from `start`, whose features are those given (B, C, H, W).
 
-    Minimises ‖φ(x) − φ‖² / ‖φ‖² + tv_weight · total variation by Adam, whose rate falls to 0 as a cosine.
-    Each image is by itself, whatever the batch. What is added to `start` is a sum of levels, each enlarged to
-    the image: low frequencies, which single pixels are slowest to agree on, are a few variables of their own.
-    watch: is called with the number of steps taken and the images, before each step and in the end.
+    Minimises ‖φ(x) − φ‖² / ‖φ‖² + tv_weight · total variation by Adam. Its rate falls to 0 as a cosine, and
+    so does the weight of the prior, which helps on the way and keeps fine detail away in the end. Each image
+    is by itself, whatever the batch. What is added to `start` is a sum of levels, each enlarged to the image:
+    low frequencies, which single pixels are slowest to agree on, are a few variables of their own. watch: is
+    called with the number of steps taken and the images, before each step and in the end.
     """
     height, width = start.shape[2:]
     levels = []
@@ -151,8 +152,9 @@ def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=0.3, bars=None
         if watch:
             watch(step, images.detach().clamp(0, 1))
         distance = (encoder(images) - features).square().sum((1, 2, 3)) / size
+        prior = scheduler.get_last_lr()[0] / lr * tv_weight * total_variation(images)
         optimizer.zero_grad()
-        (distance + tv_weight * total_variation(images)).sum().backward()
+        (distance + prior).sum().backward()
         optimizer.step()
         scheduler.step()
     with torch.no_grad():

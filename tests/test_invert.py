@@ -65,6 +65,7 @@ def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_invert, en
     found = json.loads((tmp_path / "inversion.json").read_text())
     start, inversion = found["metrics"]["start"], found["metrics"]["inversion"]
     assert (found["start"], found["images"], found["steps"], found["data"]) == ("tconv", 1, 12, str(photos))
+    assert (found["lr"], found["tv_weight"]) == (0.02, 0.3)
     decoder = load_inverter(trained / "best.pt")[0].decoder
     image = data.center_crops(pixels[:1])
     features = encoder(image)
@@ -105,12 +106,15 @@ def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, capsys):
     assert "has no inversion.json; python invert.py writes one" in error_line()
     assert run_invert("--course", tmp_path / "a", "--encoder", "vgg16") == 2
     assert "--encoder: not with --course" in error_line()
+    assert run_invert("--course", tmp_path / "a", "--tv-weight", "0.1") == 2
+    assert "--tv-weight: not with --course" in error_line()
 
 
 def test_from_noise_and_random_weights(photos, tmp_path, run_invert, error_line):
     flags = ("--encoder", "alexnet", "--layer", "conv2", "--weights", "random", "--data", photos)
     assert run_invert(*flags, "--count", 1, "--steps", 2, "--out", tmp_path, "--quiet") == 0
     found = json.loads((tmp_path / "inversion.json").read_text())
+    assert (found["lr"], found["tv_weight"]) == (0.1, 1)
     assert [found[key] for key in ("encoder", "layer", "weights", "start")] == [
         "alexnet",
         "conv2",
