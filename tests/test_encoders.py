@@ -192,6 +192,7 @@ def test_heads_become_channels_and_their_weights_are_refused():
 @pytest.mark.parametrize(
     "name",
     [
+        "timm/cait_xxs24_224",
         "timm/convit_tiny",
         "timm/convnext_atto",
         "timm/efficientnet_lite0",
