@@ -74,7 +74,9 @@ def tried(look, name, size):
     for device in ("meta", "cpu"):  # some networks want to see values
         try:
             with torch.device(device):
-                return look(build_network(name).eval().requires_grad_(False), torch.zeros(2, 3, size, size))
+                net = build_network(name).eval()
+                net.requires_grad_(False)  # FlopCounterMode fails where a parameter goes through a module
+                return look(net, torch.zeros(2, 3, size, size))
         except UserError as error:
             if device == "cpu" or "--encoder" not in str(error):  # one's own function may want values too
                 raise
