@@ -335,8 +335,8 @@ class Fused(nn.Module):
         parts = [part / scale for part, scale in zip(z.split(self.channels, 1), self.deviation, strict=True)]
         if self.fusion == "concat":
             return torch.cat(parts, 1)
-        logits = self.logits if self.fusion == "weighted" else self.weigh(torch.cat(parts, 1))  # a source's
-        weights = len(parts) * logits.softmax(1)
+        logits = self.logits if self.fusion == "weighted" else self.weigh(torch.cat(parts, 1))
+        weights = len(parts) * logits.softmax(1)  # (B or 1, sources, H or 1, W or 1)
         return torch.cat([weights[:, i : i + 1] * part for i, part in enumerate(parts)], 1)
 
     def forward(self, z, *args, **options):

@@ -112,7 +112,7 @@ def course_of(name, paths, size):
             with torch.no_grad():
                 maps = Trunk(net, layouts)(images)
             again = [tuple(x.shape[1:]) for x in (maps if len(paths) > 1 else [maps])]
-        except (AttributeError, TypeError, RuntimeError):  # a module uses one that it does not run
+        except (AttributeError, TypeError, RuntimeError):  # a module needs one that it does not run: keep all
             again = None
         return Course(layouts, shapes, unused if again == shapes else [])
 

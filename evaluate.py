@@ -9,9 +9,10 @@
 
 The checkpoint knows its encoder, layer, decoder and data. Writes metrics.json, per_image.csv,
 reconstructions.png, reconstructions.zip and histograms.png beside it (of other --data: to a folder of its
-name there), or to --out; --images writes to images/ there, --baselines writes baselines.json to runs, or to
---out, and --report writes report.html, a page to open in a browser, results.md, .csv and .png and grid.png to
-the folder of the experiments. What optimisation finds in the features: python invert.py --help
+name there), or to --out; --images writes to images/ there, --baselines writes baselines.json, and a folder of
+each one's results, to runs, or to --out, and --report writes report.html, a page to open in a browser,
+results.md, .csv and .png and grid.png to the folder of the experiments. What optimisation finds in the
+features: python invert.py --help
 """
 
 from flags import parse_evaluate
