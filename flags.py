@@ -150,8 +150,9 @@ def train_parser(doc=None):
     add("--crop", type=positive_int, metavar="N", help=crop)
     kept = "encode N crops of each image once and keep them in the cache: for deep layers; 0: none"
     add("--kept-crops", type=whole_number, default=0, metavar="N", help=kept)
-    some = "validate on N of the validation images, evenly spaced (default: all)"
-    add("--val-images", type=positive_int, metavar="N", help=some)
+    for split, doing in (("train", "train"), ("val", "validate")):
+        some = f"{doing} on N of its images, evenly spaced (default: all)"
+        add(f"--{split}-images", type=positive_int, metavar="N", help=some)
     add = parser.add_argument_group("training (defaults: the study's)").add_argument
     add("--epochs", type=positive_int, default=30, help="at most; validation follows each")
     add("--passes", type=positive_int, default=1, help="through the training images, in an epoch")
@@ -340,7 +341,8 @@ def parse_invert(argv=None, doc=None):
     add("--weights", help="of --encoder: `imagenet`, `random` or a file (default: imagenet)")
     add_input_flags(add)
     add("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
-    add("--count", type=positive_int, default=10, help="test images, evenly spaced among all")
+    add("--split", choices=["test", "val"], default="test", help="val: to choose --lr and --tv-weight by")
+    add("--count", type=positive_int, default=10, help="images, evenly spaced among all")
     add = parser.add_argument_group("how").add_argument
     add("--course", nargs="+", metavar="FOLDER", help="instead: draw PSNR against time of inversions there")
     add("--steps", type=positive_int, default=300, help="of Adam")

@@ -68,18 +68,21 @@ def main(args):
         encoder, decode, about, out = from_noise(args)
     else:
         encoder, decode, about, out = from_checkpoint(args, device)
+    about["split"] = args.split
+    if args.split == "val":
+        out = Path(args.out or out / "val")
     encoder.to(device)
     refuse_other_results(out, INVERSION, about)
-    images = data.load_split(about["data"], "test", args.cache, bars=bars, size=encoder.input_size)
+    images = data.load_split(about["data"], args.split, args.cache, bars=bars, size=encoder.input_size)
     if len(images.names) < 2:
-        raise UserError(f"{about['data']}: one test image; errors are divided by the distance of two")
+        raise UserError(f"{about['data']}: one {args.split} image; errors are divided by the distance of two")
     chosen = evenly_spaced(len(images.names), args.count)
     scale = mean_pairwise_distance(encoder, images[:100])  # more would take memory, not precision
     options = {"steps": args.steps, "lr": args.lr, "tv_weight": args.tv_weight}
     about |= options | {"images": len(chosen), "mean_pairwise_distance": scale}
     print(
         f"{about['encoder']} {about['layer']} ({about['weights']} weights), {args.steps} steps from "
-        f"{about['start']}; {len(chosen)} test images of {about['data']}"
+        f"{about['start']}; {len(chosen)} {args.split} images of {about['data']}"
     )
     pixels = images[chosen]
     found = invert_images(encoder, decode, pixels, scale, args.batch_size, bars, **options)

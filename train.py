@@ -80,8 +80,10 @@ def train(args):
 
     # --- data, loss and optimiser
     source = (args.cache, protocol, disable_bars(args), inverter.size)  # which process builds it shows it
-    train_images = data.load_split(config["data"], "train", *source).to(device)
-    val_images = data.load_split(config["data"], "val", *source).to(device)
+    train_images, val_images = (data.load_split(config["data"], split, *source) for split in ("train", "val"))
+    if config["train_images"]:
+        train_images = data.subset(train_images, evenly_spaced(len(train_images), config["train_images"]))
+    train_images, val_images = train_images.to(device), val_images.to(device)
     val_numbers = evenly_spaced(len(val_images), config["val_images"] or len(val_images))
     steps = steps_of_a_pass(len(train_images), config["batch_size"], world) * config["passes"]
 

@@ -119,10 +119,10 @@ def test_published_crops_are_anywhere_in_the_picture(photos, tmp_path, size):
     assert max(lowest) > 0 and torch.equal(resident[1:3], images[1:3])
 
 
-def test_validation_of_some_images(photos, tmp_path, run_train, encoded):
-    flags = ["--data", photos, "--out", tmp_path, "--epochs", 1, "--quiet", "--val-images", 1]
-    assert run_train(*flags) == 0
-    assert encoded[-1] == (1, 224, 224)
+def test_training_and_validation_on_some_images(photos, tmp_path, run_train, encoded):
+    flags = ["--data", photos, "--out", tmp_path, "--epochs", 1, "--quiet", "--crop", 64, "--batch-size", 3]
+    assert run_train(*flags, "--train-images", 3, "--val-images", 1) == 0
+    assert encoded[-2:] == [(3, 64, 64), (1, 224, 224)]
 
 
 def test_attention_has_nothing_of_the_size_of_the_map():

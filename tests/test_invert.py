@@ -118,6 +118,17 @@ def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, capsys):
     assert "--tv-weight: not with --course" in error_line()
 
 
+def test_validation_images_to_choose_by(photos, tmp_path, run_invert, error_line, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ("--encoder", "alexnet", "--data", photos, "--split", "val", "--steps", 1, "--quiet")
+    assert run_invert(*flags) == 0
+    with open("runs/noise_alexnet_conv1/val/inversion.csv", newline="") as file:
+        names = [row["image"] for row in csv.DictReader(file)]
+    assert names == data.load_split(str(photos), "val").names
+    assert run_invert(*flags[:4], "--out", "runs/noise_alexnet_conv1/val") == 2
+    assert "is the result of another split" in error_line()
+
+
 def test_from_noise_and_random_weights(photos, tmp_path, run_invert, error_line):
     flags = ("--encoder", "alexnet", "--layer", "conv2", "--weights", "random", "--data", photos)
     assert run_invert(*flags, "--count", 1, "--steps", 2, "--out", tmp_path, "--quiet") == 0

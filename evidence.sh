@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Everything that docs/conclusions.md compares: trained, evaluated and compared, into runs/evidence/<group>/.
+#
+#   bash evidence.sh                      what is not done yet
+#   bash evidence.sh loss layers          some groups: loss, decoders, weights, layers, data, published
+#   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3
+#
+# It wants natural/ and wide/ in this folder (README, "Results"). What was interrupted goes on where it stopped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+seeds=${SEEDS:-1 2 3}
+root=runs/evidence
+
+lowest() { # of the runs in these folders, the name of the one with the lowest validation loss
+  python - "$@" << 'END'
+import csv, sys
+from pathlib import Path
+def loss(run):
+    return min(float(row["val_loss"]) for row in csv.DictReader(open(Path(run, "history.csv"))))
+print(Path(min(sys.argv[1:], key=loss)).name)
+END
+}
+
+# GROUP/NAME "RATES" FLAGS…: trains with each rate and the first seed, with the best of them and the other seeds,
+# and evaluates.
+train() {
+  local name=$1 rates=$2 rate seed run
+  shift 2
+  for rate in $rates; do
+    run=$root/rates/$name/$rate
+    python train.py "$@" --lr "$rate" --seed "${seeds%% *}" --out "$run" --resume
+  done
+  rate=$(lowest "$root/rates/$name"/*)
+  for seed in $seeds; do
+    run=$root/$name/seed$seed
+    if [[ -f $run/metrics.json ]]; then continue; fi
+    if [[ $seed == "${seeds%% *}" && ! -d $run ]]; then
+      mkdir -p "$root/$name"
+      cp -r "$root/rates/$name/$rate" "$run"
+    fi
+    python train.py "$@" --lr "$rate" --seed "$seed" --out "$run" --resume
+    python evaluate.py --ckpt "$run/best.pt"
+  done
+}
+
+compare() { # FOLDER FIRST OTHER…: how the others differ from the first, in FOLDER/compare.csv and .png
+  local out=$root/$1
+  shift
+  python evaluate.py --compare "${@/#/$root/}" --out "$out"
+}
+
+mse="--mse-weight 1 --lpips-weight 0"
+fast="--config configs/fast.yaml --data natural"
+best="--config configs/best.yaml --epochs 1 --data natural"
+deep="--config configs/best.yaml --decoder residual --batch-size 8"
+
+loss() { # block1 and tconv, a minute and a half each
+  train loss/hybrid 1e-2 $fast
+  train loss/mse 1e-2 $fast $mse --passes 20
+  train loss/lpips "3e-3 1e-2" $fast --mse-weight 0 --lpips-weight 1
+  compare loss loss/hybrid loss/mse loss/lpips
+}
+
+decoders() { # block1 and MSE, a minute and a half each
+  train loss/mse 1e-2 $fast $mse --passes 20
+  train decoders/residual "7e-4 2e-3" $best --decoder residual --passes 7
+  train decoders/feedback "7e-4 1.5e-3" $best --passes 4
+  compare decoders loss/mse decoders/residual decoders/feedback
+}
+
+weights() { # ImageNet's or random ones
+  train loss/hybrid 1e-2 $fast
+  train weights/block1 "1e-2 3e-3" $fast --weights random
+  compare weights loss/hybrid weights/block1
+}
+
+layers() { # AlexNet, MSE: one convolution deep at four resolutions, and at 13×13 positions one to five deep
+  local alexnet="$deep --data natural --kept-crops 4 --epochs 2"
+  train layers/conv1_55 "7e-4 2e-3" $alexnet --encoder torchvision/alexnet --layer features.1 --passes 2
+  train layers/conv1_27 "7e-4 2e-3" $alexnet --encoder docs/pooled.py:by_2 --layer 2 --passes 3
+  train layers/conv1_13 "7e-4 2e-3" $alexnet --encoder docs/pooled.py:by_4 --layer 2 --passes 4
+  train layers/conv1_6 "7e-4 2e-3" $alexnet --encoder docs/pooled.py:by_8 --layer 2 --passes 4
+  train layers/conv2_13 "7e-4 2e-3" $alexnet --encoder torchvision/alexnet --layer features.5 --passes 4
+  train layers/conv3_13 "7e-4 2e-3" $alexnet --encoder torchvision/alexnet --layer features.7 --passes 4
+  train layers/conv4_13 "7e-4 2e-3" $alexnet --encoder torchvision/alexnet --layer features.9 --passes 4
+  train layers/conv5_13 "7e-4 2e-3" $alexnet --encoder torchvision/alexnet --layer features.11 --passes 4
+  compare layers/resolution layers/conv1_{13,55,27,6}
+  compare layers/depth layers/conv{1,2,3,4,5}_13
+}
+
+data() { # AlexNet features.10, MSE: 100, 400, 800 and 3,853 photographs, 80 % of which train, as many steps
+  local all="$deep --encoder torchvision/alexnet --layer features.10 --data wide --val-images 160 --epochs 4"
+  train data/100 "7e-4 2e-3" $all --train-images 80 --kept-crops 64 --passes 39
+  train data/400 "7e-4 2e-3" $all --train-images 320 --kept-crops 16 --passes 10
+  train data/800 "7e-4 2e-3" $all --train-images 640 --kept-crops 8 --passes 5
+  train data/3853 "7e-4 2e-3" $all --kept-crops 2
+  compare data data/3853 data/800 data/400 data/100
+}
+
+published() { # the study's own recipe and code, one seed
+  seeds=42 train published 1e-4 --protocol published --data natural
+}
+
+if ((!$#)); then set -- loss decoders weights layers data published; fi
+for group; do "$group"; done
