@@ -74,26 +74,26 @@ weights() { # ImageNet's or random ones
   compare weights loss/hybrid weights/block1
 }
 
-layers() { # AlexNet, MSE: one convolution deep at four resolutions, and at 13×13 positions one to five deep
-  local alexnet="$deep --data natural --kept-crops 4 --epochs 2"
-  train layers/conv1_55 "7e-4 2e-3" $alexnet --encoder torchvision/alexnet --layer features.1 --passes 2
-  train layers/conv1_27 "7e-4 2e-3" $alexnet --encoder docs/pooled.py:by_2 --layer 2 --passes 3
-  train layers/conv1_13 "7e-4 2e-3" $alexnet --encoder docs/pooled.py:by_4 --layer 2 --passes 4
-  train layers/conv1_6 "7e-4 2e-3" $alexnet --encoder docs/pooled.py:by_8 --layer 2 --passes 4
-  train layers/conv2_13 "7e-4 2e-3" $alexnet --encoder torchvision/alexnet --layer features.5 --passes 4
-  train layers/conv3_13 "7e-4 2e-3" $alexnet --encoder torchvision/alexnet --layer features.7 --passes 4
-  train layers/conv4_13 "7e-4 2e-3" $alexnet --encoder torchvision/alexnet --layer features.9 --passes 4
-  train layers/conv5_13 "7e-4 2e-3" $alexnet --encoder torchvision/alexnet --layer features.11 --passes 4
+layers() { # AlexNet, MSE, under a minute each: one convolution deep at four resolutions; one to five deep at 13×13
+  local rates="7e-4 2e-3" alexnet="$deep --crop 160 --kept-crops 4 --epochs 1 --data natural"
+  train layers/conv1_55 "$rates" $alexnet --encoder torchvision/alexnet --layer features.1 --passes 2
+  train layers/conv1_27 "$rates" $alexnet --encoder docs/pooled.py:by_2 --layer 2 --passes 4
+  train layers/conv1_13 "$rates" $alexnet --encoder docs/pooled.py:by_4 --layer 2 --passes 7
+  train layers/conv1_6 "$rates" $alexnet --encoder docs/pooled.py:by_8 --layer 2 --passes 7
+  train layers/conv2_13 "$rates" $alexnet --encoder torchvision/alexnet --layer features.5 --passes 6
+  train layers/conv3_13 "$rates" $alexnet --encoder torchvision/alexnet --layer features.7 --passes 6
+  train layers/conv4_13 "$rates" $alexnet --encoder torchvision/alexnet --layer features.9 --passes 6
+  train layers/conv5_13 "$rates" $alexnet --encoder torchvision/alexnet --layer features.11 --passes 6
   compare layers/resolution layers/conv1_{13,55,27,6}
   compare layers/depth layers/conv{1,2,3,4,5}_13
 }
 
 data() { # AlexNet features.10, MSE: 100, 400, 800 and 3,853 photographs, 80 % of which train, as many steps
-  local all="$deep --encoder torchvision/alexnet --layer features.10 --data wide --val-images 160 --epochs 4"
-  train data/100 "7e-4 2e-3" $all --train-images 80 --kept-crops 64 --passes 39
-  train data/400 "7e-4 2e-3" $all --train-images 320 --kept-crops 16 --passes 10
-  train data/800 "7e-4 2e-3" $all --train-images 640 --kept-crops 8 --passes 5
-  train data/3853 "7e-4 2e-3" $all --kept-crops 2
+  local all="$deep --encoder torchvision/alexnet --layer features.10 --crop 192 --epochs 8 --data wide --val-images 160"
+  train data/100 "7e-4 2e-3" $all --train-images 80 --kept-crops 64 --passes 77
+  train data/400 "7e-4 2e-3" $all --train-images 320 --kept-crops 32 --passes 19
+  train data/800 "7e-4 2e-3" $all --train-images 640 --kept-crops 16 --passes 10
+  train data/3853 "7e-4 2e-3" $all --kept-crops 4 --passes 2
   compare data data/3853 data/800 data/400 data/100
 }
 
