@@ -1,4 +1,4 @@
-"""evidence.sh, with a python that only notes what it would do: what is trained, at which rates, and compared."""
+"""evidence.sh, with a python that only takes notes: what is trained, at which rates, and compared."""
 
 import os
 import subprocess
