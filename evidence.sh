@@ -27,19 +27,19 @@ END
 # GROUP/NAME "RATES" FLAGS…: trains with each rate and the first seed, with the best of them and the other seeds,
 # and evaluates.
 train() {
-  local name=$1 rates=$2 rate seed run
+  local name=$1 rates=$2 rate seed run first=${seeds%% *}
+  local tried=$root/rates/$name/seed$first
   shift 2
   for rate in $rates; do
-    run=$root/rates/$name/$rate
-    python train.py "$@" --lr "$rate" --seed "${seeds%% *}" --out "$run" --resume
+    python train.py "$@" --lr "$rate" --seed "$first" --out "$tried/$rate" --resume
   done
-  rate=$(lowest "$root/rates/$name"/*)
+  rate=$(lowest "$tried"/*)
   for seed in $seeds; do
     run=$root/$name/seed$seed
     if [[ -f $run/metrics.json ]]; then continue; fi
-    if [[ $seed == "${seeds%% *}" && ! -d $run ]]; then
+    if [[ $seed == "$first" && ! -d $run ]]; then
       mkdir -p "$root/$name"
-      cp -r "$root/rates/$name/$rate" "$run"
+      cp -r "$tried/$rate" "$run"
     fi
     python train.py "$@" --lr "$rate" --seed "$seed" --out "$run" --resume
     python evaluate.py --ckpt "$run/best.pt"
