@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The comparisons of docs/conclusions.md that have several seeds: trained, evaluated and compared.
 #
-#   bash evidence.sh                      what is not done yet: on two CPU cores loss, decoders and weights take
-#                                         40 minutes, layers 25, published 25, and each of data's 16 trainings 8
+#   bash evidence.sh                      what is not done yet: on two CPU cores loss, decoders and weights take an
+#                                         hour, layers half of one, and each of data's 16 trainings 8 minutes
 #   bash evidence.sh loss layers          some of them
 #   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence
@@ -89,6 +89,7 @@ layers() { # AlexNet, MSE, under a minute each: one convolution deep at four res
   train layers/conv5_13 "$rates" $alexnet --encoder torchvision/alexnet --layer features.11 --passes 6
   compare layers/resolution layers/conv1_{13,55,27,6}
   compare layers/depth layers/conv{1,2,3,4,5}_13
+  compare layers/both layers/conv1_6 layers/conv5_13
 }
 
 data() { # AlexNet features.10, MSE: 100, 400, 800 and 3,853 photographs, 80 % of which train, as many steps
