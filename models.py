@@ -247,10 +247,11 @@ def describe(layers, size=IMAGE_SIZE, decoding=True):
     for name, (shape, encoding) in layers.items():
         if shape not in decoders:
             with torch.device("meta"):
-                decoders[shape] = [build(shape, size=size).eval() for build in BUILDERS.values()]
+                built = [build(shape, size=size).eval() for build in BUILDERS.values()]
+            decoders[shape] = [(decoder, count_parameters(decoder)) for decoder in built]
         line = f"{name:<{longest}} {' × '.join(map(str, shape)):<16}{encoding / 1e9:>9.2f}"
-        for decoder in decoders[shape]:
-            line += f"{count_parameters(decoder):>13,}"
+        for decoder, parameters in decoders[shape]:
+            line += f"{parameters:>13,}"
             if decoding:
                 cost, passes = decoder_cost(decoder, shape)
                 line += f"{(passes * encoding + cost) / 1e9:>7.2f}"
