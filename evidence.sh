@@ -2,7 +2,7 @@
 # The comparisons of docs/conclusions.md that have several seeds: trained, evaluated and compared.
 #
 #   bash evidence.sh                      what is not done yet: on two CPU cores loss, decoders and weights take an
-#                                         hour, layers half of one, and each of data's 16 trainings 8 minutes
+#                                         hour, layers half of one, and the largest of data's trainings 8 minutes
 #   bash evidence.sh loss layers          some of them
 #   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence

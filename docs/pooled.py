@@ -10,9 +10,11 @@ from weights import imagenet_weights
 
 
 def pooled(factor):
-    net = torchvision.models.alexnet()
-    net.load_state_dict(imagenet_weights("alexnet"), strict=False)  # the classifier may be missing
-    return nn.Sequential(*net.features[:2], nn.AvgPool2d(factor))
+    convolutions = torchvision.models.alexnet().features
+    prefix = "features."
+    state = {key: tensor for key, tensor in imagenet_weights("alexnet").items() if key.startswith(prefix)}
+    convolutions.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in state.items()})
+    return nn.Sequential(*convolutions[:2], nn.AvgPool2d(factor))
 
 
 def by_2():
