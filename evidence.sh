@@ -93,7 +93,7 @@ layers() { # AlexNet, MSE, under a minute each: one convolution deep at four res
 }
 
 data() { # AlexNet features.10, MSE: 100, 400, 800 and 3,853 photographs, 80 % of which train, as many steps
-  local all="$deep --encoder torchvision/alexnet --layer features.10 --crop 192 --epochs 8 --data wide --val-images 160"
+  local all="$deep --encoder torchvision/alexnet --layer features.10 --crop 160 --epochs 4 --data wide --val-images 160"
   train data/100 "7e-4 2e-3" $all --train-images 80 --kept-crops 64 --passes 77
   train data/400 "7e-4 2e-3" $all --train-images 320 --kept-crops 32 --passes 19
   train data/800 "7e-4 2e-3" $all --train-images 640 --kept-crops 16 --passes 10

@@ -1,12 +1,15 @@
 """evidence.sh, with a python that only takes notes: what is trained, at which rates, and compared."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 from conftest import REPOSITORY
+from PIL import Image
 
+from docs.figures import DEPTH, PHOTOGRAPHS, RESOLUTION
 from flags import parse_evaluate, parse_train
 
 STUB = """#!{python}
@@ -73,3 +76,39 @@ def test_an_unknown_group(evidence):
     result, calls = evidence("loss", "losses")
     assert (result.returncode, calls) == (2, [])
     assert result.stderr == "error: losses: is none of loss decoders weights layers data published\n"
+
+
+def test_figures_of_what_it_measured(tmp_path):
+    runs = tmp_path / "runs"
+    names = [f"layers/{name}" for name in (*RESOLUTION.values(), *DEPTH.values())]
+    for name in (*names, *(f"data/{count}" for count in PHOTOGRAPHS)):
+        for seed in (1, 2):
+            run = runs / name / f"seed{seed}"
+            run.mkdir(parents=True, exist_ok=True)
+            about = {"data": "natural", "protocol": "documented", "images": 1}
+            (run / "metrics.json").write_text(json.dumps(about))
+            (run / "per_image.csv").write_text(f"image,psnr,ssim,lpips\na,{20 + seed},0.5,0.5\n")
+
+    def draw():
+        command = [sys.executable, "docs/figures.py", str(runs), str(tmp_path)]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+    history = runs / "published" / "seed42" / "history.csv"
+    result = draw()
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert result.stderr.startswith(f"error: {history}: is not there")
+    history.parent.mkdir(parents=True)
+    history.write_text("epoch,val_loss,val_mse,val_lpips\n1,0.7,1.1,0.3\n2,0.5,0.8,0.2\n")
+    result = draw()
+    assert result.returncode == 0, result.stderr
+    for name in ("published.png", "answers.png"):
+        with Image.open(tmp_path / name) as figure:
+            assert figure.width > 1000
+            assert len(figure.convert("RGB").getcolors(10**6)) > 50  # lines, points and letters
+
+
+def test_figures_are_of_runs_that_evidence_makes(evidence, tmp_path):
+    evidence("layers", "data", "published")
+    made = {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").glob("*/*")}
+    drawn = {f"layers/{name}" for name in (*RESOLUTION.values(), *DEPTH.values())}
+    assert drawn | {f"data/{count}" for count in PHOTOGRAPHS} | {"published/seed42"} <= made

@@ -1,0 +1,91 @@
+"""Draw the figures of docs/erratum.md and docs/conclusions.md from what `bash evidence.sh` measured.
+
+python docs/figures.py                of runs/evidence, into docs
+python docs/figures.py FOLDER OUT     of another folder, into another one
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from compare import read_runs
+from pictures import save_figure
+from utils import UserError, run
+
+# The last two epochs of the study's public log, of its best model (docs/erratum.md).
+LOG = {
+    "epoch": (29, 30),
+    "val_loss": (0.5027, 0.5034),
+    "val_mse": (0.8354, 0.8433),
+    "val_lpips": (0.1699, 0.1635),
+}
+FLOOR = 0.776  # the least MSE of any output in [0, 1], on natural's validation images (docs/erratum.md)
+RESOLUTION = {55: "conv1_55", 27: "conv1_27", 13: "conv1_13", 6: "conv1_6"}  # positions a side: run
+DEPTH = {1: "conv1_13", 2: "conv2_13", 3: "conv3_13", 4: "conv4_13", 5: "conv5_13"}  # convolutions: run
+PHOTOGRAPHS = (100, 400, 800, 3853)
+
+
+def draw_published(history, path):
+    """Validation of each epoch of the study's own recipe and code, beside what is known of its log."""
+    labels = {"val_loss": "validation loss", "val_mse": "validation MSE", "val_lpips": "validation LPIPS"}
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for axis, (name, label) in zip(figure.subplots(1, 3), labels.items(), strict=True):
+        axis.plot([int(row["epoch"]) for row in history], [float(row[name]) for row in history], label="here")
+        axis.plot(LOG["epoch"], LOG[name], "x", color="black", label="the study's log")
+        if name == "val_mse":
+            axis.axhline(FLOOR, color="grey", linestyle="--", label="least possible on these images")
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.legend()
+    save_figure(figure, path)
+
+
+def draw_points(axis, folder, runs, label):
+    """PSNR, with its deviation over seeds, of {place on the axis: run}."""
+    values = [read_runs(folder / name).values["psnr"].mean(1) for name in runs.values()]  # (seeds,) each
+    deviation = [value.std(ddof=1) if len(value) > 1 else 0 for value in values]
+    axis.errorbar(
+        list(runs), [value.mean() for value in values], yerr=deviation, marker="o", capsize=3, label=label
+    )
+
+
+def draw_answers(root, path):
+    """PSNR against resolution, against depth, and against the number of photographs."""
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    resolution, depth, data = figure.subplots(1, 3)
+    draw_points(resolution, root / "layers", RESOLUTION, "AlexNet's first convolution, averaged")
+    resolution.set(xscale="log", xlabel="positions a side", ylabel="PSNR (dB) ↑", xticks=list(RESOLUTION))
+    resolution.set_xticklabels(list(RESOLUTION))
+    resolution.minorticks_off()
+    draw_points(depth, root / "layers", DEPTH, "AlexNet at 13 × 13 positions")
+    depth.set(xlabel="convolutions", xticks=list(DEPTH), ylim=resolution.get_ylim())
+    draw_points(
+        data, root / "data", {count: str(count) for count in PHOTOGRAPHS}, "AlexNet's fifth convolution"
+    )
+    data.set(xscale="log", xlabel="photographs", xticks=PHOTOGRAPHS)
+    data.set_xticklabels(PHOTOGRAPHS)
+    data.minorticks_off()
+    for axis in (resolution, depth, data):
+        axis.grid(alpha=0.3)
+        axis.legend()
+    save_figure(figure, path)
+
+
+def main(folder="runs/evidence", out=REPOSITORY / "docs"):
+    root, out = Path(folder), Path(out)
+    try:
+        with open(root / "published" / "seed42" / "history.csv", encoding="utf-8", newline="") as file:
+            history = list(csv.DictReader(file))
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: is not there; bash evidence.sh writes it") from None
+    draw_published(history, out / "published.png")
+    draw_answers(root, out / "answers.png")
+    print(f"published.png and answers.png in {out}")
+
+
+if __name__ == "__main__":
+    run(lambda: main(*sys.argv[1:3]))
