@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 seeds=${SEEDS:-1 2 3}
 root=${RUNS:-runs/evidence}
-groups="loss decoders weights layers data published"
+groups="loss decoders weights layers data published inversion"
 
 lowest() { # of the runs in these folders, the name of the one with the lowest validation loss
   python - "$@" << 'END'
@@ -103,6 +103,25 @@ data() { # AlexNet features.10, MSE: 100, 400, 800 and 3,853 photographs, 80 % o
 
 published() { # the study's own recipe and code, one seed
   seeds=42 train published 1e-4 --protocol published --data natural
+}
+
+invert() { # NAME FLAGS…: pixels whose features are those of four test images, if that is not done
+  local out=$root/inversion/$1
+  shift
+  if [[ -f $out/inversion.json ]]; then return; fi
+  python invert.py --data natural --count 4 --steps 150 --out "$out" "$@"
+}
+
+inversion() { # from what pretrained/ makes of the features, and from noise
+  local layer lr
+  for layer in vgg16_block{1,2,3,4} alexnet_conv{1,3,5}; do
+    invert "$layer" --ckpt "pretrained/$layer.pt"
+  done
+  for layer in vgg16_block{1,2,3} alexnet_conv{1,3,5}; do
+    lr=0.03
+    if [[ $layer == *1 ]]; then lr=0.1; fi
+    invert "noise_$layer" --encoder "${layer%_*}" --layer "${layer#*_}" --lr "$lr"
+  done
 }
 
 # shellcheck disable=SC2086  # words

@@ -348,7 +348,7 @@ def parse_invert(argv=None, doc=None):
     add("--steps", type=positive_int, default=300, help="of Adam")
     rate = "Adam's learning rate (default: 0.1 from noise, 0.02 from a checkpoint's)"
     add("--lr", type=positive_float, help=rate)
-    prior = "of the total variation, at first (default: 1 from noise, 0.3 from a checkpoint's)"
+    prior = "of the total variation, at first (default: (stride / 2)², at most 256; with --ckpt 0.3 of it)"
     add("--tv-weight", type=non_negative_float, help=prior)
     add("--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it")
     add("--out", help="folder for the results (default: the checkpoint's; from noise: runs/noise_…)")
@@ -368,7 +368,5 @@ def parse_invert(argv=None, doc=None):
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: only with --encoder")
     args.lr = args.lr or (0.1 if args.encoder else 0.02)
-    if args.tv_weight is None:
-        args.tv_weight = 1.0 if args.encoder else 0.3
     args.ckpt = args.ckpt or "runs/best.pt"
     return args

@@ -78,7 +78,8 @@ def main(args):
         raise UserError(f"{about['data']}: one {args.split} image; errors are divided by the distance of two")
     chosen = evenly_spaced(len(images.names), args.count)
     scale = mean_pairwise_distance(encoder, images[:100])  # more would take memory, not precision
-    options = {"steps": args.steps, "lr": args.lr, "tv_weight": args.tv_weight}
+    prior = prior_weight(encoder, decode) if args.tv_weight is None else args.tv_weight
+    options = {"steps": args.steps, "lr": args.lr, "tv_weight": prior}
     about |= options | {"images": len(chosen), "mean_pairwise_distance": scale}
     print(
         f"{about['encoder']} {about['layer']} ({about['weights']} weights), {args.steps} steps from "
@@ -131,6 +132,17 @@ def total_variation(images):
     across = images.diff(dim=3).square()
     down = images.diff(dim=2).square()
     return across.mean((1, 2, 3)) + down.mean((1, 2, 3))
+
+
+def prior_weight(encoder, decode):
+    """The weight of the total variation, at first, by the stride of the layer: (stride / 2)², at most 256.
+
+    Chosen on validation images at strides from 2 to 32 (docs/conclusions.md): the coarser the features, the
+    more of the detail is not theirs. From what `decode` made, three tenths of that.
+    """
+    height = max(height for _, height, _ in encoder.shapes)
+    weight = min((encoder.input_size / height / 2) ** 2, 256.0)
+    return 0.3 * weight if decode else weight
 
 
 def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=1.0, bars=None, watch=None):

@@ -5,6 +5,7 @@ python docs/figures.py FOLDER OUT     of another folder, into another one
 """
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ FLOOR = 0.776  # the least MSE of any output in [0, 1], on natural's validation 
 RESOLUTION = {55: "conv1_55", 27: "conv1_27", 13: "conv1_13", 6: "conv1_6"}  # positions a side: run
 DEPTH = {1: "conv1_13", 2: "conv2_13", 3: "conv3_13", 4: "conv4_13", 5: "conv5_13"}  # convolutions: run
 PHOTOGRAPHS = (100, 400, 800, 3853)
+INVERTED = [*(f"vgg16_block{n}" for n in (1, 2, 3, 4)), *(f"alexnet_conv{n}" for n in (1, 3, 5))]
 
 
 def draw_published(history, path):
@@ -53,23 +55,37 @@ def draw_points(axis, folder, runs, label):
     )
 
 
+def draw_inversions(axis, folder):
+    """PSNR by layer: of a decoder, and of pixels optimised from its output and from noise."""
+    ends = {"decoder": ("", "start"), "optimised from there": ("", "inversion")}
+    ends["optimised from noise"] = ("noise_", "inversion")
+    for number, (label, (prefix, end)) in enumerate(ends.items()):
+        files = [folder / f"{prefix}{layer}" / "inversion.json" for layer in INVERTED]
+        places = [place for place, file in enumerate(files) if file.exists()]
+        found = [json.loads(files[place].read_text(encoding="utf-8")) for place in places]
+        values = [content["metrics"][end]["psnr"]["mean"] for content in found]
+        axis.bar([place + 0.27 * (number - 1) for place in places], values, 0.27, label=label)
+    axis.set(xticks=range(len(INVERTED)), ylabel="PSNR (dB) ↑")
+    axis.set_xticklabels([layer.replace("_", "\n") for layer in INVERTED])
+
+
 def draw_answers(root, path):
-    """PSNR against resolution, against depth, and against the number of photographs."""
-    figure = Figure(figsize=(12, 3.5), layout="constrained")
-    resolution, depth, data = figure.subplots(1, 3)
+    """PSNR against resolution, depth, the number of photographs, and by decoder or optimisation."""
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    (resolution, depth), (data, inversion) = figure.subplots(2, 2)
     draw_points(resolution, root / "layers", RESOLUTION, "AlexNet's first convolution, averaged")
     resolution.set(xscale="log", xlabel="positions a side", ylabel="PSNR (dB) ↑", xticks=list(RESOLUTION))
     resolution.set_xticklabels(list(RESOLUTION))
     resolution.minorticks_off()
     draw_points(depth, root / "layers", DEPTH, "AlexNet at 13 × 13 positions")
-    depth.set(xlabel="convolutions", xticks=list(DEPTH), ylim=resolution.get_ylim())
-    draw_points(
-        data, root / "data", {count: str(count) for count in PHOTOGRAPHS}, "AlexNet's fifth convolution"
-    )
-    data.set(xscale="log", xlabel="photographs", xticks=PHOTOGRAPHS)
+    depth.set(xlabel="convolutions", ylabel="PSNR (dB) ↑", xticks=list(DEPTH), ylim=resolution.get_ylim())
+    counts = {count: str(count) for count in PHOTOGRAPHS}
+    draw_points(data, root / "data", counts, "AlexNet's fifth convolution, features.10")
+    data.set(xscale="log", xlabel="photographs", ylabel="PSNR (dB) ↑", xticks=PHOTOGRAPHS)
     data.set_xticklabels(PHOTOGRAPHS)
     data.minorticks_off()
-    for axis in (resolution, depth, data):
+    draw_inversions(inversion, root / "inversion")
+    for axis in (resolution, depth, data, inversion):
         axis.grid(alpha=0.3)
         axis.legend()
     save_figure(figure, path)

@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-from docs.figures import DEPTH, PHOTOGRAPHS, RESOLUTION
-from flags import parse_evaluate, parse_train
+from docs.figures import DEPTH, INVERTED, PHOTOGRAPHS, RESOLUTION
+from flags import parse_evaluate, parse_invert, parse_train
 
 STUB = """#!{python}
 import os, subprocess, sys
@@ -26,6 +27,9 @@ if first == "train.py":
     out.mkdir(parents=True, exist_ok=True)
     loss = abs(float(value["--lr"]) - 2e-3)  # this rate is the best
     out.joinpath("history.csv").write_text(f"epoch,val_loss\\n1,9\\n2,{{loss}}\\n")
+elif first == "invert.py":
+    Path(value["--out"]).mkdir(parents=True)
+    Path(value["--out"], "inversion.json").touch()
 elif "--ckpt" in value:
     Path(value["--ckpt"]).with_name("metrics.json").touch()
 """
@@ -68,14 +72,20 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     assert {(args.lr, args.seed, args.decoder) for args in residual} == {
         (0.002, seed, "residual") for seed in (1, 2, 3)
     }
-    again, calls = evidence("decoders")
+    inverted = [parse_invert(flags) for program, flags in calls if program == "invert.py"]
+    assert len({args.out for args in inverted}) == len(inverted) == 7 + 6
+    for args in inverted:
+        assert args.encoder or Path(REPOSITORY, args.ckpt).exists()
+    again, calls = evidence("decoders", "inversion")
     assert again.returncode == 0 and not [flags for program, flags in calls if "--ckpt" in flags]
 
 
 def test_an_unknown_group(evidence):
     result, calls = evidence("loss", "losses")
     assert (result.returncode, calls) == (2, [])
-    assert result.stderr == "error: losses: is none of loss decoders weights layers data published\n"
+    assert (
+        result.stderr == "error: losses: is none of loss decoders weights layers data published inversion\n"
+    )
 
 
 def test_figures_of_what_it_measured(tmp_path):
@@ -88,6 +98,12 @@ def test_figures_of_what_it_measured(tmp_path):
             about = {"data": "natural", "protocol": "documented", "images": 1}
             (run / "metrics.json").write_text(json.dumps(about))
             (run / "per_image.csv").write_text(f"image,psnr,ssim,lpips\na,{20 + seed},0.5,0.5\n")
+
+    for name in ("alexnet_conv1", "noise_alexnet_conv1"):
+        folder = runs / "inversion" / name
+        folder.mkdir(parents=True)
+        metrics = {"start": {"psnr": {"mean": 20}}, "inversion": {"psnr": {"mean": 25}}}
+        (folder / "inversion.json").write_text(json.dumps({"metrics": metrics}))
 
     def draw():
         command = [sys.executable, "docs/figures.py", str(runs), str(tmp_path)]
@@ -108,7 +124,8 @@ def test_figures_of_what_it_measured(tmp_path):
 
 
 def test_figures_are_of_runs_that_evidence_makes(evidence, tmp_path):
-    evidence("layers", "data", "published")
+    evidence("layers", "data", "published", "inversion")
     made = {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").glob("*/*")}
     drawn = {f"layers/{name}" for name in (*RESOLUTION.values(), *DEPTH.values())}
+    drawn |= {f"inversion/{layer}" for layer in INVERTED}
     assert drawn | {f"data/{count}" for count in PHOTOGRAPHS} | {"published/seed42"} <= made
