@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# The comparisons of docs/conclusions.md that have several seeds: trained, evaluated and compared.
+# The evidence of docs/conclusions.md, and the study's own 30 epochs of docs/erratum.md: trained, evaluated, compared.
 #
-#   bash evidence.sh                      what is not done yet: on two CPU cores loss, decoders and weights take an
-#                                         hour, layers half of one, and the largest of data's trainings 8 minutes
+#   bash evidence.sh                      what is not done yet; on two CPU cores:
+#                                         loss, decoders and weights an hour, layers half of one, data 45 minutes,
+#                                         published 27 minutes, inversion 13
 #   bash evidence.sh loss layers          some of them
-#   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3
+#   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (published has one, 42; inversion none)
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence
 #
-# It wants natural/ and wide/ in this folder (README, "Results"). What was interrupted goes on where it stopped.
+# It wants natural/ (README, "Results") and wide/ (docs/experiments.md) in this folder. What was interrupted goes on
+# where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 seeds=${SEEDS:-1 2 3}
@@ -92,8 +94,8 @@ layers() { # AlexNet, MSE, under a minute each: one convolution deep at four res
   compare layers/both layers/conv1_6 layers/conv5_13
 }
 
-data() { # AlexNet features.10, MSE: 100, 400, 800 and 3,853 photographs, 80 % of which train, as many steps
-  local all="$deep --encoder torchvision/alexnet --layer features.10 --crop 160 --epochs 4 --data wide --val-images 160"
+data() { # AlexNet features.10, MSE, as many steps of 80, 320, 640 and 3,082: 80 % of so many photographs
+  local all="$deep --encoder torchvision/alexnet --layer features.10 --crop 160 --epochs 3 --data wide --val-images 160"
   train data/100 "7e-4 2e-3" $all --train-images 80 --kept-crops 64 --passes 77
   train data/400 "7e-4 2e-3" $all --train-images 320 --kept-crops 32 --passes 19
   train data/800 "7e-4 2e-3" $all --train-images 640 --kept-crops 16 --passes 10
@@ -109,6 +111,7 @@ invert() { # NAME FLAGS…: pixels whose features are those of four test images,
   local out=$root/inversion/$1
   shift
   if [[ -f $out/inversion.json ]]; then return; fi
+  rm -rf "$out" # what was interrupted
   python invert.py --data natural --count 4 --steps 150 --out "$out" "$@"
 }
 
@@ -119,7 +122,7 @@ inversion() { # from what pretrained/ makes of the features, and from noise
   done
   for layer in vgg16_block{1,2,3} alexnet_conv{1,3,5}; do
     lr=0.03
-    if [[ $layer == *1 ]]; then lr=0.1; fi
+    if [[ $layer == *1 ]]; then lr=0.1; fi # by validation images
     invert "noise_$layer" --encoder "${layer%_*}" --layer "${layer#*_}" --lr "$lr"
   done
 }

@@ -135,10 +135,10 @@ def total_variation(images):
 
 
 def prior_weight(encoder, decode):
-    """The weight of the total variation, at first, by the stride of the layer: (stride / 2)², at most 256.
+    """The weight of the total variation, at first: (stride / 2)², at most 256; 0.3 of it behind a decoder.
 
-    Chosen on validation images at strides from 2 to 32 (docs/conclusions.md): the coarser the features, the
-    more of the detail is not theirs. From what `decode` made, three tenths of that.
+    The coarser the features, the less of the detail is theirs. Chosen on validation images, from noise at
+    strides from 2 to 37, from a decoder's output at 2 (docs/conclusions.md, README).
     """
     height = max(height for _, height, _ in encoder.shapes)
     weight = min((encoder.input_size / height / 2) ** 2, 256.0)

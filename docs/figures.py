@@ -1,9 +1,6 @@
-"""Draw the figures of docs/erratum.md and docs/conclusions.md from what `bash evidence.sh` measured.
+"""Draw the figures of docs/erratum.md and docs/conclusions.md from what `bash evidence.sh` measured."""
 
-python docs/figures.py                of runs/evidence, into docs
-python docs/figures.py FOLDER OUT     of another folder, into another one
-"""
-
+import argparse
 import csv
 import json
 import sys
@@ -29,7 +26,13 @@ FLOOR = 0.776  # the least MSE of any output in [0, 1], on natural's validation 
 RESOLUTION = {55: "conv1_55", 27: "conv1_27", 13: "conv1_13", 6: "conv1_6"}  # positions a side: run
 DEPTH = {1: "conv1_13", 2: "conv2_13", 3: "conv3_13", 4: "conv4_13", 5: "conv5_13"}  # convolutions: run
 PHOTOGRAPHS = (100, 400, 800, 3853)
+DEEPEST = "vgg16_block4"  # is not inverted from noise
 INVERTED = [*(f"vgg16_block{n}" for n in (1, 2, 3, 4)), *(f"alexnet_conv{n}" for n in (1, 3, 5))]
+
+
+def refuse_missing(path):
+    if not path.exists():
+        raise UserError(f"{path}: is not there; bash evidence.sh makes it")
 
 
 def draw_published(history, path):
@@ -48,6 +51,8 @@ def draw_published(history, path):
 
 def draw_points(axis, folder, runs, label):
     """PSNR, with its deviation over seeds, of {place on the axis: run}."""
+    for name in runs.values():
+        refuse_missing(folder / name)
     values = [read_runs(folder / name).values["psnr"].mean(1) for name in runs.values()]  # (seeds,) each
     deviation = [value.std(ddof=1) if len(value) > 1 else 0 for value in values]
     axis.errorbar(
@@ -61,7 +66,11 @@ def draw_inversions(axis, folder):
     ends["optimised from noise"] = ("noise_", "inversion")
     for number, (label, (prefix, end)) in enumerate(ends.items()):
         files = [folder / f"{prefix}{layer}" / "inversion.json" for layer in INVERTED]
-        places = [place for place, file in enumerate(files) if file.exists()]
+        places = range(len(INVERTED))
+        if prefix:
+            places = [place for place in places if INVERTED[place] != DEEPEST]
+        for place in places:
+            refuse_missing(files[place])
         found = [json.loads(files[place].read_text(encoding="utf-8")) for place in places]
         values = [content["metrics"][end]["psnr"]["mean"] for content in found]
         axis.bar([place + 0.27 * (number - 1) for place in places], values, 0.27, label=label)
@@ -73,15 +82,16 @@ def draw_answers(root, path):
     """PSNR against resolution, depth, the number of photographs, and by decoder or optimisation."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     (resolution, depth), (data, inversion) = figure.subplots(2, 2)
+    depth.sharey(resolution)
     draw_points(resolution, root / "layers", RESOLUTION, "AlexNet's first convolution, averaged")
     resolution.set(xscale="log", xlabel="positions a side", ylabel="PSNR (dB) ↑", xticks=list(RESOLUTION))
     resolution.set_xticklabels(list(RESOLUTION))
     resolution.minorticks_off()
     draw_points(depth, root / "layers", DEPTH, "AlexNet at 13 × 13 positions")
-    depth.set(xlabel="convolutions", ylabel="PSNR (dB) ↑", xticks=list(DEPTH), ylim=resolution.get_ylim())
+    depth.set(xlabel="convolutions", ylabel="PSNR (dB) ↑", xticks=list(DEPTH))
     counts = {count: str(count) for count in PHOTOGRAPHS}
     draw_points(data, root / "data", counts, "AlexNet's fifth convolution, features.10")
-    data.set(xscale="log", xlabel="photographs", ylabel="PSNR (dB) ↑", xticks=PHOTOGRAPHS)
+    data.set(xscale="log", xlabel="photographs (80 % train)", ylabel="PSNR (dB) ↑", xticks=PHOTOGRAPHS)
     data.set_xticklabels(PHOTOGRAPHS)
     data.minorticks_off()
     draw_inversions(inversion, root / "inversion")
@@ -91,17 +101,20 @@ def draw_answers(root, path):
     save_figure(figure, path)
 
 
-def main(folder="runs/evidence", out=REPOSITORY / "docs"):
-    root, out = Path(folder), Path(out)
-    try:
-        with open(root / "published" / "seed42" / "history.csv", encoding="utf-8", newline="") as file:
-            history = list(csv.DictReader(file))
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: is not there; bash evidence.sh writes it") from None
-    draw_published(history, out / "published.png")
-    draw_answers(root, out / "answers.png")
-    print(f"published.png and answers.png in {out}")
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="?", type=Path, default=REPOSITORY / "runs" / "evidence")
+    parser.add_argument(
+        "out", nargs="?", type=Path, default=REPOSITORY / "docs", help="folder for the figures"
+    )
+    args = parser.parse_args()
+    history = args.runs / "published" / "seed42" / "history.csv"
+    refuse_missing(history)
+    with open(history, encoding="utf-8", newline="") as file:
+        draw_published(list(csv.DictReader(file)), args.out / "published.png")
+    draw_answers(args.runs, args.out / "answers.png")
+    print(f"published.png and answers.png in {args.out}")
 
 
 if __name__ == "__main__":
-    run(lambda: main(*sys.argv[1:3]))
+    run(main)

@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-from docs.figures import DEPTH, INVERTED, PHOTOGRAPHS, RESOLUTION
+from docs.figures import DEEPEST, DEPTH, INVERTED, PHOTOGRAPHS, RESOLUTION
 from flags import parse_evaluate, parse_invert, parse_train
 
 STUB = """#!{python}
@@ -99,7 +99,7 @@ def test_figures_of_what_it_measured(tmp_path):
             (run / "metrics.json").write_text(json.dumps(about))
             (run / "per_image.csv").write_text(f"image,psnr,ssim,lpips\na,{20 + seed},0.5,0.5\n")
 
-    for name in ("alexnet_conv1", "noise_alexnet_conv1"):
+    for name in (*INVERTED, *(f"noise_{layer}" for layer in INVERTED if layer != DEEPEST)):
         folder = runs / "inversion" / name
         folder.mkdir(parents=True)
         metrics = {"start": {"psnr": {"mean": 20}}, "inversion": {"psnr": {"mean": 25}}}
@@ -115,6 +115,10 @@ def test_figures_of_what_it_measured(tmp_path):
     assert result.stderr.startswith(f"error: {history}: is not there")
     history.parent.mkdir(parents=True)
     history.write_text("epoch,val_loss,val_mse,val_lpips\n1,0.7,1.1,0.3\n2,0.5,0.8,0.2\n")
+    inversion = runs / "inversion" / INVERTED[0] / "inversion.json"
+    hidden = inversion.rename(inversion.with_suffix(".hidden"))
+    assert draw().stderr == f"error: {inversion}: is not there; bash evidence.sh makes it\n"
+    hidden.rename(inversion)
     result = draw()
     assert result.returncode == 0, result.stderr
     for name in ("published.png", "answers.png"):
@@ -128,4 +132,5 @@ def test_figures_are_of_runs_that_evidence_makes(evidence, tmp_path):
     made = {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").glob("*/*")}
     drawn = {f"layers/{name}" for name in (*RESOLUTION.values(), *DEPTH.values())}
     drawn |= {f"inversion/{layer}" for layer in INVERTED}
+    drawn |= {f"inversion/noise_{layer}" for layer in INVERTED if layer != DEEPEST}
     assert drawn | {f"data/{count}" for count in PHOTOGRAPHS} | {"published/seed42"} <= made

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,6 +52,14 @@ def test_the_prior_leaves_no_blur_in_the_end(encoder, pixels):
     options = {"steps": 60, "lr": 0.02, "bars": True}
     found = invert.invert(encoder, encoder(image), image, tv_weight=10, **options)
     assert 38.5 < psnr(found, image).item() < 60
+
+
+@pytest.mark.parametrize(
+    ("positions", "decode", "weight"), [(112, None, 1), (28, None, 16), (28, "decode", 4.8), (6, None, 256)]
+)
+def test_the_prior_follows_the_stride(positions, decode, weight):
+    encoder = SimpleNamespace(shapes=[(8, positions, positions), (9, 1, 1)], input_size=224)
+    assert invert.prior_weight(encoder, decode) == pytest.approx(weight)
 
 
 def test_total_variation_by_hand():
