@@ -103,10 +103,9 @@ def draw_answers(root, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="?", type=Path, default=REPOSITORY / "runs" / "evidence")
-    parser.add_argument(
-        "out", nargs="?", type=Path, default=REPOSITORY / "docs", help="folder for the figures"
-    )
+    add = parser.add_argument
+    add("runs", nargs="?", type=Path, default=REPOSITORY / "runs" / "evidence", help="of evidence.sh")
+    add("out", nargs="?", type=Path, default=REPOSITORY / "docs", help="folder for the figures")
     args = parser.parse_args()
     history = args.runs / "published" / "seed42" / "history.csv"
     refuse_missing(history)
