@@ -125,18 +125,23 @@ class FeedbackDecoder(ResidualDecoder):
         steps = upsamplings(height, size)
         self.iterations = self.trained = iterations  # how many are asked for, and how many make a round
         self.feedback = feedback
+        self.again = False  # whether training begins with what a round made
         self.factor = 2**steps
         pixels = 3 * self.factor**2
         seen = {"residual": channels, "gradient": pixels, "both": channels + pixels}[feedback]
         count = iterations if own_weights else 1
         self.steps = nn.ModuleList(FeedbackStep(seen, width, steps, blocks) for _ in range(count))
 
+    def draw(self):
+        """Decide, before a step, whether its batch begins with what a first round made."""
+        self.again = bool(torch.rand(()) < 0.5)
+
     def forward(self, z, encoder, size=None):
         """encoder: images (B, 3, H, W) → features like z."""
         h = self.hidden(z)
         start = self.head(h, size or self.size)
         images = [start]
-        if self.training and torch.rand(()) < 0.5:
+        if self.training and self.again:
             with torch.no_grad():
                 start = self.round(start, h, z, encoder, self.trained)[-1]
         for done in range(0, self.iterations, self.trained):

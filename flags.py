@@ -11,7 +11,8 @@ from utils import UserError
 
 TRACKERS = ["tensorboard", "wandb", "none"]
 # Flags that say how to run, not what: they are no part of a run's configuration.
-NOT_CONFIG = ("config", "fast", "resume", "overwrite", "download", "cache", "tracker", "quiet", "bars")
+NOT_CONFIG = ("config", "fast", "resume", "overwrite", "download", "cache", "graphs", "tracker")
+NOT_CONFIG += ("quiet", "bars")
 NO_KEYS = ("help", "config", "fast")  # flags that a YAML file has no values for
 LARGEST = 2**31 - 1  # of a whole number; seeds go to 2**32 - 1
 
@@ -180,8 +181,12 @@ def train_parser(doc=None):
     switch = argparse.BooleanOptionalAction
     repeatable = "repeatable on CUDA too (not the attention decoder there)"
     add("--deterministic", action=switch, default=True, help=repeatable)
+    fast = "on CUDA: the training's float32 convolutions and products in TF32"
+    add("--tf32", action=switch, default=True, help=fast)
     add("--amp", action=switch, default=False, help="encoder and decoder in bfloat16 (slow on CPUs)")
     add("--compile", action=switch, default=False, help="torch.compile them first; for long runs")
+    graphs = "on CUDA record a step's kernels and launch them at once; one process only, equal results"
+    add("--graphs", action=switch, default=True, help=graphs)
     add("--tracker", choices=TRACKERS, default="tensorboard", help="live curves; wandb: install it")
     add_running_flags(add)
     return parser

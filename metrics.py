@@ -2,6 +2,7 @@
 
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -28,9 +29,14 @@ def target(images, protocol=DOCUMENTED):
     """
     if not protocol.normalized_target:
         return images
-    mean = images.new_tensor(IMAGENET_MEAN)[:, None, None]
-    std = images.new_tensor(IMAGENET_STD)[:, None, None]
+    mean, std = imagenet_statistics(images.device)
     return (images - mean) / std
+
+
+@cache
+def imagenet_statistics(device):
+    """Mean and deviation of ImageNet's channels, (3, 1, 1) each, copied to a device only once."""
+    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[:, :, None, None]
 
 
 def psnr(images, target):

@@ -23,6 +23,7 @@ import os
 import shlex
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ from tqdm import tqdm
 import data
 from decoders import Fused
 from download import download_div2k
+from feedback import FeedbackDecoder
+from graphs import Graphs
 from kept import keep_crops
 from metrics import SMALLEST, TERMS, Loss, Meter, target
 from models import Inverter, count_parameters, inverter_of
@@ -53,7 +56,7 @@ from utils import (
     write_text,
 )
 
-MAY_DIFFER = ("out", "device")  # between a run and its resumption
+MAY_DIFFER = ("out", "device", "tf32")  # between a run and its resumption
 VALIDATED = 4  # images at a time
 KEPT_FEATURES = 2**28  # bytes of validation features that are computed once; shallow layers' are larger
 SHOWN = 6  # validation images, to the tracker
@@ -96,7 +99,7 @@ def train(args):
     if config["compile"]:
         inverter.compile()
     model = DistributedDataParallel(inverter) if world > 1 else inverter
-    optimizer = torch.optim.Adam(inverter.decoder.parameters(), lr=config["lr"])
+    optimizer = make_optimizer(inverter, config["lr"])
     scheduler = make_scheduler(optimizer, config, steps, protocol.lowest_lr)
     state = State(inverter.decoder, optimizer, scheduler, Meter(TERMS, device))
     print(description(config, inverter, len(train_images), len(val_numbers), steps, world, device))
@@ -124,12 +127,15 @@ def train(args):
     # --- the loop
     tracker = Tracker("none" if rank else args.tracker, out, config)
     known = {}  # validation features
+    compute = Graphs(gradients) if args.graphs and device.type == "cuda" and world == 1 else gradients
     try:
         with Signals(device) as signals:
             while not finished(state, config):
                 try:
                     batches = epoch_batches(train_images, kept, config, state, steps, rank, world, device)
-                    trained = train_epoch(model, batches, loss, state, config, steps, signals, bars)
+                    options = (state, config, steps, signals, bars, compute)
+                    with tf32(config["tf32"]):
+                        trained = train_epoch(model, batches, loss, *options)
                     start = time.perf_counter()
                     validation = (val_images, val_numbers[rank::world], loss, known)
                     validated, targets, outputs = validate(inverter, *validation, world, signals, bars)
@@ -176,6 +182,24 @@ def set_up(deterministic=True):
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not deterministic
+
+
+@contextmanager
+def tf32(allowed):
+    """Within `with`, if `allowed`: CUDA's float32 convolutions and matrix products on the tensor cores.
+
+    They read 10 bits of a number's mantissa there, and add up in float32. Elsewhere float32 is float32, as
+    select_device says: validation and evaluation do not depend on it.
+    """
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
 
 
 def download(args):
@@ -250,6 +274,12 @@ def measure_features(inverter, images, config):
     inverter.core.deviation.copy_(deviation[0].clamp_min(smallest))
 
 
+def make_optimizer(inverter, lr):
+    """Adam over the decoder's parameters (paper 3.3.4); on a GPU one kernel updates them all."""
+    fused = True if inverter.device.type == "cuda" else None
+    return torch.optim.Adam(inverter.decoder.parameters(), lr=lr, fused=fused)
+
+
 def make_scheduler(optimizer, config, steps, lowest_lr):
     """The learning rate's: `plateau` (paper 3.3.4), or `onecycle`, which warms up and anneals."""
     if config["schedule"] == "plateau":
@@ -301,10 +331,11 @@ def epoch_batches(images, kept, config, state, steps, rank, world, device):
         yield data.crops(images, index, *drawn, crop).to(device), features
 
 
-def train_epoch(model, batches, loss, state, config, steps, signals, bars):
+def train_epoch(model, batches, loss, state, config, steps, signals, bars, compute=None):
     """Train on `batches` to the end of the epoch, which is counted in `state`; averages of the loss's terms.
 
-    Raises UserError for a loss that is not finite, and Interrupted where a signal arrived.
+    compute: `gradients`, which it is where None, or Graphs of it. Raises UserError for a loss that is not
+    finite, and Interrupted where a signal arrived.
     """
     start = time.perf_counter() - state.seconds
     losses = []
@@ -315,7 +346,8 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars):
             done = state.epoch * steps + state.step
             if config["freeze_bn"] and done >= config["freeze_bn"]:
                 freeze_batch_norm(state.decoder)
-            terms = train_step(model, batch, features, loss, state.optimizer, config["clip_grad"])
+            options = (state.optimizer, config["clip_grad"], compute)
+            terms = train_step(model, batch, features, loss, *options)
             if config["schedule"] == "onecycle":
                 state.scheduler.step()
             state.meter.add(terms)
@@ -333,18 +365,28 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars):
     return state.meter.averages()
 
 
-def train_step(model, images, features, loss, optimizer, clip=0):
+def train_step(model, images, features, loss, optimizer, clip=0, compute=None):
     """One step on `images` (B, 3, N, N) in [0, 1]; {term of the loss: (B,)}, without gradient.
 
     features: theirs, where they are known, else None. clip: the largest norm of the gradient; 0: any.
+    compute: as of train_epoch.
     """
+    core = getattr(model, "module", model).core  # DistributedDataParallel's is inside
+    if isinstance(core, FeedbackDecoder):
+        core.draw()
+    terms = (compute or gradients)(model, images, features, loss, optimizer, clip)
+    optimizer.step()
+    return terms
+
+
+def gradients(model, images, features, loss, optimizer, clip):
+    """Give each parameter its gradient; the rest as in train_step."""
     *earlier, output = model(images, features, each=True)
     terms = loss(output, images, earlier)
     optimizer.zero_grad()
     terms["loss"].mean().backward()
     if clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
     return {name: value.detach() for name, value in terms.items()}
 
 

@@ -239,8 +239,7 @@ def keep_freed_memory():
 def select_device(name):
     """`auto`, `cpu`, `cuda` or `cuda:N` as a torch.device; raises UserError for one that is not there.
 
-    On CUDA float32 is float32 from then on: no TF32, in the losses, the metrics or anywhere; --amp is the
-    fast way.
+    On CUDA float32 is float32 from then on, in the metrics and wherever train.py does not allow TF32.
     """
     import torch
 

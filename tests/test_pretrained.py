@@ -37,7 +37,7 @@ def test_the_command_that_is_told_has_made_it(name, monkeypatch):
     checkpoint = load(FOLDER / f"{name}.pt")
     wanted = config_of(args)
     assert wanted["crop"]
-    newer = {"train_images": None}  # a flag that these checkpoints did not know
+    newer = {"train_images": None, "tf32": True}  # flags that these checkpoints did not know
     assert {key: (newer | checkpoint["config"])[key] for key in wanted} == wanted
     assert checkpoint["encoder_sha256"]
     assert figures(name)["config"] == checkpoint["config"]

@@ -97,7 +97,22 @@ def test_pixel_target_is_in_0_1(photos, tmp_path, monkeypatch, run_train):
     assert len(targets) == 2 + 1  # two training steps and one of validation
     assert all(t.min() >= 0 and t.max() <= 1 and t.std() > 0.1 for t in targets)
     pixels = data.load_split(str(photos), "val")[:][:, 16:240, 16:240].permute(0, 3, 1, 2)
-    assert torch.equal(targets[-1], pixels.float() / 255)
+    assert torch.allclose(targets[-1].cpu(), pixels.float() / 255, rtol=0, atol=1e-7)  # a GPU divides so
+
+
+@pytest.mark.parametrize("flag", ["--tf32", "--no-tf32"])
+def test_tf32_is_for_training_alone(photos, tmp_path, monkeypatch, run_train, flag):
+    allowed = []
+    for name in ("train_step", "validate"):
+
+        def watch(*args, real=getattr(train, name), **kwargs):
+            allowed.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(train, name, watch)
+    flags = ("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet", flag)
+    assert run_train(*flags) == 0
+    assert allowed == 2 * [2 * (flag == "--tf32",)] + [(False, False)]
 
 
 @pytest.mark.parametrize("decoder", ["tconv", "feedback"])
