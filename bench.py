@@ -3,13 +3,14 @@
   python bench.py
   python bench.py --json bench.json
   python bench.py --data FOLDER            on its training images, rather than on 2K PNGs made here
+  python bench.py --batch-size 64 --images 80    the step alone, with as many images as a GPU likes
   python bench.py --quality FOLDER         instead: wall time to the study's quality, plain and fast.yaml
 
 Plain: eager, NCHW, 2K PNGs decoded and resized every epoch by four workers, LPIPS from the lpips package,
 which computes the target's features under autograd, and a look at the loss every step. It has a process of
 its own, and both run in one go, the steps by turns, so that what else the machine does slows both: ratios can
-be compared between machines, times cannot. On CUDA the step is timed with bfloat16, channels last and
-torch.compile on and off too.
+be compared between machines, times cannot. On CUDA the step is timed with CUDA graphs, bfloat16,
+torch.compile and channels last on and off too, and a step of attention at full size.
 """
 
 from flags import Parser, config_of, parse_train, positive_int
@@ -23,6 +24,7 @@ def make_parser():
     parser.add_argument("--data", help="folder whose training images to take (default: 2K PNGs, made here)")
     parser.add_argument("--quality", metavar="FOLDER", help="instead: wall time to the study's quality there")
     parser.add_argument("--images", type=positive_int, default=60, help="photographs to train on")
+    parser.add_argument("--batch-size", type=positive_int, help="time the training step alone, of so many")
     parser.add_argument(
         "--rounds", type=positive_int, default=5, help="of six steps, plain and ours by turns"
     )
@@ -35,11 +37,13 @@ if __name__ == "__main__":
 
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -51,6 +55,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import train
 from evaluate import evaluate_model, time_inference, wait
+from graphs import Graphs
 from kept import keep_crops
 from metrics import TERMS, Loss, Meter, measure
 from models import inverter_of, load_inverter
@@ -71,18 +76,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 def make_photographs(folder, count):
     """Fill train/ and test/ in `folder` with `count` PNGs like DIV2K's: enlarged tiles of the sample."""
-    draw = np.random.RandomState(0)
     tiles = data.sample_tiles("train")[:]
-    for i in range(count):
+
+    def make(i):
         name = Path(folder, "test" if i % 10 == 0 else "train", f"{i:04}.png")
-        name.parent.mkdir(exist_ok=True)
-        picture = Image.fromarray(tiles[i % len(tiles)].numpy()).resize(
-            (2040, 1356), Image.Resampling.BICUBIC
-        )
-        grain = draw.normal(0, 4, (1356, 2040, 1))  # a photograph's, which makes PNGs large
-        Image.fromarray((np.asarray(picture) + grain).clip(0, 255).astype(np.uint8)).save(
-            name, compress_level=6
-        )
+        tile = Image.fromarray(tiles[i % len(tiles)].numpy())
+        picture = np.asarray(tile.resize((2040, 1356), Image.Resampling.BICUBIC))
+        grain = np.random.default_rng(i).normal(0, 4, (1356, 2040, 1))  # a photograph's: large PNGs
+        Image.fromarray((picture + grain).clip(0, 255).astype(np.uint8)).save(name, compress_level=6)
+
+    for split in ("train", "test"):
+        Path(folder, split).mkdir(exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(make, range(count)))
 
 
 def link_photographs(source, folder, count):
@@ -142,7 +148,9 @@ class Ours:
         self.loss = Loss().to(device)
         if self.config["compile"]:
             self.inverter.compile()
-        self.optimizer = torch.optim.Adam(self.inverter.decoder.parameters(), lr=1e-4)
+        self.optimizer = train.make_optimizer(self.inverter, 1e-4)
+        graphs = args.graphs and device.type == "cuda"
+        self.compute = Graphs(train.gradients) if graphs else train.gradients
 
     def batch(self):
         """The first batch, (B, 3, N, N) in [0, 1]."""
@@ -152,7 +160,9 @@ class Ours:
 
     def step(self, batch, features=None):
         """One step; the loss."""
-        terms = train.train_step(self.inverter.train(), batch, features, self.loss, self.optimizer)
+        options = (self.loss, self.optimizer, 0, self.compute)
+        with train.tf32(self.config["tf32"]):
+            terms = train.train_step(self.inverter.train(), batch, features, *options)
         return terms["loss"].mean()
 
     def epoch(self):
@@ -164,8 +174,9 @@ class Ours:
         if self.config["kept_crops"]:
             kept = keep_crops(self.images, self.inverter, self.config, self.cache, True)
         batches = train.epoch_batches(self.images, kept, self.config, state, steps, 0, 1, self.device)
-        options = (self.config, steps, Signals(self.device), True)
-        train.train_epoch(self.inverter, batches, self.loss, state, *options)
+        options = (self.config, steps, Signals(self.device), True, self.compute)
+        with train.tf32(self.config["tf32"]):
+            train.train_epoch(self.inverter, batches, self.loss, state, *options)
         return steps
 
 
@@ -203,38 +214,72 @@ def child_gib(*command):
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 
-def bench_step(plain, ours, folder, rounds, show):
+def bench_step(plain, folder, device, batch_size, rounds, show):
     """A training step: plain and ours, and on CUDA its variants; its parts; its share of the peak."""
-    device = ours.device
+    flags = ("--batch-size", str(batch_size))
+    ours = Ours(folder, device, *flags)
     batch = ours.batch()
+    if len(batch) < batch_size:
+        raise UserError(f"--batch-size {batch_size}: {len(batch)} photographs train here; more --images")
     plain("keep", batch.cpu().contiguous().numpy())
     functions = {"plain": lambda: plain("step"), "ours": lambda: ours.step(batch)}
     if device.type == "cuda":
-        ours.step(batch)
-        show("peak memory on the GPU, GiB", cuda_peak_gib=torch.cuda.max_memory_allocated(device) / 2**30)
-        for flags in (("--amp",), ("--compile",), ("--amp", "--compile")):
-            other = Ours(folder, device, *flags)
-            functions[f"ours, {' '.join(flags)}"] = lambda other=other: other.step(batch)
-        nchw = Ours(folder, device)
+        torch.cuda.reset_peak_memory_stats(device)
+        for _ in range(5):
+            ours.step(batch)
+        show("peak memory on the GPU, GiB", cuda_peak_gib=torch.cuda.max_memory_reserved(device) / 2**30)
+        for more in (["--no-graphs"], ["--no-tf32"], ["--amp"], ["--compile"], ["--amp", "--compile"]):
+            other = Ours(folder, device, *flags, *more)
+            functions[f"ours, {' '.join(more)}"] = lambda other=other: other.step(batch)
+        nchw = Ours(folder, device, *flags)
         planes = batch.contiguous()
         for net in (nchw.inverter, nchw.loss):
             net.to(memory_format=torch.contiguous_format)
         functions["ours, NCHW"] = lambda: nchw.step(planes)
+    for function in functions.values():  # until graphs are recorded
+        for _ in range(5):
+            function()
     seconds = by_turns(device, functions, rounds)
     for name, value in seconds.items():
         show(
             f"training step, {name}",
-            **{f"step_ms {name}": 1000 * value, f"images_per_second {name}": 4 / value},
+            **{f"step_ms {name}": 1000 * value, f"images_per_second {name}": batch_size / value},
         )
     fast = seconds["ours"]
     show("", step_ms=1000 * fast, step_speedup=seconds["plain"] / fast)
     show("its parts, each by itself, ms", parts_ms=step_parts(ours, batch))
+    eager = Ours(folder, device, *flags, "--no-graphs")
     with FlopCounterMode(display=False) as counter:
-        ours.step(batch)
+        eager.step(batch)
     flops = counter.get_total_flops()
     peak = peak_flops(device)
     show("its floating-point operations", gflop=flops / 1e9, gflops=flops / fast / 1e9)
     show("of this machine's best matrix product", peak_gflops=peak / 1e9, peak_share=flops / fast / peak)
+    if device.type == "cuda":
+        print(kernels(lambda: ours.step(batch)))
+
+
+def kernels(function):
+    """A table of what the GPU spends `function`'s time on, the most first."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(5):
+            function()
+        torch.cuda.synchronize()
+    return profile.key_averages().table(
+        sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=90
+    )
+
+
+def bench_attention(folder, device, show):
+    """A step of experiment 6 at batch 4, all 12,544 positions, in bfloat16."""
+    ours = Ours(folder, device, "--decoder", "attention", "--amp")
+    batch = ours.batch()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    seconds = timed(device, lambda: ours.step(batch), 10)
+    peak = (torch.cuda.memory_reserved(device) - before) / 2**30
+    show("attention, batch 4, --amp", attention_step_ms=1000 * seconds, attention_cuda_gib=peak)
 
 
 def bench_cheap_epochs(folder, device, rounds, show):
@@ -387,13 +432,19 @@ def bench_speed(args, device, figures, show):
             1,
             "--quiet",
         )
-        show("peak memory of a training, GiB", training_peak_gib=child_gib("train.py", *flags))
-        show("of a step of the attention decoder", attention_peak_gib=child_gib("-c", ATTENTION))
+        if not args.batch_size:
+            show("peak memory of a training, GiB", training_peak_gib=child_gib("train.py", *flags))
+        if not args.batch_size and device.type == "cpu":
+            show("of a step of the attention decoder", attention_peak_gib=child_gib("-c", ATTENTION))
         plain = Elsewhere(device)
         train.set_up()
         ours = Ours(folder, device)
         try:
-            bench_step(plain, ours, folder, args.rounds, show)
+            bench_step(plain, folder, device, args.batch_size or 4, args.rounds, show)
+            if args.batch_size:
+                return
+            if device.type == "cuda":
+                bench_attention(folder, device, show)
             bench_cheap_epochs(folder, device, args.rounds, show)
             bench_epoch(plain, ours, folder, show)
             bench_evaluation(plain, ours, folder, show)

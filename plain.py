@@ -37,12 +37,9 @@ class Plain:
 
     def __init__(self, device):
         self.device = device
-        net = torchvision.models.vgg16()
-        trunk = {
-            key: value for key, value in imagenet_weights("vgg16").items() if key.startswith("features.")
-        }
-        net.features.load_state_dict({key.removeprefix("features."): value for key, value in trunk.items()})
-        self.encoder = net.features[:5].eval().requires_grad_(False).to(device)
+        self.encoder = torchvision.models.vgg16().features[:5].eval().requires_grad_(False).to(device)
+        trunk = imagenet_weights("vgg16")
+        self.encoder.load_state_dict({key: trunk[f"features.{key}"] for key in self.encoder.state_dict()})
         self.decoder = (
             build_decoder("tconv", (64, 112, 112)).to(memory_format=torch.contiguous_format).to(device)
         )
