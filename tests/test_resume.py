@@ -267,7 +267,8 @@ LAUNCH = [
 
 
 def environment():
-    return os.environ | {"PYTHONPATH": f"{REPOSITORY}:{REPOSITORY / 'tests'}", "OMP_NUM_THREADS": "1"}
+    path = [str(REPOSITORY), str(REPOSITORY / "tests"), *os.environ.get("PYTHONPATH", "").split(":")]
+    return os.environ | {"PYTHONPATH": ":".join(filter(None, path)), "OMP_NUM_THREADS": "1"}
 
 
 def one_step(photos, rank, world, parallel):
@@ -357,6 +358,7 @@ def test_two_gloo_processes(photos, tmp_path):
         8,
     ]
     flags += ["--crop", 64, "--passes", 2, "--kept-crops", 1, "--freeze-bn", 3]  # of four steps an epoch
+    flags += ["--device", "cpu"]
     command = [str(part) for part in [*LAUNCH, script, *flags]]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300
@@ -379,6 +381,7 @@ def test_two_gloo_processes(photos, tmp_path):
     results = []
     for prefix, out in ((LAUNCH, "two"), ([sys.executable], "one")):
         flags = ["evaluate.py", "--ckpt", tmp_path / "run" / "best.pt", "--out", tmp_path / out]
+        flags += ["--device", "cpu"]
         command = [str(part) for part in [*prefix, *flags]]
         subprocess.run(
             command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True, timeout=300

@@ -103,13 +103,16 @@ def test_pixel_target_is_in_0_1(photos, tmp_path, monkeypatch, run_train):
 @pytest.mark.parametrize("flag", ["--tf32", "--no-tf32"])
 def test_tf32_is_for_training_alone(photos, tmp_path, monkeypatch, run_train, flag):
     allowed = []
-    for name in ("train_step", "validate"):
 
-        def watch(*args, real=getattr(train, name), **kwargs):
+    def watched(real):
+        def watch(*args):
             allowed.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
-            return real(*args, **kwargs)
+            return real(*args)
 
-        monkeypatch.setattr(train, name, watch)
+        return watch
+
+    for name in ("train_step", "validate"):
+        monkeypatch.setattr(train, name, watched(getattr(train, name)))
     flags = ("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet", flag)
     assert run_train(*flags) == 0
     assert allowed == 2 * [2 * (flag == "--tf32",)] + [(False, False)]

@@ -1,0 +1,226 @@
+"""On a CUDA GPU: the CPU's numbers, the same ones again, and memory that is too small said in one line."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import kill_resume
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import REPOSITORY
+from kill_resume import read_run, same
+from training import batches_of, parse, parts_of
+
+import data
+import train
+from evaluate import evaluate_model
+from graphs import UNRECORDED, Graphs
+from models import load_inverter
+from utils import select_device
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+
+SHORT = ("--batch-size", 3, "--crop", 64, "--lr", 1e-3, "--quiet", "--val-images", 1)  # 8 images: 3, 3 and 2
+DECODERS = {
+    "tconv": ("--freeze-bn", 8),
+    "published": ("--protocol", "published"),
+    "residual": ("--decoder", "residual", "--clip-grad", 0.05),
+    "feedback": ("--decoder", "feedback", "--iterations", 2, "--clip-grad", 0.05),
+    "gradient": ("--decoder", "feedback", "--feedback", "gradient", "--width", 16),
+    "attention": ("--layer", "block3", "--decoder", "attention", "--width", 64, "--amp"),
+    "kept": ("--layer", "block4", "--kept-crops", 2),
+    "vit": ("--encoder", "vit_small", "--crop", 224, "--weights", "random"),
+}
+
+
+def gradients_on(device, photos, *flags, steps=1, wrap=lambda gradients: gradients, fast=False):
+    """(terms, gradients as one vector) of the last of some steps, on `device`, in float64; fast: in TF32."""
+    parts = parts_of(photos, *SHORT, *flags)
+    parts.inverter.to(device).train()
+    parts.loss.to(device)
+    select_device(device)  # float32 is float32
+    if parts.config["compile"]:
+        parts.inverter.compile()
+    optimizer = train.make_optimizer(parts.inverter, 1e-3)
+    compute = wrap(train.gradients)
+    images, features = next(batches_of(parts))
+    with train.tf32(fast):
+        for _ in range(steps):
+            terms = compute(parts.inverter, images.to(device), features, parts.loss, optimizer, 0)
+    found = [p.grad.flatten() for p in parts.inverter.decoder.parameters() if p.grad is not None]
+    return {name: value.double().cpu() for name, value in terms.items()}, torch.cat(found).double().cpu()
+
+
+def difference(found, expected):
+    """‖found − expected‖ / ‖expected‖."""
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("name", ["tconv", "published", "residual", "feedback", "vit"])
+def test_step_is_the_cpus(photos, name):
+    """An H100's gradients differ by 3e-6; those of ViT, with random weights, by 3e-4."""
+    flags = [flag for flag in DECODERS[name] if name != "tconv"]
+    terms, found = gradients_on("cuda", photos, *flags)
+    wanted, expected = gradients_on("cpu", photos, *flags)
+    assert difference(found, expected) < (1e-3 if name == "vit" else 1e-4)
+    assert all(difference(terms[key], wanted[key]) < 1e-5 for key in terms)
+
+
+@pytest.mark.parametrize(
+    ("flags", "most"),
+    [((), 0.05), (("--compile",), 1e-4), (("--amp",), 0.15), (("--amp", "--compile"), 0.15)],
+)
+def test_other_ways_to_compute_a_step(photos, flags, most):
+    """Without a flag: TF32. An H100's gradients differ by 0.026, 5e-7, 0.070 and 0.077."""
+    terms, found = gradients_on("cuda", photos, *flags, fast=not flags)
+    wanted, expected = gradients_on("cuda", photos)
+    assert difference(found, expected) < most
+    assert difference(terms["loss"], wanted["loss"]) < most / 10
+
+
+def test_a_graph_computes_what_it_records(photos):
+    terms, found = gradients_on("cuda", photos, steps=UNRECORDED + 3, wrap=Graphs)
+    wanted, expected = gradients_on("cuda", photos, steps=UNRECORDED + 3)
+    assert same(terms, wanted) and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_training_with_graphs_is_bit_identical(photos, tmp_path, name):
+    flags = ("--data", photos, *SHORT, *DECODERS[name], "--epochs", 3, "--passes", 5)
+    if name == "attention":
+        flags += ("--passes", 3)
+    for out, more in (("graphs", ()), ("eager", ("--no-graphs",))):
+        train.train(parse(*flags, *more, "--out", tmp_path / out))
+    assert same(read_run(tmp_path / "graphs"), read_run(tmp_path / "eager"))
+
+
+def test_killed_and_resumed_is_bit_identical():
+    assert kill_resume.check(runs=2) == 2
+
+
+def run_alone(*flags, before="pass"):
+    """train.py with `flags`, after this statement, in a process of its own, because it fails on the GPU."""
+    code = (
+        f"import sys, torch, train; {before}; train.run(lambda: train.train(train.parse_train(sys.argv[1:])))"
+    )
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+
+
+def test_what_cannot_be_recorded(photos, tmp_path):
+    program = tmp_path / "net.py"
+    program.write_text(
+        "from torch import nn\n"
+        "class Looks(nn.Conv2d):\n"
+        "    def forward(self, x):\n"
+        "        x = super().forward(x)\n"
+        "        return x if x.is_meta or float(x.sum()) else x + 1\n"
+        "def build():\n"
+        "    return nn.Sequential(Looks(3, 8, 3, 2, 1), nn.ReLU())\n"
+    )
+    flags = ["--data", photos, "--encoder", f"{program}:build", "--layer", "1", "--input-size", 64]
+    flags += ["--batch-size", 2, "--epochs", 2, "--quiet", "--out", tmp_path / "out"]
+    refused = run_alone(*flags)
+    assert refused.returncode == 2, refused.stderr
+    assert "give --no-graphs" in refused.stderr.splitlines()[-1] and "Traceback" not in refused.stderr
+    assert run_alone(*flags, "--resume", "--no-graphs").returncode == 0
+
+
+def test_too_little_memory_is_said_in_one_line(photos, tmp_path):
+    flags = ("--data", photos, "--batch-size", 8, "--decoder", "frequency", "--epochs", 1, "--quiet")
+    limit = (
+        "torch.cuda.set_per_process_memory_fraction(1e9 / torch.cuda.get_device_properties(0).total_memory)"
+    )
+    done = run_alone(*flags, "--out", tmp_path, before=limit)
+    assert done.returncode == 2, done.stderr
+    assert "memory" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_images_live_on_the_gpu(photos):
+    images = data.load_split(str(photos), "train")
+    there = images.to(torch.device("cuda"))
+    assert there.resident.is_cuda and there.resident.nbytes == 3 * 8 * 256**2
+    plans = (data.epoch_plan(x.sizes, 1, 0, 96) for x in (images, there))
+    here, found = (data.crops(x, *plan, 96) for x, plan in zip((images, there), plans, strict=True))
+    assert found.is_cuda and torch.allclose(found.cpu(), here, rtol=0, atol=1e-7)
+
+
+def test_metrics_are_the_cpus(photos, trained):
+    images = data.load_split(str(photos), "test")[:]
+    found = evaluate_model(load_inverter(trained / "best.pt")[0].cuda(), images, bars=True).values
+    expected = evaluate_model(load_inverter(trained / "best.pt")[0], images, bars=True).values
+    for name, most in {"psnr": 1e-3, "ssim": 1e-4, "lpips": 1e-4}.items():
+        assert np.abs(found[name] - expected[name]).max() < most
+
+
+@pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_goes_from_one_device_to_the_other(
+    photos, tmp_path, run_train, run_evaluate, monkeypatch, first, second
+):
+    flags = ("--data", photos, *SHORT, "--epochs", 2, "--width", 8, "--out", tmp_path)
+    real, calls = data.crops, []
+
+    def interrupting(*args):
+        calls.append(1)
+        if len(calls) == 5:  # in the second epoch
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "crops", interrupting)
+        assert run_train(*flags, "--device", first) == 128 + signal.SIGTERM
+    assert run_train(*flags, "--device", second, "--resume") == 0
+    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--device", first) == 0
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 3
+
+
+def test_inversion_and_own_pictures(photos, trained, tmp_path, run_invert, run_evaluate):
+    flags = ("--count", 2, "--steps", 5, "--device", "cuda", "--quiet")
+    assert run_invert("--encoder", "vgg16", "--data", photos, *flags, "--out", tmp_path / "noise") == 0
+    assert run_invert("--ckpt", trained / "best.pt", *flags, "--out", tmp_path / "from") == 0
+    pictures = ("--images", photos / "test", "--device", "cuda", "--out", tmp_path / "own")
+    assert run_evaluate("--ckpt", trained / "best.pt", *pictures) == 0
+    assert len(list((tmp_path / "own" / "images").iterdir())) == 3
+
+
+def test_a_process_of_torchrun(photos, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=1",
+        "train.py",
+    ]
+    command += ["--data", photos, *SHORT, "--epochs", 1, "--out", tmp_path]
+    subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, timeout=300)
+    assert (tmp_path / "best.pt").exists()
+
+
+def test_nccl(photos):
+    """A step in a group of one process, with all that several use, is the step without."""
+    terms, found = gradients_on("cuda", photos)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parts = parts_of(photos, *SHORT)
+        inverter = parts.inverter.cuda().train()
+        inverter.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(inverter.decoder)
+        model = torch.nn.parallel.DistributedDataParallel(inverter)
+        optimizer = train.make_optimizer(inverter, 1e-3)
+        images, _ = next(batches_of(parts))
+        again = train.train_step(model, images.cuda(), None, parts.loss.cuda(), optimizer)
+        meter = train.Meter(train.TERMS, "cuda")
+        meter.add(again)
+        meter.add(again)
+        train.Signals(torch.device("cuda")).check()
+        contents = [{"epoch": 3}]
+        dist.broadcast_object_list(contents)
+        averages = meter.averages()
+    finally:
+        dist.destroy_process_group()
+    gradients = torch.cat([p.grad.flatten() for p in inverter.decoder.parameters()]).double().cpu()
+    assert difference(gradients, found) < 1e-4 and contents == [{"epoch": 3}]
+    assert averages["loss"] == pytest.approx(float(terms["loss"].mean()), rel=1e-5)
