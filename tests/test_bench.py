@@ -10,6 +10,16 @@ import train
 from utils import UserError
 
 
+class Here(plain.Plain):
+    """What plain.Elsewhere is in another process."""
+
+    def __call__(self, method, *args):
+        return getattr(self, method)(*args)
+
+    def close(self):
+        pass
+
+
 def test_plain_loop_trains_as_ours_does(own_photos):
     ours = bench.Ours(str(own_photos), CPU, "--batch-size", "2")
     theirs = plain.Plain(CPU)
@@ -31,6 +41,17 @@ def test_own_photographs(photos, tmp_path):
         bench.bench(bench.make_parser().parse_args(["--images", "5"]))
 
 
+def test_step_of_any_batch(own_photos):
+    figures = {}
+    arguments = (Here(CPU), str(own_photos), CPU)
+    bench.bench_step(*arguments, 2, 1, lambda title, **values: figures.update(values))
+    assert figures["images_per_second ours"] == pytest.approx(2000 / figures["step_ms ours"])
+    assert figures["step_speedup"] == pytest.approx(figures["step_ms plain"] / figures["step_ms"])
+    assert figures["gflop"] == pytest.approx(38.85 / 2, abs=0.1)
+    with pytest.raises(UserError, match="--batch-size 64: 8 photographs train here; more --images"):
+        bench.bench_step(*arguments, 64, 1, None)
+
+
 def test_every_part_is_timed(own_photos):
     """The functions that a benchmark calls, each with the parts that it promises."""
     for path in sorted((own_photos / "train").iterdir())[5:]:
@@ -47,13 +68,6 @@ def test_every_part_is_timed(own_photos):
 
 def test_time_to_quality_of_a_decoder_that_is_good_at_once(own_photos, monkeypatch):
     """Plain and ours in this process, and with loaders that start none."""
-
-    class Here(plain.Plain):
-        def __call__(self, method, *args):
-            return getattr(self, method)(*args)
-
-        def close(self):
-            pass
 
     loader = torch.utils.data.DataLoader
 
