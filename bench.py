@@ -3,14 +3,15 @@
   python bench.py
   python bench.py --json bench.json
   python bench.py --data FOLDER            on its training images, rather than on 2K PNGs made here
-  python bench.py --batch-size 64 --images 80    the step alone, with as many images as a GPU likes
+  python bench.py --batch-size 64 --images 90    the step alone, with as many images as a GPU likes
   python bench.py --quality FOLDER         instead: wall time to the study's quality, plain and fast.yaml
 
 Plain: eager, NCHW, 2K PNGs decoded and resized every epoch by four workers, LPIPS from the lpips package,
 which computes the target's features under autograd, and a look at the loss every step. It has a process of
 its own, and both run in one go, the steps by turns, so that what else the machine does slows both: ratios can
 be compared between machines, times cannot. On CUDA the step is timed with CUDA graphs, bfloat16,
-torch.compile and channels last on and off too, and a step of attention at full size.
+torch.compile and channels last on and off too, and a step of attention at full size; there plain's ratio is
+its CPU's as well, which launches its kernels, and its step copies the batch to the GPU, where ours was cut.
 """
 
 from flags import Parser, config_of, parse_train, positive_int
@@ -55,7 +56,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import train
 from evaluate import evaluate_model, time_inference, wait
-from graphs import Graphs
 from kept import keep_crops
 from metrics import TERMS, Loss, Meter, measure
 from models import inverter_of, load_inverter
@@ -149,8 +149,7 @@ class Ours:
         if self.config["compile"]:
             self.inverter.compile()
         self.optimizer = train.make_optimizer(self.inverter, 1e-4)
-        graphs = args.graphs and device.type == "cuda"
-        self.compute = Graphs(train.gradients) if graphs else train.gradients
+        self.compute = train.way_to_compute(args.graphs, device)
 
     def batch(self):
         """The first batch, (B, 3, N, N) in [0, 1]."""
@@ -175,8 +174,7 @@ class Ours:
             kept = keep_crops(self.images, self.inverter, self.config, self.cache, True)
         batches = train.epoch_batches(self.images, kept, self.config, state, steps, 0, 1, self.device)
         options = (self.config, steps, Signals(self.device), True, self.compute)
-        with train.tf32(self.config["tf32"]):
-            train.train_epoch(self.inverter, batches, self.loss, state, *options)
+        train.train_epoch(self.inverter, batches, self.loss, state, *options)
         return steps
 
 
@@ -247,12 +245,12 @@ def bench_step(plain, folder, device, batch_size, rounds, show):
         )
     fast = seconds["ours"]
     show("", step_ms=1000 * fast, step_speedup=seconds["plain"] / fast)
-    show("its parts, each by itself, ms", parts_ms=step_parts(ours, batch))
-    eager = Ours(folder, device, *flags, "--no-graphs")
+    with train.tf32(ours.config["tf32"]):
+        show("its parts, each by itself, no graphs, ms", parts_ms=step_parts(ours, batch))
+        peak = peak_flops(device)
     with FlopCounterMode(display=False) as counter:
-        eager.step(batch)
+        train.train_step(ours.inverter.train(), batch, None, ours.loss, ours.optimizer)
     flops = counter.get_total_flops()
-    peak = peak_flops(device)
     show("its floating-point operations", gflop=flops / 1e9, gflops=flops / fast / 1e9)
     show("of this machine's best matrix product", peak_gflops=peak / 1e9, peak_share=flops / fast / peak)
     if device.type == "cuda":
@@ -295,6 +293,9 @@ def bench_cheap_epochs(folder, device, rounds, show):
         ours = Ours(folder, device, *flags)
         images[name] = len(ours.images)
         functions[name] = ours.epoch
+    for function in functions.values() if device.type == "cuda" else ():  # until graphs are recorded
+        for _ in range(4):
+            function()
     seconds = by_turns(device, functions, rounds, times=2)
     costs = {name: 1000 * value / images[name] for name, value in seconds.items()}
     show("an image of an epoch, ms", image_ms=costs)
@@ -438,11 +439,11 @@ def bench_speed(args, device, figures, show):
             show("of a step of the attention decoder", attention_peak_gib=child_gib("-c", ATTENTION))
         plain = Elsewhere(device)
         train.set_up()
-        ours = Ours(folder, device)
         try:
             bench_step(plain, folder, device, args.batch_size or 4, args.rounds, show)
             if args.batch_size:
                 return
+            ours = Ours(folder, device)
             if device.type == "cuda":
                 bench_attention(folder, device, show)
             bench_cheap_epochs(folder, device, args.rounds, show)

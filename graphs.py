@@ -24,7 +24,7 @@ class Graphs:
         self.pool = None  # of memory, which all graphs share: they never run at the same time
 
     def __call__(self, model, images, features, loss, optimizer, clip=0):
-        """What `gradients` does and returns, whose tensors the next call of the same kind overwrites."""
+        """What `gradients` does and returns, whose tensors the next call overwrites."""
         kind = kind_of(model, images, features)
         self.steps[kind] += 1
         if self.steps[kind] <= UNRECORDED:
@@ -45,14 +45,19 @@ class Graphs:
         inputs = images.clone(), None if features is None else features.clone()
         graph = torch.cuda.CUDAGraph()
         optimizer.zero_grad()  # so that the graph has gradients of its own
+        cause = None
         try:
             with torch.cuda.graph(graph, pool=self.pool):
-                terms = self.gradients(model, *inputs, loss, optimizer, clip)
+                try:
+                    terms = self.gradients(model, *inputs, loss, optimizer, clip)
+                except RuntimeError as error:
+                    cause = error  # what is raised behind it says only that the recording failed
+                    raise
         except RuntimeError as error:
-            first = error.__context__ or error  # that the recording failed is only its consequence
-            if out_of_memory(first):
-                raise first from None
-            reason = (str(first).splitlines() or [type(first).__name__])[0][:120]
+            cause = cause or error
+            if out_of_memory(cause):
+                raise cause from None
+            reason = (str(cause).splitlines() or [type(cause).__name__])[0][:120]
             raise UserError(f"this step makes no CUDA graph; give --no-graphs ({reason})") from None
         self.pool = graph.pool()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

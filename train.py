@@ -127,15 +127,14 @@ def train(args):
     # --- the loop
     tracker = Tracker("none" if rank else args.tracker, out, config)
     known = {}  # validation features
-    compute = Graphs(gradients) if args.graphs and device.type == "cuda" and world == 1 else gradients
+    compute = way_to_compute(args.graphs and world == 1, device)
     try:
         with Signals(device) as signals:
             while not finished(state, config):
                 try:
                     batches = epoch_batches(train_images, kept, config, state, steps, rank, world, device)
                     options = (state, config, steps, signals, bars, compute)
-                    with tf32(config["tf32"]):
-                        trained = train_epoch(model, batches, loss, *options)
+                    trained = train_epoch(model, batches, loss, *options)
                     start = time.perf_counter()
                     validation = (val_images, val_numbers[rank::world], loss, known)
                     validated, targets, outputs = validate(inverter, *validation, world, signals, bars)
@@ -275,7 +274,7 @@ def measure_features(inverter, images, config):
 
 
 def make_optimizer(inverter, lr):
-    """Adam over the decoder's parameters (paper 3.3.4); on a GPU one kernel updates them all."""
+    """Adam over the decoder's parameters (paper 3.3.4); of a run that begins on a GPU in one kernel."""
     fused = True if inverter.device.type == "cuda" else None
     return torch.optim.Adam(inverter.decoder.parameters(), lr=lr, fused=fused)
 
@@ -331,16 +330,47 @@ def epoch_batches(images, kept, config, state, steps, rank, world, device):
         yield data.crops(images, index, *drawn, crop).to(device), features
 
 
-def train_epoch(model, batches, loss, state, config, steps, signals, bars, compute=None):
+def gradients(model, images, features, loss, optimizer, clip):
+    """Give each parameter its gradient; arguments and result are train_step's."""
+    *earlier, output = model(images, features, each=True)
+    terms = loss(output, images, earlier)
+    optimizer.zero_grad()
+    terms["loss"].mean().backward()
+    if clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def way_to_compute(graphs, device):
+    """What computes a step's gradients: `gradients`, or on a GPU, where `graphs` are wanted, Graphs of it."""
+    return Graphs(gradients) if graphs and device.type == "cuda" else gradients
+
+
+def train_step(model, images, features, loss, optimizer, clip=0, compute=gradients):
+    """One step on `images` (B, 3, N, N) in [0, 1]; {term of the loss: (B,)}, without gradient.
+
+    features: theirs, where they are known, else None. clip: the largest norm of the gradient; 0: any.
+    compute: `way_to_compute`'s.
+    """
+    core = getattr(model, "module", model).core  # DistributedDataParallel's is inside
+    if isinstance(core, FeedbackDecoder):
+        core.draw()
+    terms = compute(model, images, features, loss, optimizer, clip)
+    optimizer.step()
+    return terms
+
+
+def train_epoch(model, batches, loss, state, config, steps, signals, bars, compute=gradients):
     """Train on `batches` to the end of the epoch, which is counted in `state`; averages of the loss's terms.
 
-    compute: `gradients`, which it is where None, or Graphs of it. Raises UserError for a loss that is not
-    finite, and Interrupted where a signal arrived.
+    compute: `way_to_compute`'s. Raises UserError for a loss that is not finite, and Interrupted where a
+    signal arrived.
     """
     start = time.perf_counter() - state.seconds
     losses = []
     title = f"Epoch {state.epoch + 1}/{config['epochs']}"
-    with tqdm(None, title, steps, initial=state.step, unit="step", leave=False, disable=bars) as bar:
+    bar = tqdm(None, title, steps, initial=state.step, unit="step", leave=False, disable=bars)
+    with bar, tf32(config["tf32"]):
         for batch, features in batches:
             model.train()
             done = state.epoch * steps + state.step
@@ -363,31 +393,6 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars, compu
             if last or state.step % 20 == 0 or not signals.costly:
                 signals.check()
     return state.meter.averages()
-
-
-def train_step(model, images, features, loss, optimizer, clip=0, compute=None):
-    """One step on `images` (B, 3, N, N) in [0, 1]; {term of the loss: (B,)}, without gradient.
-
-    features: theirs, where they are known, else None. clip: the largest norm of the gradient; 0: any.
-    compute: as of train_epoch.
-    """
-    core = getattr(model, "module", model).core  # DistributedDataParallel's is inside
-    if isinstance(core, FeedbackDecoder):
-        core.draw()
-    terms = (compute or gradients)(model, images, features, loss, optimizer, clip)
-    optimizer.step()
-    return terms
-
-
-def gradients(model, images, features, loss, optimizer, clip):
-    """Give each parameter its gradient; the rest as in train_step."""
-    *earlier, output = model(images, features, each=True)
-    terms = loss(output, images, earlier)
-    optimizer.zero_grad()
-    terms["loss"].mean().backward()
-    if clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    return {name: value.detach() for name, value in terms.items()}
 
 
 def freeze_batch_norm(decoder):

@@ -254,6 +254,8 @@ def select_device(name):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         here = torch.cuda.device_count()
         raise UserError(f"--device {name}: this machine has {here} CUDA devices; use --device cpu")
+    if device.index is not None:
+        torch.cuda.set_device(device)  # where graphs are recorded, too
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     return device
@@ -265,7 +267,6 @@ def start_processes(device):
     NCCL on CUDA, gloo on the CPU. Only the first process prints. Without WORLD_SIZE there is one, whatever
     RANK says.
     """
-    import torch
     import torch.distributed as dist
 
     text = os.environ.get("WORLD_SIZE", "1")
@@ -288,7 +289,6 @@ def start_processes(device):
             )
     if device.type == "cuda":
         device = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")

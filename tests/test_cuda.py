@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 
-import kill_resume
 import numpy as np
 import pytest
 import torch
@@ -62,7 +61,7 @@ def difference(found, expected):
 @pytest.mark.parametrize("name", ["tconv", "published", "residual", "feedback", "vit"])
 def test_step_is_the_cpus(photos, name):
     """An H100's gradients differ by 3e-6; those of ViT, with random weights, by 3e-4."""
-    flags = [flag for flag in DECODERS[name] if name != "tconv"]
+    flags = () if name == "tconv" else DECODERS[name]
     terms, found = gradients_on("cuda", photos, *flags)
     wanted, expected = gradients_on("cpu", photos, *flags)
     assert difference(found, expected) < (1e-3 if name == "vit" else 1e-4)
@@ -70,35 +69,50 @@ def test_step_is_the_cpus(photos, name):
 
 
 @pytest.mark.parametrize(
-    ("flags", "most"),
-    [((), 0.05), (("--compile",), 1e-4), (("--amp",), 0.15), (("--amp", "--compile"), 0.15)],
+    ("flags", "least", "most"),
+    [
+        ((), 1e-3, 0.05),
+        (("--compile",), 0, 1e-4),
+        (("--amp",), 1e-3, 0.15),
+        (("--amp", "--compile"), 1e-3, 0.15),
+    ],
 )
-def test_other_ways_to_compute_a_step(photos, flags, most):
+def test_other_ways_to_compute_a_step(photos, flags, least, most):
     """Without a flag: TF32. An H100's gradients differ by 0.026, 5e-7, 0.070 and 0.077."""
     terms, found = gradients_on("cuda", photos, *flags, fast=not flags)
     wanted, expected = gradients_on("cuda", photos)
-    assert difference(found, expected) < most
+    assert least <= difference(found, expected) < most
     assert difference(terms["loss"], wanted["loss"]) < most / 10
 
 
 def test_a_graph_computes_what_it_records(photos):
-    terms, found = gradients_on("cuda", photos, steps=UNRECORDED + 3, wrap=Graphs)
+    compute = Graphs(train.gradients)
+    terms, found = gradients_on("cuda", photos, steps=UNRECORDED + 3, wrap=lambda gradients: compute)
+    assert len(compute.recorded) == 1
     wanted, expected = gradients_on("cuda", photos, steps=UNRECORDED + 3)
     assert same(terms, wanted) and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_training_with_graphs_is_bit_identical(photos, tmp_path, name):
+def test_training_with_graphs_is_bit_identical(photos, tmp_path, monkeypatch, name):
     flags = ("--data", photos, *SHORT, *DECODERS[name], "--epochs", 3, "--passes", 5)
-    if name == "attention":
-        flags += ("--passes", 3)
-    for out, more in (("graphs", ()), ("eager", ("--no-graphs",))):
-        train.train(parse(*flags, *more, "--out", tmp_path / out))
+    replay, replayed = torch.cuda.CUDAGraph.replay, []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replayed.append(1) or replay(graph))
+    train.train(parse(*flags, "--no-graphs", "--out", tmp_path / "eager"))
+    assert not replayed
+    train.train(parse(*flags, "--out", tmp_path / "graphs"))
+    assert len(replayed) > 20  # of 45 steps, in two to six kinds
     assert same(read_run(tmp_path / "graphs"), read_run(tmp_path / "eager"))
 
 
-def test_killed_and_resumed_is_bit_identical():
-    assert kill_resume.check(runs=2) == 2
+def test_recording_without_memory(photos):
+    def short(*args):
+        if torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("out of memory")
+        return train.gradients(*args)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        gradients_on("cuda", photos, steps=UNRECORDED + 1, wrap=lambda gradients: Graphs(short))
 
 
 def run_alone(*flags, before="pass"):
@@ -160,7 +174,9 @@ def test_metrics_are_the_cpus(photos, trained):
 def test_a_run_goes_from_one_device_to_the_other(
     photos, tmp_path, run_train, run_evaluate, monkeypatch, first, second
 ):
-    flags = ("--data", photos, *SHORT, "--epochs", 2, "--width", 8, "--out", tmp_path)
+    flags = ("--data", photos, *SHORT, "--epochs", 2, "--width", 8, "--no-tf32", "--out")
+    assert run_train(*flags, tmp_path / "whole", "--device", "cpu") == 0
+    flags = (*flags, tmp_path / "run")
     real, calls = data.crops, []
 
     def interrupting(*args):
@@ -173,8 +189,11 @@ def test_a_run_goes_from_one_device_to_the_other(
         patch.setattr(data, "crops", interrupting)
         assert run_train(*flags, "--device", first) == 128 + signal.SIGTERM
     assert run_train(*flags, "--device", second, "--resume") == 0
-    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--device", first) == 0
-    assert len((tmp_path / "history.csv").read_text().splitlines()) == 3
+    assert run_evaluate("--ckpt", tmp_path / "run" / "best.pt", "--device", first) == 0
+    found, expected = (read_run(tmp_path / name)[2] for name in ("run", "whole"))
+    assert [float(row["val_loss"]) for row in found] == pytest.approx(
+        [float(row["val_loss"]) for row in expected], rel=0.01
+    )
 
 
 def test_inversion_and_own_pictures(photos, trained, tmp_path, run_invert, run_evaluate):
@@ -186,22 +205,8 @@ def test_inversion_and_own_pictures(photos, trained, tmp_path, run_invert, run_e
     assert len(list((tmp_path / "own" / "images").iterdir())) == 3
 
 
-def test_a_process_of_torchrun(photos, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=1",
-        "train.py",
-    ]
-    command += ["--data", photos, *SHORT, "--epochs", 1, "--out", tmp_path]
-    subprocess.run(list(map(str, command)), cwd=REPOSITORY, check=True, timeout=300)
-    assert (tmp_path / "best.pt").exists()
-
-
 def test_nccl(photos):
-    """A step in a group of one process, with all that several use, is the step without."""
+    """A step in a group of one process, with what several send each other, is the step without."""
     terms, found = gradients_on("cuda", photos)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
