@@ -3,7 +3,7 @@
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
 #                                         loss, decoders and weights an hour, layers half of one, data 45 minutes,
-#                                         published 27 minutes, inversion 13
+#                                         published 27 minutes, inversion 19
 #   bash evidence.sh loss layers          some of them
 #   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (published has one, 42; inversion none)
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence
@@ -120,7 +120,7 @@ inversion() { # from what pretrained/ makes of the features, and from noise
   for layer in vgg16_block{1,2,3,4} alexnet_conv{1,3,5}; do
     invert "$layer" --ckpt "pretrained/$layer.pt"
   done
-  for layer in vgg16_block{1,2,3} alexnet_conv{1,3,5}; do
+  for layer in vgg16_block{1,2,3,4,5} alexnet_conv{1,3,5}; do
     lr=0.03
     if [[ $layer == *1 ]]; then lr=0.1; fi # by validation images
     invert "noise_$layer" --encoder "${layer%_*}" --layer "${layer#*_}" --lr "$lr"

@@ -26,7 +26,6 @@ FLOOR = 0.776  # the least MSE of any output in [0, 1], on natural's validation 
 RESOLUTION = {55: "conv1_55", 27: "conv1_27", 13: "conv1_13", 6: "conv1_6"}  # positions a side: run
 DEPTH = {1: "conv1_13", 2: "conv2_13", 3: "conv3_13", 4: "conv4_13", 5: "conv5_13"}  # convolutions: run
 PHOTOGRAPHS = (100, 400, 800, 3853)
-DEEPEST = "vgg16_block4"  # is not inverted from noise
 INVERTED = [*(f"vgg16_block{n}" for n in (1, 2, 3, 4)), *(f"alexnet_conv{n}" for n in (1, 3, 5))]
 
 
@@ -66,14 +65,12 @@ def draw_inversions(axis, folder):
     ends["optimised from noise"] = ("noise_", "inversion")
     for number, (label, (prefix, end)) in enumerate(ends.items()):
         files = [folder / f"{prefix}{layer}" / "inversion.json" for layer in INVERTED]
-        places = range(len(INVERTED))
-        if prefix:
-            places = [place for place in places if INVERTED[place] != DEEPEST]
-        for place in places:
-            refuse_missing(files[place])
-        found = [json.loads(files[place].read_text(encoding="utf-8")) for place in places]
+        for file in files:
+            refuse_missing(file)
+        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         values = [content["metrics"][end]["psnr"]["mean"] for content in found]
-        axis.bar([place + 0.27 * (number - 1) for place in places], values, 0.27, label=label)
+        places = [place + 0.27 * (number - 1) for place in range(len(INVERTED))]
+        axis.bar(places, values, 0.27, label=label)
     axis.set(xticks=range(len(INVERTED)), ylabel="PSNR (dB) ↑")
     axis.set_xticklabels([layer.replace("_", "\n") for layer in INVERTED])
 

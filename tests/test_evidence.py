@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-from docs.figures import DEEPEST, DEPTH, INVERTED, PHOTOGRAPHS, RESOLUTION
+from docs.figures import DEPTH, INVERTED, PHOTOGRAPHS, RESOLUTION
 from flags import parse_evaluate, parse_invert, parse_train
 
 STUB = """#!{python}
@@ -73,7 +73,7 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
         (0.002, seed, "residual") for seed in (1, 2, 3)
     }
     inverted = [parse_invert(flags) for program, flags in calls if program == "invert.py"]
-    assert len({args.out for args in inverted}) == len(inverted) == 7 + 6
+    assert len({args.out for args in inverted}) == len(inverted) == 7 + 8
     for args in inverted:
         assert args.encoder or Path(REPOSITORY, args.ckpt).exists()
     again, calls = evidence("decoders", "inversion")
@@ -99,7 +99,7 @@ def test_figures_of_what_it_measured(tmp_path):
             (run / "metrics.json").write_text(json.dumps(about))
             (run / "per_image.csv").write_text(f"image,psnr,ssim,lpips\na,{20 + seed},0.5,0.5\n")
 
-    for name in (*INVERTED, *(f"noise_{layer}" for layer in INVERTED if layer != DEEPEST)):
+    for name in (*INVERTED, *(f"noise_{layer}" for layer in INVERTED)):
         folder = runs / "inversion" / name
         folder.mkdir(parents=True)
         metrics = {"start": {"psnr": {"mean": 20}}, "inversion": {"psnr": {"mean": 25}}}
@@ -132,5 +132,5 @@ def test_figures_are_of_runs_that_evidence_makes(evidence, tmp_path):
     made = {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").glob("*/*")}
     drawn = {f"layers/{name}" for name in (*RESOLUTION.values(), *DEPTH.values())}
     drawn |= {f"inversion/{layer}" for layer in INVERTED}
-    drawn |= {f"inversion/noise_{layer}" for layer in INVERTED if layer != DEEPEST}
+    drawn |= {f"inversion/noise_{layer}" for layer in INVERTED}
     assert drawn | {f"data/{count}" for count in PHOTOGRAPHS} | {"published/seed42"} <= made
