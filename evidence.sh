@@ -3,7 +3,7 @@
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
 #                                         loss, decoders and weights an hour, layers half of one, data 45 minutes,
-#                                         published 27 minutes, inversion 19
+#                                         published 27 minutes, inversion 20
 #   bash evidence.sh loss layers          some of them
 #   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (published has one, 42; inversion none)
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence
@@ -118,11 +118,13 @@ invert() { # NAME FLAGS…: pixels whose features are those of four test images,
 inversion() { # from what pretrained/ makes of the features, and from noise
   local layer lr
   for layer in vgg16_block{1,2,3,4} alexnet_conv{1,3,5}; do
-    invert "$layer" --ckpt "pretrained/$layer.pt"
+    lr=0.02
+    if [[ $layer == *[345] ]]; then lr=0.005; fi # by validation images
+    invert "$layer" --ckpt "pretrained/$layer.pt" --lr "$lr"
   done
   for layer in vgg16_block{1,2,3,4,5} alexnet_conv{1,3,5}; do
     lr=0.03
-    if [[ $layer == *1 ]]; then lr=0.1; fi # by validation images
+    if [[ $layer == *1 ]]; then lr=0.1; fi # likewise
     invert "noise_$layer" --encoder "${layer%_*}" --layer "${layer#*_}" --lr "$lr"
   done
 }
