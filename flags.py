@@ -351,7 +351,7 @@ def parse_invert(argv=None, doc=None):
     add = parser.add_argument_group("how").add_argument
     add("--course", nargs="+", metavar="FOLDER", help="instead: draw PSNR against time of inversions there")
     add("--steps", type=positive_int, default=300, help="of Adam")
-    rate = "Adam's learning rate (default: 0.1 from noise, 0.02 from a checkpoint's)"
+    rate = "Adam's learning rate (default: 0.1 from noise, 0.02 with --ckpt, 0.005 from stride 8 on)"
     add("--lr", type=positive_float, help=rate)
     prior = "of the total variation, at first (default: (stride / 2)², at most 256; with --ckpt 0.3 of it)"
     add("--tv-weight", type=non_negative_float, help=prior)
@@ -372,6 +372,5 @@ def parse_invert(argv=None, doc=None):
     for name in () if args.encoder else ("layer", "weights", *INPUT):
         if getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: only with --encoder")
-    args.lr = args.lr or (0.1 if args.encoder else 0.02)
     args.ckpt = args.ckpt or "runs/best.pt"
     return args

@@ -79,7 +79,8 @@ def main(args):
     chosen = evenly_spaced(len(images.names), args.count)
     scale = mean_pairwise_distance(encoder, images[:100])  # more would take memory, not precision
     prior = prior_weight(encoder, decode) if args.tv_weight is None else args.tv_weight
-    options = {"steps": args.steps, "lr": args.lr, "tv_weight": prior}
+    rate = args.lr or learning_rate(encoder, decode)
+    options = {"steps": args.steps, "lr": rate, "tv_weight": prior}
     about |= options | {"images": len(chosen), "mean_pairwise_distance": scale}
     print(
         f"{about['encoder']} {about['layer']} ({about['weights']} weights), {args.steps} steps from "
@@ -134,14 +135,29 @@ def total_variation(images):
     return across.mean((1, 2, 3)) + down.mean((1, 2, 3))
 
 
+def stride_of(encoder):
+    """Pixels from one position of the features to the next; of several layers, the least."""
+    return encoder.input_size / max(height for _, height, _ in encoder.shapes)
+
+
+def learning_rate(encoder, decode):
+    """Adam's: 0.1 from noise, 0.02 from a decoder's output, and 0.005 from there at strides of 8 and more.
+
+    What a large rate undoes of a decoder's output, the features of deep layers do not bring back. Chosen on
+    validation images, at strides from 2 to 37 (docs/conclusions.md).
+    """
+    if not decode:
+        return 0.1
+    return 0.02 if stride_of(encoder) < 8 else 0.005
+
+
 def prior_weight(encoder, decode):
     """The weight of the total variation, at first: (stride / 2)², at most 256; 0.3 of it behind a decoder.
 
     The coarser the features, the less of the detail is theirs. Chosen on validation images, from noise at
     strides from 2 to 37, from a decoder's output at 2 (docs/conclusions.md, README).
     """
-    height = max(height for _, height, _ in encoder.shapes)
-    weight = min((encoder.input_size / height / 2) ** 2, 256.0)
+    weight = min((stride_of(encoder) / 2) ** 2, 256.0)
     return 0.3 * weight if decode else weight
 
 

@@ -55,11 +55,19 @@ def test_the_prior_leaves_no_blur_in_the_end(encoder, pixels):
 
 
 @pytest.mark.parametrize(
-    ("positions", "decode", "weight"), [(112, None, 1), (28, None, 16), (28, "decode", 4.8), (6, None, 256)]
+    ("positions", "decode", "weight", "rate"),
+    [
+        (112, None, 1, 0.1),
+        (28, None, 16, 0.1),
+        (56, "decode", 1.2, 0.02),
+        (28, "decode", 4.8, 0.005),
+        (6, None, 256, 0.1),
+    ],
 )
-def test_the_prior_follows_the_stride(positions, decode, weight):
+def test_prior_and_rate_follow_the_stride(positions, decode, weight, rate):
     encoder = SimpleNamespace(shapes=[(8, positions, positions), (9, 1, 1)], input_size=224)
     assert invert.prior_weight(encoder, decode) == pytest.approx(weight)
+    assert invert.learning_rate(encoder, decode) == rate
 
 
 def test_total_variation_by_hand():
