@@ -15,7 +15,7 @@ its CPU's as well, which launches its kernels, and its step copies the batch to 
 """
 
 from flags import Parser, config_of, parse_train, positive_int
-from utils import UserError, run, select_device, write_text
+from utils import UserError, run, select_device, tf32, write_text
 
 
 def make_parser():
@@ -160,7 +160,7 @@ class Ours:
     def step(self, batch, features=None):
         """One step; the loss."""
         options = (self.loss, self.optimizer, 0, self.compute)
-        with train.tf32(self.config["tf32"]):
+        with tf32(self.config["tf32"]):
             terms = train.train_step(self.inverter.train(), batch, features, *options)
         return terms["loss"].mean()
 
@@ -245,7 +245,7 @@ def bench_step(plain, folder, device, batch_size, rounds, show):
         )
     fast = seconds["ours"]
     show("", step_ms=1000 * fast, step_speedup=seconds["plain"] / fast)
-    with train.tf32(ours.config["tf32"]):
+    with tf32(ours.config["tf32"]):
         show("its parts, each by itself, no graphs, ms", parts_ms=step_parts(ours, batch))
         peak = peak_flops(device)
     with FlopCounterMode(display=False) as counter:

@@ -141,14 +141,14 @@ def stride_of(encoder):
 
 
 def learning_rate(encoder, decode):
-    """Adam's: 0.1 from noise, 0.02 from a decoder's output, and 0.005 from there at strides of 8 and more.
+    """Adam's: from noise 0.1, or 0.03 from stride 4 on; from a decoder's output 0.02, or 0.005 from 8 on.
 
     What a large rate undoes of a decoder's output, the features of deep layers do not bring back. Chosen on
     validation images, at strides from 2 to 37 (docs/conclusions.md).
     """
-    if not decode:
-        return 0.1
-    return 0.02 if stride_of(encoder) < 8 else 0.005
+    if decode:
+        return 0.02 if stride_of(encoder) < 8 else 0.005
+    return 0.1 if stride_of(encoder) < 4 else 0.03
 
 
 def prior_weight(encoder, decode):

@@ -23,7 +23,6 @@ import os
 import shlex
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -53,6 +52,7 @@ from utils import (
     out_of_memory,
     select_device,
     start_processes,
+    tf32,
     write_text,
 )
 
@@ -181,24 +181,6 @@ def set_up(deterministic=True):
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = not deterministic
-
-
-@contextmanager
-def tf32(allowed):
-    """Within `with`, if `allowed`: CUDA's float32 convolutions and matrix products on the tensor cores.
-
-    They read 10 bits of a number's mantissa there, and add up in float32. Elsewhere float32 is float32, as
-    select_device says: validation and evaluation do not depend on it.
-    """
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
 
 
 def download(args):

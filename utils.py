@@ -239,7 +239,7 @@ def keep_freed_memory():
 def select_device(name):
     """`auto`, `cpu`, `cuda` or `cuda:N` as a torch.device; raises UserError for one that is not there.
 
-    On CUDA float32 is float32 from then on, in the metrics and wherever train.py does not allow TF32.
+    On CUDA float32 is float32 from then on, outside of `tf32`.
     """
     import torch
 
@@ -259,6 +259,26 @@ def select_device(name):
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     return device
+
+
+@contextmanager
+def tf32(allowed):
+    """Within `with`, if `allowed`: CUDA's float32 convolutions and matrix products on the tensor cores.
+
+    They read 10 bits of a number's mantissa there, and add up in float32. For training steps alone: no
+    validation, evaluation or metric depends on it.
+    """
+    import torch
+
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    for backend in backends:
+        backend.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
 
 
 def start_processes(device):

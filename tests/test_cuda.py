@@ -18,7 +18,7 @@ import train
 from evaluate import evaluate_model
 from graphs import UNRECORDED, Graphs
 from models import load_inverter
-from utils import select_device
+from utils import select_device, tf32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
@@ -46,7 +46,7 @@ def gradients_on(device, photos, *flags, steps=1, wrap=lambda gradients: gradien
     optimizer = train.make_optimizer(parts.inverter, 1e-3)
     compute = wrap(train.gradients)
     images, features = next(batches_of(parts))
-    with train.tf32(fast):
+    with tf32(fast):
         for _ in range(steps):
             terms = compute(parts.inverter, images.to(device), features, parts.loss, optimizer, 0)
     found = [p.grad.flatten() for p in parts.inverter.decoder.parameters() if p.grad is not None]

@@ -58,10 +58,10 @@ def test_the_prior_leaves_no_blur_in_the_end(encoder, pixels):
     ("positions", "decode", "weight", "rate"),
     [
         (112, None, 1, 0.1),
-        (28, None, 16, 0.1),
+        (28, None, 16, 0.03),
         (56, "decode", 1.2, 0.02),
         (28, "decode", 4.8, 0.005),
-        (6, None, 256, 0.1),
+        (6, None, 256, 0.03),
     ],
 )
 def test_prior_and_rate_follow_the_stride(positions, decode, weight, rate):
@@ -150,7 +150,7 @@ def test_from_noise_and_random_weights(photos, tmp_path, run_invert, error_line)
     flags = ("--encoder", "alexnet", "--layer", "conv2", "--weights", "random", "--data", photos)
     assert run_invert(*flags, "--count", 1, "--steps", 2, "--out", tmp_path, "--quiet") == 0
     found = json.loads((tmp_path / "inversion.json").read_text())
-    assert found["lr"] == 0.1
+    assert found["lr"] == 0.03
     assert found["tv_weight"] == pytest.approx((224 / 13 / 2) ** 2)  # 13 × 13 positions
     assert [found[key] for key in ("encoder", "layer", "weights", "start")] == [
         "alexnet",
