@@ -2,8 +2,8 @@
 # The evidence of docs/conclusions.md, and the study's own 30 epochs of docs/erratum.md: trained, evaluated, compared.
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
-#                                         loss, decoders and weights an hour, layers half of one, data 45 minutes,
-#                                         published 27 minutes, inversion 20
+#                                         loss, decoders and weights an hour, muon and layers half of one each,
+#                                         data 45 minutes, published 27, inversion 20
 #   bash evidence.sh loss layers          some of them
 #   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (published has one, 42; inversion none)
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence
@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 seeds=${SEEDS:-1 2 3}
 root=${RUNS:-runs/evidence}
-groups="loss decoders weights layers data published inversion"
+groups="loss decoders muon weights layers data published inversion"
 
 lowest() { # of the runs in these folders, the name of the one with the lowest validation loss
   python - "$@" << 'END'
@@ -56,8 +56,8 @@ compare() { # FOLDER FIRST OTHER…: how the others differ from the first, in FO
 
 mse="--mse-weight 1 --lpips-weight 0"
 fast="--config configs/fast.yaml --data natural"
-best="--config configs/best.yaml --epochs 1 --data natural"
-deep="--config configs/best.yaml --decoder residual --batch-size 8"
+best="--config configs/best.yaml --optimizer adam --epochs 1 --data natural"
+deep="--config configs/best.yaml --optimizer adam --decoder residual --batch-size 8"
 
 loss() { # block1 and tconv, a minute and a half each
   train loss/hybrid 1e-2 $fast
@@ -71,6 +71,16 @@ decoders() { # block1 and MSE, a minute and a half each
   train decoders/residual "7e-4 2e-3" $best --decoder residual --passes 7
   train decoders/feedback 7e-4 $best --passes 4
   compare decoders loss/mse decoders/residual decoders/feedback
+}
+
+muon() { # the same three decoders by Muon
+  train muon/tconv "3e-3 1e-2" $fast $mse --passes 20 --optimizer muon
+  train muon/residual "7e-4 2e-3" $best --decoder residual --passes 6 --optimizer muon
+  train muon/feedback 1.4e-3 $best --passes 4 --optimizer muon
+  compare muon muon/{tconv,residual,feedback}
+  compare muon/tconv loss/mse muon/tconv
+  compare muon/residual decoders/residual muon/residual
+  compare muon/feedback decoders/feedback muon/feedback
 }
 
 weights() { # ImageNet's or random ones

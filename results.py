@@ -178,6 +178,7 @@ def optimisation(config):
         "batch_size",
         "crop",
         "kept_crops",
+        "optimizer",
         "lr",
         "schedule",
         "freeze_bn",

@@ -15,6 +15,7 @@ from metrics import Meter
 from tracker import EVENTS
 from utils import INVERSION, RESULTS, UserError, leftovers, load, make_folder, save
 
+OLDER = {"optimizer": "adam"}  # what every run had before there was a flag for it
 FILES = ("best.pt", "last.pt", "config.yaml", "history.csv", "curves.png")
 
 
@@ -58,7 +59,7 @@ def resume(state, same, out, rank, world):
         return False
     try:
         for key, value in same.items():
-            found = content["about"].get(key)  # an older run may know nothing of it
+            found = content["about"].get(key, OLDER.get(key))
             if found != value:
                 raise UserError(
                     f"--resume: {key} is {reprlib.repr(value)}, the run in {out} has "

@@ -40,6 +40,7 @@ from graphs import Graphs
 from kept import keep_crops
 from metrics import SMALLEST, TERMS, Loss, Meter, target
 from models import Inverter, count_parameters, inverter_of
+from muon import Muon
 from signals import Interrupted, Signals
 from state import State, claim, remove_what_will_not_be_true, resume, save_best, save_last
 from study import PROTOCOLS
@@ -99,7 +100,7 @@ def train(args):
     if config["compile"]:
         inverter.compile()
     model = DistributedDataParallel(inverter) if world > 1 else inverter
-    optimizer = make_optimizer(inverter, config["lr"])
+    optimizer = make_optimizer(inverter, config["lr"], config["optimizer"])
     scheduler = make_scheduler(optimizer, config, steps, protocol.lowest_lr)
     state = State(inverter.decoder, optimizer, scheduler, Meter(TERMS, device))
     print(description(config, inverter, len(train_images), len(val_numbers), steps, world, device))
@@ -255,10 +256,13 @@ def measure_features(inverter, images, config):
     inverter.core.deviation.copy_(deviation[0].clamp_min(smallest))
 
 
-def make_optimizer(inverter, lr):
-    """Adam over the decoder's parameters (paper 3.3.4); of a run that begins on a GPU in one kernel."""
+def make_optimizer(inverter, lr, optimizer="adam"):
+    """`muon` or `adam` (paper 3.3.4) over the decoder's parameters; Adam, begun on a GPU, is one kernel."""
+    parameters = inverter.decoder.parameters()
+    if optimizer == "muon":
+        return Muon(parameters, lr)
     fused = True if inverter.device.type == "cuda" else None
-    return torch.optim.Adam(inverter.decoder.parameters(), lr=lr, fused=fused)
+    return torch.optim.Adam(parameters, lr, fused=fused)
 
 
 def make_scheduler(optimizer, config, steps, lowest_lr):

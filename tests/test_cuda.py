@@ -18,6 +18,7 @@ import train
 from evaluate import evaluate_model
 from graphs import UNRECORDED, Graphs
 from models import load_inverter
+from muon import Muon
 from utils import select_device, tf32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -203,6 +204,19 @@ def test_inversion_and_own_pictures(photos, trained, tmp_path, run_invert, run_e
     pictures = ("--images", photos / "test", "--device", "cuda", "--out", tmp_path / "own")
     assert run_evaluate("--ckpt", trained / "best.pt", *pictures) == 0
     assert len(list((tmp_path / "own" / "images").iterdir())) == 3
+
+
+def test_muons_step_is_the_cpus():
+    select_device("cuda")  # float32 is float32
+    weights = {}
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(64, 32, 3, 3, generator=generator).to(device)
+        weight.grad = torch.randn(64, 32, 3, 3, generator=generator).to(device)
+        before = weight.clone()
+        Muon([weight], 0.01).step()
+        weights[device] = (weight - before).double().cpu()
+    assert difference(weights["cuda"], weights["cpu"]) < 1e-4
 
 
 def test_nccl(photos):

@@ -63,7 +63,7 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     compared = [parse_evaluate(flags) for program, flags in calls if "--compare" in flags]
     runs = tmp_path / "runs"
     measured = {os.path.dirname(parse_evaluate(flags).ckpt) for flags in evaluated}
-    assert len(measured) == len(evaluated) == 3 * (3 + 2 + 1 + 8 + 4) + 1
+    assert len(measured) == len(evaluated) == 3 * (3 + 2 + 3 + 1 + 8 + 4) + 1
     assert measured < {args.out for args in trained}
     for args in compared:
         for folder in args.compare:
@@ -72,6 +72,8 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     assert {(args.lr, args.seed, args.decoder) for args in residual} == {
         (0.002, seed, "residual") for seed in (1, 2, 3)
     }
+    by_muon = {args.out for args in trained if args.optimizer == "muon"}
+    assert by_muon == {args.out for args in trained if "/muon/" in args.out} and len(by_muon) == 5 + 9
     inverted = [parse_invert(flags) for program, flags in calls if program == "invert.py"]
     assert len({args.out for args in inverted}) == len(inverted) == 7 + 8
     for args in inverted:
@@ -84,7 +86,7 @@ def test_an_unknown_group(evidence):
     result, calls = evidence("loss", "losses")
     assert (result.returncode, calls) == (2, [])
     assert (
-        result.stderr == "error: losses: is none of loss decoders weights layers data published inversion\n"
+        result.stderr == "error: losses: is none of loss decoders muon weights layers data published inversion\n"
     )
 
 

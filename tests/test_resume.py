@@ -31,7 +31,7 @@ def whole(photos, tmp_path_factory):
         "plateau": [],
         "onecycle": ["--schedule", "onecycle", "--freeze-bn", 2],
         "crops": ["--crop", 64, "--passes", 2, "--kept-crops", 3, "--val-images", 1],
-        "feedback": ["--crop", 64, "--decoder", "feedback", "--iterations", 2],
+        "feedback": ["--crop", 64, "--decoder", "feedback", "--iterations", 2, "--optimizer", "muon"],
     }.items():
         out = tmp_path_factory.mktemp(name)
         train.train(parse(*both, *flags, "--out", out))
@@ -109,6 +109,16 @@ def test_resume_with_another_configuration_names_the_key(whole, run_train, error
     flags, out = whole["plateau"]
     assert run_train(*flags, "--out", out, "--resume", "--lr", 2e-3) == 2
     assert "lr is 0.002" in (line := error_line()) and "0.001" in line
+
+
+def test_run_of_before_the_optimizer_was_a_flag_is_adams(whole, run_train, error_line):
+    flags, out = whole["plateau"]
+    content = utils.load(out / "last.pt")
+    del content["about"]["optimizer"]
+    utils.save(content, out / "last.pt")
+    assert run_train(*flags, "--out", out, "--resume", "--optimizer", "muon") == 2
+    assert "optimizer is 'muon'" in (line := error_line()) and "has 'adam'" in line
+    assert run_train(*flags, "--out", out, "--resume") == 0
 
 
 def test_resume_with_other_images_names_them(own_photos, tmp_path, run_train, error_line):

@@ -30,7 +30,7 @@ def parts_of(photos, *flags):
     config["crop"] = config["crop"] or parts.inverter.size
     parts.loss = Loss(config["mse_weight"], config["lpips_weight"], protocol)
     parts.steps = train.steps_of_a_pass(len(parts.train), config["batch_size"], 1) * config["passes"]
-    optimizer = train.make_optimizer(parts.inverter, config["lr"])
+    optimizer = train.make_optimizer(parts.inverter, config["lr"], config["optimizer"])
     scheduler = train.make_scheduler(optimizer, config, parts.steps, protocol.lowest_lr)
     parts.state = train.State(parts.inverter.decoder, optimizer, scheduler, Meter(TERMS))
     return parts
