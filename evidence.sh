@@ -69,7 +69,7 @@ loss() { # block1 and tconv, a minute and a half each
 decoders() { # block1 and MSE, a minute and a half each
   train loss/mse 1e-2 $fast $mse --passes 20
   train decoders/residual "7e-4 2e-3" $best --decoder residual --passes 7
-  train decoders/feedback 7e-4 $best --passes 4
+  train decoders/feedback "7e-4 1.4e-3 2.8e-3" $best --passes 4
   compare decoders loss/mse decoders/residual decoders/feedback
 }
 
