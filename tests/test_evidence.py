@@ -85,9 +85,8 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
 def test_an_unknown_group(evidence):
     result, calls = evidence("loss", "losses")
     assert (result.returncode, calls) == (2, [])
-    assert (
-        result.stderr == "error: losses: is none of loss decoders muon weights layers data published inversion\n"
-    )
+    names = "loss decoders muon weights layers data published inversion"
+    assert result.stderr == f"error: losses: is none of {names}\n"
 
 
 def test_figures_of_what_it_measured(tmp_path):
