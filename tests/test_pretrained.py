@@ -32,12 +32,13 @@ def test_the_command_that_is_told_has_made_it(name, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     text = (FOLDER / "README.md").read_text().replace("\\\n", "")
     told = next(line for line in text.splitlines() if line.startswith(f"train {name} "))
-    shared = re.search(r'python train.py "\$@" (.*) --out', text)[1]
-    args = parse_train([*told.split()[2:], *shared.split(), "--out", f"runs/pretrained/{name}"])
+    before, after = re.search(r'python train.py (.*) "\$@" (.*) --out', text).groups()
+    flags = [*before.split(), *told.split()[2:], *after.split()]
+    args = parse_train([*flags, "--out", f"runs/pretrained/{name}"])
     checkpoint = load(FOLDER / f"{name}.pt")
     wanted = config_of(args)
     assert wanted["crop"]
-    newer = {"train_images": None, "tf32": True}  # flags that these checkpoints did not know
+    newer = {"train_images": None, "tf32": True, "optimizer": "adam"}  # flags unknown to them
     assert {key: (newer | checkpoint["config"])[key] for key in wanted} == wanted
     assert checkpoint["encoder_sha256"]
     assert figures(name)["config"] == checkpoint["config"]
