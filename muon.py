@@ -32,7 +32,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_matrix(parameter):
-    """Whether it is one with its first dimension as rows: a gain (C, 1, 1) is none."""
+    """Whether `parameter`, with its first dimension as rows, is a matrix: a gain (C, 1, 1) is none."""
     return parameter.ndim > 1 and min(parameter.flatten(1).shape) > 1
 
 
