@@ -3,18 +3,18 @@
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
 #                                         loss, decoders and weights an hour, muon and layers half of one each,
-#                                         data 45 minutes, published 27, inversion 20
+#                                         data 45 minutes, deep an hour and three quarters, published 27, inversion 20
 #   bash evidence.sh loss layers          some of them
-#   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (published has one, 42; inversion none)
+#   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep and published have one, 42; inversion none)
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence
 #
-# It wants natural/ (README, "Results") and wide/ (docs/experiments.md) in this folder. What was interrupted goes on
-# where it stopped.
+# It wants natural/ (README, "Results") and wide/ (docs/experiments.md) in this folder, and deep imagenet/ too
+# (docs/conclusions.md, "Method"). What was interrupted goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 seeds=${SEEDS:-1 2 3}
 root=${RUNS:-runs/evidence}
-groups="loss decoders muon weights layers data published inversion"
+groups="loss decoders muon weights layers data deep published inversion"
 
 lowest() { # of the runs in these folders, the name of the one with the lowest validation loss
   python - "$@" << 'END'
@@ -26,26 +26,35 @@ print(Path(min(sys.argv[1:], key=loss)).name)
 END
 }
 
-# GROUP/NAME "RATES" FLAGS…: trains with each rate and the first seed, with the best of them and the other seeds,
-# and evaluates.
+# GROUP/NAME "RATES" FLAGS…: trains with each of several rates and the first seed, with the best of them and the other
+# seeds, and evaluates.
 train() {
   local name=$1 rates=$2 rate seed run first=${seeds%% *}
   local tried=$root/rates/$name/seed$first
   shift 2
-  for rate in $rates; do
-    python train.py "$@" --lr "$rate" --seed "$first" --out "$tried/$rate" --resume
-  done
-  rate=$(lowest "$tried"/*)
+  rate=$rates
+  if [[ $rates == *" "* ]]; then
+    for rate in $rates; do
+      python train.py "$@" --lr "$rate" --seed "$first" --out "$tried/$rate" --resume
+    done
+    rate=$(lowest "$tried"/*)
+  fi
   for seed in $seeds; do
     run=$root/$name/seed$seed
     if [[ -f $run/metrics.json ]]; then continue; fi
-    if [[ $seed == "$first" && ! -d $run ]]; then
+    if [[ $seed == "$first" && -d $tried/$rate && ! -d $run ]]; then
       mkdir -p "$root/$name"
       cp -r "$tried/$rate" "$run"
     fi
     python train.py "$@" --lr "$rate" --seed "$seed" --out "$run" --resume
     python evaluate.py --ckpt "$run/best.pt"
   done
+}
+
+measure() { # CHECKPOINT DATA FOLDER: its results on other data than it was trained with
+  local out=$root/$3
+  if [[ -f $out/metrics.json ]]; then return; fi
+  python evaluate.py --ckpt "$1" --data "$2" --out "$out"
 }
 
 compare() { # FOLDER FIRST OTHER…: how the others differ from the first, in FOLDER/compare.csv and .png
@@ -111,6 +120,27 @@ data() { # AlexNet features.10, MSE, as many steps of 80, 320, 640 and 3,082: 80
   train data/800 "7e-4 2e-3" $all --train-images 640 --kept-crops 16 --passes 10
   train data/3853 "7e-4 2e-3" $all --kept-crops 4 --passes 2
   compare data data/3853 data/800 data/400 data/100
+}
+
+deep() { # the decoders of pretrained/ but by Muon, and AlexNet's features.10: MSE, wide's photographs, one seed
+  local seeds=42 wide="--data wide --val-images 160" feedback="--config configs/best.yaml" data name
+  local residual="$feedback --decoder residual --batch-size 8 --passes 2 --epochs 8"
+  local alexnet="$residual $wide --crop 192 --kept-crops 4 --encoder"
+  train deep/muon/vgg16_block2 1.4e-3 $feedback $wide --layer block2 --passes 2 --epochs 2
+  train deep/muon/vgg16_block3 1.4e-3 $feedback $wide --layer block3 --passes 1 --epochs 4 --width 128
+  train deep/muon/vgg16_block4 2e-3 $residual $wide --layer block4 --crop 160 --kept-crops 2
+  train deep/muon/alexnet_conv1 1.4e-3 $feedback $wide --encoder alexnet --layer conv1 --crop 160 --passes 1 --epochs 4
+  train deep/muon/alexnet_conv3 1.4e-3 $feedback $wide --encoder alexnet --layer conv3 --crop 160 --passes 1 --epochs 2
+  train deep/muon/alexnet_features.10 2e-3 $alexnet torchvision/alexnet --layer features.10
+  train deep/muon/alexnet_conv5 2e-3 $alexnet alexnet --layer conv5
+  for data in natural imagenet; do
+    for name in vgg16_block{2,3,4} alexnet_conv{1,3,5}; do
+      measure "pretrained/$name.pt" $data "deep/adam/$name/$data"
+      measure "$root/deep/muon/$name/seed42/best.pt" $data "deep/muon/$name/$data"
+      compare "deep/$name/$data" deep/{adam,muon}/"$name/$data"
+    done
+    measure "$root/deep/muon/alexnet_features.10/seed42/best.pt" $data "deep/muon/alexnet_features.10/$data"
+  done
 }
 
 published() { # the study's own recipe and code, one seed
