@@ -2,8 +2,8 @@
 # The evidence of docs/conclusions.md, and the study's own 30 epochs of docs/erratum.md: trained, evaluated, compared.
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
-#                                         loss, decoders and weights an hour, muon and layers half of one each,
-#                                         data 45 minutes, deep an hour and three quarters, published 27, inversion 20
+#                                         loss, decoders and weights an hour, muon, layers and feedback half of one
+#                                         each, data 45 minutes, deep four hours, published 27 minutes, inversion 20
 #   bash evidence.sh loss layers          some of them
 #   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep and published have one, 42; inversion none)
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence
@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 seeds=${SEEDS:-1 2 3}
 root=${RUNS:-runs/evidence}
-groups="loss decoders muon weights layers data deep published inversion"
+groups="loss decoders muon feedback weights layers data deep published inversion"
 
 lowest() { # of the runs in these folders, the name of the one with the lowest validation loss
   python - "$@" << 'END'
@@ -49,12 +49,6 @@ train() {
     python train.py "$@" --lr "$rate" --seed "$seed" --out "$run" --resume
     python evaluate.py --ckpt "$run/best.pt"
   done
-}
-
-measure() { # CHECKPOINT DATA FOLDER: its results on other data than it was trained with
-  local out=$root/$3
-  if [[ -f $out/metrics.json ]]; then return; fi
-  python evaluate.py --ckpt "$1" --data "$2" --out "$out"
 }
 
 compare() { # FOLDER FIRST OTHER…: how the others differ from the first, in FOLDER/compare.csv and .png
@@ -92,6 +86,13 @@ muon() { # the same three decoders by Muon
   compare muon/feedback decoders/feedback muon/feedback
 }
 
+feedback() { # by Muon and MSE, a minute and a half each: does looking at the encoder help at block3, too?
+  local muon="$best --optimizer muon"
+  train feedback/block3/residual "7e-4 2e-3" $muon --layer block3 --decoder residual --passes 8
+  train feedback/block3/feedback "7e-4 1.4e-3" $muon --layer block3 --passes 2
+  compare feedback/block3 feedback/block3/{residual,feedback}
+}
+
 weights() { # ImageNet's or random ones
   train loss/hybrid 1e-2 $fast
   train weights/block1 "1e-2 3e-3" $fast --weights random
@@ -122,25 +123,41 @@ data() { # AlexNet features.10, MSE, as many steps of 80, 320, 640 and 3,082: 80
   compare data data/3853 data/800 data/400 data/100
 }
 
-deep() { # the decoders of pretrained/ but by Muon, and AlexNet's features.10: MSE, wide's photographs, one seed
-  local seeds=42 wide="--data wide --val-images 160" feedback="--config configs/best.yaml" data name
-  local residual="$feedback --decoder residual --batch-size 8 --passes 2 --epochs 8"
-  local alexnet="$residual $wide --crop 192 --kept-crops 4 --encoder"
-  train deep/muon/vgg16_block2 1.4e-3 $feedback $wide --layer block2 --passes 2 --epochs 2
-  train deep/muon/vgg16_block3 1.4e-3 $feedback $wide --layer block3 --passes 1 --epochs 4 --width 128
-  train deep/muon/vgg16_block4 2e-3 $residual $wide --layer block4 --crop 160 --kept-crops 2
-  train deep/muon/alexnet_conv1 1.4e-3 $feedback $wide --encoder alexnet --layer conv1 --crop 160 --passes 1 --epochs 4
-  train deep/muon/alexnet_conv3 1.4e-3 $feedback $wide --encoder alexnet --layer conv3 --crop 160 --passes 1 --epochs 2
-  train deep/muon/alexnet_features.10 2e-3 $alexnet torchvision/alexnet --layer features.10
-  train deep/muon/alexnet_conv5 2e-3 $alexnet alexnet --layer conv5
-  for data in natural imagenet; do
-    for name in vgg16_block{2,3,4} alexnet_conv{1,3,5}; do
-      measure "pretrained/$name.pt" $data "deep/adam/$name/$data"
-      measure "$root/deep/muon/$name/seed42/best.pt" $data "deep/muon/$name/$data"
-      compare "deep/$name/$data" deep/{adam,muon}/"$name/$data"
-    done
-    measure "$root/deep/muon/alexnet_features.10/seed42/best.pt" $data "deep/muon/alexnet_features.10/$data"
+versus() { # NAME FIRST OTHER, runs of wide: how the other differs, on natural's test images and on imagenet
+  local run
+  for run in "$2" "$3"; do
+    if [[ -f $root/$run/imagenet/metrics.json ]]; then continue; fi
+    python evaluate.py --ckpt "$root/$run/seed42/best.pt" --data imagenet --out "$root/$run/imagenet"
   done
+  compare "$1/natural" "$2" "$3"
+  compare "$1/imagenet" "$2/imagenet" "$3/imagenet"
+}
+
+both() { # NAME ADAM'S-RATE MUON'S-RATE FLAGS…
+  local name=$1 adam=$2 muon=$3
+  shift 3
+  train "deep/adam/$name" "$adam" "$@" --optimizer adam
+  train "deep/muon/$name" "$muon" "$@"
+  versus "deep/$name" deep/{adam,muon}/"$name"
+}
+
+deep() { # by Adam and by Muon, and what is better there: MSE, wide's photographs, one seed; pretrained/ is of these
+  local seeds=42 feedback="--config configs/best.yaml --data wide --val-images 160"
+  local residual="$feedback --decoder residual --batch-size 8 --passes 2 --epochs 8"
+  local kept="$residual --crop 192 --kept-crops 4 --encoder"
+  both vgg16_block2 7e-4 1.4e-3 $feedback --layer block2 --passes 2 --epochs 2
+  both vgg16_block3 7e-4 1.4e-3 $feedback --layer block3 --passes 1 --epochs 4 --width 128
+  both vgg16_block4 7e-4 2e-3 $residual --layer block4 --crop 160 --kept-crops 2
+  both alexnet_conv1 7e-4 1.4e-3 $feedback --encoder alexnet --layer conv1 --crop 160 --passes 1 --epochs 4
+  both alexnet_conv3 7e-4 1.4e-3 $feedback --encoder alexnet --layer conv3 --crop 160 --passes 1 --epochs 2
+  both alexnet_features.10 2e-3 2e-3 $kept torchvision/alexnet --layer features.10
+  both alexnet_conv5 2e-3 2e-3 $kept alexnet --layer conv5
+  train deep/muon/vgg16_block3_residual 2e-3 $residual --layer block3 --crop 96
+  train deep/muon/alexnet_conv3_residual 2e-3 $residual --encoder alexnet --layer conv3 --crop 160
+  train deep/muon/vgg16_block4_crops 2e-3 $residual --layer block4 --crop 160 --kept-crops 4
+  versus deep/vgg16_block3_residual deep/muon/vgg16_block3{,_residual}
+  versus deep/alexnet_conv3_residual deep/muon/alexnet_conv3{,_residual}
+  versus deep/vgg16_block4_crops deep/muon/vgg16_block4{,_crops}
 }
 
 published() { # the study's own recipe and code, one seed
@@ -156,16 +173,17 @@ invert() { # NAME FLAGS…: pixels whose features are those of four test images,
 }
 
 inversion() { # from what pretrained/ makes of the features, and from noise
-  local layer lr
+  local layer rate
   for layer in vgg16_block{1,2,3,4} alexnet_conv{1,3,5}; do
-    lr=0.02
-    if [[ $layer == *[345] ]]; then lr=0.005; fi # by validation images
-    invert "$layer" --ckpt "pretrained/$layer.pt" --lr "$lr"
+    rate="--lr 0.02" # by validation images, as those that follow
+    if [[ $layer == vgg16_block1 ]]; then rate="--lr 0.002 --tv-weight 0.01"; fi
+    if [[ $layer == *[345] ]]; then rate="--lr 0.005"; fi
+    invert "$layer" --ckpt "pretrained/$layer.pt" $rate
   done
   for layer in vgg16_block{1,2,3,4,5} alexnet_conv{1,3,5}; do
-    lr=0.03
-    if [[ $layer == *1 ]]; then lr=0.1; fi # likewise
-    invert "noise_$layer" --encoder "${layer%_*}" --layer "${layer#*_}" --lr "$lr"
+    rate="--lr 0.03"
+    if [[ $layer == *1 ]]; then rate="--lr 0.1"; fi
+    invert "noise_$layer" --encoder "${layer%_*}" --layer "${layer#*_}" $rate
   done
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from docs.figures import DEPTH, INVERTED, PHOTOGRAPHS, RESOLUTION
-from flags import parse_evaluate, parse_invert, parse_train
+from flags import config_of, parse_evaluate, parse_invert, parse_train
+from utils import load
 
 STUB = """#!{python}
 import os, subprocess, sys
@@ -68,18 +70,19 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     runs = tmp_path / "runs"
     made = {args.out for args in trained}
     measured = {args.out or os.path.dirname(args.ckpt) for args in evaluated}
-    assert len(measured) == len(evaluated) == 3 * (3 + 2 + 3 + 1 + 8 + 4) + 7 + 2 * (6 + 7) + 1
-    others = {args.ckpt for args in evaluated if os.path.dirname(args.ckpt) not in made}
-    assert len(others) == 6 and all(Path(REPOSITORY, path).exists() for path in others)
+    assert len(measured) == len(evaluated) == 3 * (3 + 2 + 3 + 2 + 1 + 8 + 4) + 2 * 17 + 1
+    assert {os.path.dirname(args.ckpt) for args in evaluated} == made - {out for out in made if "/rates/" in out}
     for args in compared:
         for folder in args.compare:
-            assert folder in measured or {f"{folder}/seed{seed}" for seed in (1, 2, 3)} <= measured
+            seeds = (42,) if "/deep/" in folder else (1, 2, 3)
+            assert folder in measured or {f"{folder}/seed{seed}" for seed in seeds} <= measured
     residual = [args for args in trained if args.out.startswith(str(runs / "decoders" / "residual"))]
     assert {(args.lr, args.seed, args.decoder) for args in residual} == {
         (0.002, seed, "residual") for seed in (1, 2, 3)
     }
     by_muon = {args.out for args in trained if args.optimizer == "muon"}
-    assert by_muon == {out for out in made if "/muon/" in out} and len(by_muon) == 4 + 9 + 7
+    assert by_muon == {out for out in made if "/muon/" in out or "/feedback/block" in out}
+    assert len(by_muon) == (4 + 9) + (4 + 6) + 10
     inverted = [parse_invert(flags) for program, flags in calls if program == "invert.py"]
     assert len({args.out for args in inverted}) == len(inverted) == 7 + 8
     for args in inverted:
@@ -88,10 +91,30 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     assert again.returncode == 0 and not [flags for program, flags in calls if "--ckpt" in flags]
 
 
+def test_the_pretrained_decoders_are_what_it_trains(evidence, tmp_path):
+    """Each is of a run that pretrained/README.md names, whose configuration is that of the command told there."""
+    text = (REPOSITORY / "pretrained" / "README.md").read_text()
+    result, calls = evidence("deep")
+    assert result.returncode == 0, result.stderr
+    trained = [flags for program, flags in calls if program == "train.py"]
+    trained.append(re.search(r"^python train.py (.*?) *(?:#.*)?$", text, re.M)[1].split())
+    told = {}
+    for flags in trained:
+        config = config_of(parse_train(flags))
+        config["out"] = config["out"].replace(str(tmp_path / "runs"), "runs/evidence")
+        told[config["out"]] = config
+    made = dict(re.findall(r"^half (\S+) (\S+)$", text, re.M))
+    assert set(made) == {path.stem for path in (REPOSITORY / "pretrained").glob("*.pt")}
+    for name, run in made.items():
+        checkpoint = load(REPOSITORY / "pretrained" / f"{name}.pt")
+        assert checkpoint["config"] == told[run]
+        assert checkpoint["encoder_sha256"]
+
+
 def test_an_unknown_group(evidence):
     result, calls = evidence("loss", "losses")
     assert (result.returncode, calls) == (2, [])
-    names = "loss decoders muon weights layers data deep published inversion"
+    names = "loss decoders muon feedback weights layers data deep published inversion"
     assert result.stderr == f"error: losses: is none of {names}\n"
 
 
