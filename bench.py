@@ -45,13 +45,14 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import data
 import train
@@ -66,6 +67,9 @@ from signals import Signals
 STUDY = {"psnr": 27.92, "ssim": 0.862, "lpips": 0.0236}
 FAST = ("--config", "configs/fast.yaml")
 TRIALS = 9  # of its number of epochs, from one on
+FUSED = {  # encoders.py's, which FlopCounterMode does not know
+    torch.ops.aten.cudnn_convolution_relu: lambda x, w, *_, out_shape, **__: conv_flop_count(x, w, out_shape)
+}
 ATTENTION = """
 import resource, torch
 from models import build_decoder
@@ -145,10 +149,10 @@ class Ours:
         self.images = data.load_split(folder, "train", self.cache, bars=True).to(device)
         self.inverter = inverter_of(self.config).to(device)
         self.config["crop"] = self.config["crop"] or self.inverter.size
-        self.loss = Loss().to(device)
+        self.loss = Loss(self.config["mse_weight"], self.config["lpips_weight"]).to(device)
         if self.config["compile"]:
             self.inverter.compile()
-        self.optimizer = train.make_optimizer(self.inverter, 1e-4)
+        self.optimizer = train.make_optimizer(self.inverter, 1e-4, self.config["optimizer"])
         self.compute = train.way_to_compute(args.graphs, device)
 
     def batch(self):
@@ -159,7 +163,7 @@ class Ours:
 
     def step(self, batch, features=None):
         """One step; the loss."""
-        options = (self.loss, self.optimizer, 0, self.compute)
+        options = (self.loss, self.optimizer, self.config["clip_grad"], self.compute)
         with tf32(self.config["tf32"]):
             terms = train.train_step(self.inverter.train(), batch, features, *options)
         return terms["loss"].mean()
@@ -248,7 +252,7 @@ def bench_step(plain, folder, device, batch_size, rounds, show):
     with tf32(ours.config["tf32"]):
         show("its parts, each by itself, no graphs, ms", parts_ms=step_parts(ours, batch))
         peak = peak_flops(device)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
         train.train_step(ours.inverter.train(), batch, None, ours.loss, ours.optimizer)
     flops = counter.get_total_flops()
     show("its floating-point operations", gflop=flops / 1e9, gflops=flops / fast / 1e9)
@@ -278,6 +282,19 @@ def bench_attention(folder, device, show):
     seconds = timed(device, lambda: ours.step(batch), 10)
     peak = (torch.cuda.memory_reserved(device) - before) / 2**30
     show("attention, batch 4, --amp", attention_step_ms=1000 * seconds, attention_cuda_gib=peak)
+
+
+def bench_best(folder, device, rounds, show):
+    """A step of configs/best.yaml by Muon, its optimiser, and by Adam."""
+    functions = {}
+    for optimizer in ("muon", "adam"):
+        ours = Ours(folder, device, "--config", "configs/best.yaml", "--optimizer", optimizer)
+        functions[optimizer] = partial(ours.step, ours.batch())
+    for function in functions.values() if device.type == "cuda" else ():  # until graphs are recorded
+        for _ in range(30):
+            function()
+    seconds = by_turns(device, functions, rounds)
+    show("a step of best.yaml, ms", best_step_ms={name: 1000 * value for name, value in seconds.items()})
 
 
 def bench_cheap_epochs(folder, device, rounds, show):
@@ -380,7 +397,7 @@ def bench_evaluation(plain, ours, folder, show):
     show("", eval_speedup=slow / fast)
     with torch.no_grad():
         show("its parts, each by itself, ms an image", eval_parts_ms=evaluation_parts(ours, pixels[:4]))
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
         evaluate_model(ours.inverter, pixels[:1], bars=True)
     show("its floating-point operations, an image", eval_gflop=counter.get_total_flops() / 1e9)
     show("inference of one image", inference_ms=time_inference(ours.inverter, pixels, 20))
@@ -446,6 +463,7 @@ def bench_speed(args, device, figures, show):
             ours = Ours(folder, device)
             if device.type == "cuda":
                 bench_attention(folder, device, show)
+            bench_best(folder, device, args.rounds, show)
             bench_cheap_epochs(folder, device, args.rounds, show)
             bench_epoch(plain, ours, folder, show)
             bench_evaluation(plain, ours, folder, show)

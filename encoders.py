@@ -5,9 +5,11 @@ import math
 from collections import Counter
 from contextlib import nullcontext, suppress
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -217,6 +219,31 @@ def as_map(x, layout):
     return x
 
 
+class ConvReLU(nn.Conv2d):
+    """A convolution and the ReLU behind it: without autograd on a GPU one kernel, which spares two passes
+    over the largest maps that a training step has."""
+
+    def forward(self, x):
+        if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.relu(super().forward(x), inplace=True)
+        tensors = x, self.weight, self.bias
+        if torch.is_autocast_enabled("cuda"):
+            tensors = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in tensors)
+        return torch.cudnn_convolution_relu(*tensors, self.stride, self.padding, self.dilation, self.groups)
+
+
+def fuse(net, wanted):
+    """Make one module of each convolution and ReLU in a row of `net`, but of a convolution at these paths."""
+    for around, row in net.named_modules():
+        children = list(row.named_children()) if type(row) is nn.Sequential else []
+        for (name, conv), (behind, relu) in pairwise(children):
+            plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and conv.bias is not None
+            path = f"{around}.{name}".removeprefix(".")
+            if plain and type(relu) is nn.ReLU and type(conv.padding) is tuple and path not in wanted:
+                conv.__class__ = ConvReLU
+                setattr(row, behind, nn.Sequential())  # passes on what it is given
+
+
 class Trunk(nn.Module):
     """A network that runs up to a layer: normalised images → that layer's output as a map (B, C, H, W).
 
@@ -294,6 +321,8 @@ class Encoder(nn.Module):
             load_network(net, weights_from_file(weights), f"--weights {weights}")
             self.weights_sha256 = digest(weights)
         self.shapes = course.shapes
+        if not self.programs:  # torchvision's and timm's run their rows as a whole
+            fuse(net, course.layouts)
         self.trunk = Trunk(net, course.layouts).to(memory_format=torch.channels_last)
         if not protocol.own_normalization:
             own = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}

@@ -86,10 +86,13 @@ muon() { # the same three decoders by Muon
   compare muon/feedback decoders/feedback muon/feedback
 }
 
-feedback() { # by Muon and MSE, a minute and a half each: does looking at the encoder help at block3, too?
+feedback() { # by Muon and MSE, a minute and a half each: does looking at the encoder help deeper than block1, too?
   local muon="$best --optimizer muon"
-  train feedback/block3/residual "7e-4 2e-3" $muon --layer block3 --decoder residual --passes 8
-  train feedback/block3/feedback "7e-4 1.4e-3" $muon --layer block3 --passes 2
+  train feedback/block2/residual "7e-4 2e-3" $muon --layer block2 --decoder residual --passes 9
+  train feedback/block2/feedback "7e-4 1.4e-3 2.8e-3" $muon --layer block2 --passes 3
+  train feedback/block3/residual "3.5e-4 7e-4 2e-3" $muon --layer block3 --decoder residual --passes 8
+  train feedback/block3/feedback "7e-4 1.4e-3 2.8e-3" $muon --layer block3 --passes 2
+  compare feedback/block2 feedback/block2/{residual,feedback}
   compare feedback/block3 feedback/block3/{residual,feedback}
 }
 

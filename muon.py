@@ -16,18 +16,29 @@ class Muon(torch.optim.Optimizer):
     orthogonal one. Its elements change by 0.2 times the rate, about as by Adam (Liu et al. 2025,
     arXiv 2502.16982), so rates are of the same order. What is no matrix, such as a bias, gets Adam's step.
     In float32: torch's and timm's compute in bfloat16, which many CPUs have no arithmetic for.
+
+    A step is `turn`, then `step`: what is the same whatever the rate, a CUDA graph can hold (train.py).
     """
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
+    def turn(self):
+        """Give each matrix, instead of its gradient, the direction that `step` takes."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None and is_matrix(parameter):
+                    parameter.grad = muon_step(parameter.grad, self.state[parameter])
+
+    @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    direction = muon_step if is_matrix(parameter) else adam_step
-                    change = direction(parameter.grad, self.state[parameter])
+                    change = parameter.grad
+                    if not is_matrix(parameter):
+                        change = adam_step(change, self.state[parameter])
                     parameter.sub_(change, alpha=group["lr"])
 
 

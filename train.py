@@ -317,13 +317,15 @@ def epoch_batches(images, kept, config, state, steps, rank, world, device):
 
 
 def gradients(model, images, features, loss, optimizer, clip):
-    """Give each parameter its gradient; arguments and result are train_step's."""
+    """Give each parameter its gradient, or what Muon makes of it; arguments and result are train_step's."""
     *earlier, output = model(images, features, each=True)
     terms = loss(output, images, earlier)
     optimizer.zero_grad()
     terms["loss"].mean().backward()
     if clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if isinstance(optimizer, Muon):
+        optimizer.turn()
     return {name: value.detach() for name, value in terms.items()}
 
 

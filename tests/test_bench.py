@@ -60,6 +60,8 @@ def test_every_part_is_timed(own_photos):
     bench.bench_cheap_epochs(str(own_photos), CPU, 1, lambda title, **values: figures.update(values))
     assert set(figures["image_ms"]) == {"block1", "block1, crop 64", "block5", "block5, kept"}
     assert figures["kept_crops_speedup"] > 1
+    bench.bench_best(str(own_photos), CPU, 1, lambda title, **values: figures.update(values))
+    assert set(figures["best_step_ms"]) == {"muon", "adam"} and min(figures["best_step_ms"].values()) > 0
     ours = bench.Ours(str(own_photos), CPU)
     parts = bench.step_parts(ours, ours.batch())
     assert set(parts) == {"data", "encoder", "decoder", "lpips", "optimiser"} and min(parts.values()) > 0

@@ -29,6 +29,7 @@ DECODERS = {
     "published": ("--protocol", "published"),
     "residual": ("--decoder", "residual", "--clip-grad", 0.05),
     "feedback": ("--decoder", "feedback", "--iterations", 2, "--clip-grad", 0.05),
+    "muon": ("--decoder", "feedback", "--iterations", 2, "--optimizer", "muon", "--schedule", "onecycle"),
     "gradient": ("--decoder", "feedback", "--feedback", "gradient", "--width", 16),
     "attention": ("--layer", "block3", "--decoder", "attention", "--width", 64, "--amp"),
     "kept": ("--layer", "block4", "--kept-crops", 2),
@@ -38,6 +39,7 @@ DECODERS = {
 
 def gradients_on(device, photos, *flags, steps=1, wrap=lambda gradients: gradients, fast=False):
     """(terms, gradients as one vector) of the last of some steps, on `device`, in float64; fast: in TF32."""
+    train.set_up()  # else no two steps need be the same
     parts = parts_of(photos, *SHORT, *flags)
     parts.inverter.to(device).train()
     parts.loss.to(device)
@@ -214,7 +216,9 @@ def test_muons_step_is_the_cpus():
         weight = torch.randn(64, 32, 3, 3, generator=generator).to(device)
         weight.grad = torch.randn(64, 32, 3, 3, generator=generator).to(device)
         before = weight.clone()
-        Muon([weight], 0.01).step()
+        optimizer = Muon([weight], 0.01)
+        optimizer.turn()
+        optimizer.step()
         weights[device] = (weight - before).double().cpu()
     assert difference(weights["cuda"], weights["cpu"]) < 1e-4
 

@@ -251,6 +251,20 @@ def test_weights_are_read_as_others_write_them(kind, image, tmp_path):
     assert encoder.weights_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def test_a_convolution_and_its_relu_are_one_but_where_the_layer_lies_between(image):
+    """The networks' own features either way: features.10, before ReLU, has what features.11 sets to 0."""
+    before, behind = (Encoder("torchvision/alexnet", f"features.{place}") for place in (10, 11))
+    kinds = [[type(module) for module in encoder.trunk.net.features] for encoder in (before, behind)]
+    assert [row.count(encoders.ConvReLU) for row in kinds] == [4, 5]
+    assert kinds[0][10] is nn.Conv2d and nn.ReLU not in kinds[0] + kinds[1]
+    assert before(image).min() < 0 and torch.equal(before(image).relu(), behind(image))
+    net = torchvision.models.alexnet()
+    net.features.load_state_dict(behind.trunk.net.features.state_dict())
+    x = normalised(behind, image).contiguous(memory_format=torch.channels_last)
+    expected = net.to(memory_format=torch.channels_last).features[:12](x)
+    assert torch.equal(behind(image), expected)
+
+
 def test_a_file_without_a_weight_or_of_no_weights_is_one_line(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     del state["layer1.1.bn2.bias"]

@@ -23,6 +23,8 @@ def steps(optimizer, weights, gradients):
     for step in gradients:
         for weight, gradient in zip(weights, step, strict=True):
             weight.grad = gradient.clone()
+        if isinstance(optimizer, Muon):
+            optimizer.turn()
         optimizer.step()
     return weights
 
