@@ -220,11 +220,14 @@ def as_map(x, layout):
 
 
 class ConvReLU(nn.Conv2d):
-    """A convolution and the ReLU behind it: without autograd on a GPU one kernel, which spares two passes
-    over the largest maps that a training step has."""
+    """A convolution and the ReLU behind it, by one kernel of cuDNN where no gradient is wanted.
+
+    It spares two passes over the largest maps of a training step, bias and ReLU.
+    """
 
     def forward(self, x):
-        if not x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        here = x.is_cuda and torch.version.cuda  # AMD's GPUs call themselves CUDA, too
+        if not here or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return F.relu(super().forward(x), inplace=True)
         tensors = x, self.weight, self.bias
         if torch.is_autocast_enabled("cuda"):
