@@ -88,7 +88,7 @@ muon() { # the same three decoders by Muon
 
 feedback() { # by Muon and MSE, a minute and a half each: does looking at the encoder help deeper than block1, too?
   local muon="$best --optimizer muon"
-  train feedback/block2/residual "7e-4 2e-3" $muon --layer block2 --decoder residual --passes 9
+  train feedback/block2/residual "3.5e-4 7e-4 2e-3" $muon --layer block2 --decoder residual --passes 9
   train feedback/block2/feedback "7e-4 1.4e-3 2.8e-3" $muon --layer block2 --passes 3
   train feedback/block3/residual "3.5e-4 7e-4 2e-3" $muon --layer block3 --decoder residual --passes 8
   train feedback/block3/feedback "7e-4 1.4e-3 2.8e-3" $muon --layer block3 --passes 2
@@ -155,10 +155,14 @@ deep() { # by Adam and by Muon, and what is better there: MSE, wide's photograph
   both alexnet_conv3 7e-4 1.4e-3 $feedback --encoder alexnet --layer conv3 --crop 160 --passes 1 --epochs 2
   both alexnet_features.10 2e-3 2e-3 $kept torchvision/alexnet --layer features.10
   both alexnet_conv5 2e-3 2e-3 $kept alexnet --layer conv5
+  train deep/muon/vgg16_block2_residual 7e-4 $feedback --decoder residual --layer block2 --passes 6 --epochs 2
   train deep/muon/vgg16_block3_residual 2e-3 $residual --layer block3 --crop 96
+  train deep/muon/alexnet_conv1_residual 2e-3 $residual --encoder alexnet --layer conv1 --crop 160 --epochs 6
   train deep/muon/alexnet_conv3_residual 2e-3 $residual --encoder alexnet --layer conv3 --crop 160
   train deep/muon/vgg16_block4_crops 2e-3 $residual --layer block4 --crop 160 --kept-crops 4
+  versus deep/vgg16_block2_residual deep/muon/vgg16_block2{,_residual}
   versus deep/vgg16_block3_residual deep/muon/vgg16_block3{,_residual}
+  versus deep/alexnet_conv1_residual deep/muon/alexnet_conv1{,_residual}
   versus deep/alexnet_conv3_residual deep/muon/alexnet_conv3{,_residual}
   versus deep/vgg16_block4_crops deep/muon/vgg16_block4{,_crops}
 }
