@@ -2,8 +2,9 @@
 # The evidence of docs/conclusions.md, and the study's own 30 epochs of docs/erratum.md: trained, evaluated, compared.
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
-#                                         loss, decoders and weights an hour, muon, layers and feedback half of one
-#                                         each, data 45 minutes, deep four hours, published 27 minutes, inversion 20
+#                                         loss, decoders and weights an hour, feedback another, muon and layers half
+#                                         of one each, data 45 minutes, deep four and a half hours, published 27
+#                                         minutes, inversion 20
 #   bash evidence.sh loss layers          some of them
 #   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep and published have one, 42; inversion none)
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence
