@@ -70,6 +70,9 @@ from utils import (
 )
 
 
+SSIM_WAITS = 16  # batches at most whose SSIM a GPU does not wait for
+
+
 class Evaluation(NamedTuple):
     """What evaluate_model measured, image by image."""
 
@@ -154,6 +157,8 @@ def evaluate_model(inverter, pixels, batch_size=4, bars=None, protocol=DOCUMENTE
     """
     lpips = LPIPS().to(inverter.device)
     parts = []  # of each batch, the values after each iteration
+    waiting = []  # of those, the ones whose SSIM the CPU may still compute
+    most = 1 if inverter.device.type == "cpu" else SSIM_WAITS
     targets, outputs = [], []
     inverter.eval()
     with tqdm(None, "Evaluating", len(pixels), unit="image", disable=bars) as bar:
@@ -168,14 +173,25 @@ def evaluate_model(inverter, pixels, batch_size=4, bars=None, protocol=DOCUMENTE
                 if scale:
                     values["feature_error"] = feature_error(inverter.look, image, features, scale).tolist()
                 parts[-1].append(values)
+                waiting.append(values)
+                if len(waiting) >= most:
+                    await_ssim(waiting)
             targets.append(to_pixels(wanted))
             outputs.append(to_pixels(output))
             bar.update(len(batch))
+    await_ssim(waiting)
     iterates = []
     for same in zip(*parts, strict=True):  # batches after as many iterations
         iterates.append({name: np.concatenate([values[name] for values in same]) for name in same[0]})
     values = {name: iterates[-1][name] for name in METRICS}
     return Evaluation(values, iterates if scale else [], torch.cat(targets), torch.cat(outputs))
+
+
+def await_ssim(waiting):
+    """Wait for the SSIM of each of these `measure` results, and forget them."""
+    for values in waiting:
+        values["ssim"] = list(values["ssim"])
+    waiting.clear()
 
 
 @torch.no_grad()

@@ -238,6 +238,7 @@ def invert_images(encoder, decode, pixels, scale, batch_size=4, bars=None, **opt
                 pictures[kind].append(to_pixels(images))
             for kind in values:
                 figures = measure(found[kind], batch, lpips)
+                figures["ssim"] = list(figures["ssim"])
                 figures["feature_error"] = feature_error(encoder, found[kind], features, scale).tolist()
                 values[kind].append([figures[name] for name in FIGURES])
             bar.update(len(batch))

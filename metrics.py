@@ -18,6 +18,7 @@ from weights import imagenet_weights
 
 SMALLEST = 31  # pixels, that LPIPS takes
 TERMS = ("loss", "mse", "lpips", "psnr")  # what Loss gives, and an epoch averages
+SSIM_POOL = ThreadPoolExecutor()  # each image on one core
 EARLIER = 0.3  # weight of the MSE of what an iterating decoder made before the last iteration
 
 
@@ -56,12 +57,14 @@ def ssim(image, target, protocol=DOCUMENTED):
 
 @torch.no_grad()
 def measure(images, target, lpips, protocol=DOCUMENTED):
-    """{metric: one float an image} of `images` against `target`, (B, 3, H, W) in [0, 1]; lpips: an LPIPS."""
-    with ThreadPoolExecutor() as pool:
-        similarity = list(pool.map(ssim, images, target, [protocol] * len(images)))  # each on one core
+    """{metric: one float an image} of `images` against `target`, (B, 3, H, W) in [0, 1]; lpips: an LPIPS.
+
+    SSIM's are an iterator, which waits for the CPU: a GPU can go on until they are wanted.
+    """
+    pairs = images.cpu(), target.cpu(), [protocol] * len(images)
     return {
+        "ssim": SSIM_POOL.map(ssim, *pairs),
         "psnr": psnr(images, target).tolist(),
-        "ssim": similarity,
         "lpips": lpips(images, target).tolist(),
     }
 
