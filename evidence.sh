@@ -127,12 +127,16 @@ data() { # AlexNet features.10, MSE, as many steps of 80, 320, 640 and 3,082: 80
   compare data data/3853 data/800 data/400 data/100
 }
 
-versus() { # NAME FIRST OTHER, runs of wide: how the other differs, on natural's test images and on imagenet
+on_imagenet() { # RUN…, of wide
   local run
-  for run in "$2" "$3"; do
+  for run; do
     if [[ -f $root/$run/imagenet/metrics.json ]]; then continue; fi
     python evaluate.py --ckpt "$root/$run/seed42/best.pt" --data imagenet --out "$root/$run/imagenet"
   done
+}
+
+versus() { # NAME FIRST OTHER, runs of wide: how the other differs, on natural's test images and on imagenet
+  on_imagenet "$2" "$3"
   compare "$1/natural" "$2" "$3"
   compare "$1/imagenet" "$2/imagenet" "$3/imagenet"
 }
@@ -161,6 +165,10 @@ deep() { # by Adam and by Muon, and what is better there: MSE, wide's photograph
   train deep/muon/alexnet_conv1_residual 2e-3 $residual --encoder alexnet --layer conv1 --crop 160 --epochs 6
   train deep/muon/alexnet_conv3_residual 2e-3 $residual --encoder alexnet --layer conv3 --crop 160
   train deep/muon/vgg16_block4_crops 2e-3 $residual --layer block4 --crop 160 --kept-crops 4
+  train deep/muon/vgg16_block5 2e-3 $kept vgg16 --layer block5
+  train deep/muon/alexnet_conv2 2e-3 $kept alexnet --layer conv2
+  train deep/muon/alexnet_conv4 2e-3 $kept alexnet --layer conv4
+  on_imagenet deep/muon/{vgg16_block5,alexnet_conv2,alexnet_conv4}
   versus deep/vgg16_block2_residual deep/muon/vgg16_block2{,_residual}
   versus deep/vgg16_block3_residual deep/muon/vgg16_block3{,_residual}
   versus deep/alexnet_conv1_residual deep/muon/alexnet_conv1{,_residual}
