@@ -56,6 +56,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import data
+import prepare
 import train
 from evaluate import evaluate_model, time_inference, wait
 from kept import keep_crops
@@ -153,7 +154,7 @@ class Ours:
         self.loss = Loss(self.config["mse_weight"], self.config["lpips_weight"]).to(device)
         if self.config["compile"]:
             self.inverter.compile()
-        self.optimizer = train.make_optimizer(self.inverter, 1e-4, self.config["optimizer"])
+        self.optimizer = prepare.make_optimizer(self.inverter, 1e-4, self.config["optimizer"])
         self.compute = train.way_to_compute(args.graphs, device)
 
     def batch(self):
@@ -171,8 +172,8 @@ class Ours:
 
     def epoch(self):
         """An epoch, from the first step on; the number of its steps."""
-        steps = train.steps_of_a_pass(len(self.images), self.config["batch_size"], world=1)
-        scheduler = train.make_scheduler(self.optimizer, self.config, steps, 1e-7)
+        steps = prepare.steps_of_a_pass(len(self.images), self.config["batch_size"], world=1)
+        scheduler = prepare.make_scheduler(self.optimizer, self.config, steps, 1e-7)
         state = train.State(self.inverter.decoder, self.optimizer, scheduler, Meter(TERMS, self.device))
         kept = None
         if self.config["kept_crops"]:
@@ -456,7 +457,7 @@ def bench_speed(args, device, figures, show):
         if not args.batch_size and device.type == "cpu":
             show("of a step of the attention decoder", attention_peak_gib=child_gib("-c", ATTENTION))
         plain = Elsewhere(device)
-        train.set_up()
+        prepare.set_up()
         try:
             bench_step(plain, folder, device, args.batch_size or 4, args.rounds, show)
             if args.batch_size:

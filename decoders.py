@@ -315,8 +315,8 @@ class Fused(nn.Module):
     """A decoder behind the maps of several layers, joined: each divided by its own deviation, and weighed.
 
     channels: of each source. fusion: `concat`, as they are; `weighted`, a learned weight a source;
-    `attention`, one a source at each position. The weights of the sources have a mean of 1. train.py measures
-    the deviations.
+    `attention`, one a source at each position. The weights of the sources have a mean of 1. prepare.py
+    measures the deviations.
     """
 
     def __init__(self, decoder, channels, fusion="concat"):

@@ -69,7 +69,6 @@ from utils import (
     write_text,
 )
 
-
 SSIM_WAITS = 16  # batches at most whose SSIM a GPU does not wait for
 
 

@@ -62,7 +62,7 @@ class ResidualDecoder(nn.Module):
 
     Not held to [0, 1], where a sigmoid would slow the darkest and the brightest pixels down: what is measured
     or drawn is clamped. No batch norm: each channel has mean 0 and deviation 1 over training images, which
-    train.py measures. width: channels of the blocks.
+    prepare.py measures. width: channels of the blocks.
     """
 
     def __init__(self, shape, width=64, size=IMAGE_SIZE, blocks=6):

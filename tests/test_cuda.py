@@ -14,6 +14,7 @@ from kill_resume import read_run, same
 from training import batches_of, parse, parts_of
 
 import data
+import prepare
 import train
 from evaluate import evaluate_model
 from graphs import UNRECORDED, Graphs
@@ -39,14 +40,14 @@ DECODERS = {
 
 def gradients_on(device, photos, *flags, steps=1, wrap=lambda gradients: gradients, fast=False):
     """(terms, gradients as one vector) of the last of some steps, on `device`, in float64; fast: in TF32."""
-    train.set_up()  # else no two steps need be the same
+    prepare.set_up()  # else no two steps need be the same
     parts = parts_of(photos, *SHORT, *flags)
     parts.inverter.to(device).train()
     parts.loss.to(device)
     select_device(device)  # float32 is float32
     if parts.config["compile"]:
         parts.inverter.compile()
-    optimizer = train.make_optimizer(parts.inverter, 1e-3)
+    optimizer = prepare.make_optimizer(parts.inverter, 1e-3)
     compute = wrap(train.gradients)
     images, features = next(batches_of(parts))
     with tf32(fast):
@@ -232,7 +233,7 @@ def test_nccl(photos):
         inverter = parts.inverter.cuda().train()
         inverter.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(inverter.decoder)
         model = torch.nn.parallel.DistributedDataParallel(inverter)
-        optimizer = train.make_optimizer(inverter, 1e-3)
+        optimizer = prepare.make_optimizer(inverter, 1e-3)
         images, _ = next(batches_of(parts))
         again = train.train_step(model, images.cuda(), None, parts.loss.cuda(), optimizer)
         meter = train.Meter(train.TERMS, "cuda")

@@ -10,6 +10,7 @@ from training import batches_of, parse, parts_of
 
 import data
 import evaluate
+import prepare
 import train
 from feedback import FeedbackDecoder
 from flags import parse_evaluate
@@ -110,7 +111,7 @@ def test_every_way_to_look_trains_all_weights(photos, flags):
     for parameter in decoder.parameters():
         if not parameter.any():  # where blocks change nothing at first
             torch.nn.init.normal_(parameter, std=0.01)
-    train.measure_features(parts.inverter, parts.train, parts.config)
+    prepare.measure_features(parts.inverter, parts.train, parts.config)
     batch, features = next(batches_of(parts))
     train.train_step(parts.inverter.train(), batch, features, parts.loss, parts.state.optimizer, clip=0.3)
     gradients = [parameter.grad for parameter in decoder.parameters()]
@@ -156,7 +157,7 @@ def test_loss_counts_earlier_iterates():
 
 def test_features_are_normalised_by_their_mean_and_deviation(photos):
     parts = parts_of(photos, *SMALL)
-    train.measure_features(parts.inverter, parts.train, parts.config)
+    prepare.measure_features(parts.inverter, parts.train, parts.config)
     crops = torch.cat([batch for batch, _ in batches_of(parts)])
     channels = parts.inverter.encode(crops).double().transpose(0, 1).flatten(1)
     mean = parts.inverter.decoder.mean.flatten().double()

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import torch
 
 import data
+import prepare
 import train
 from flags import config_of, parse_train
 from metrics import TERMS, Loss, Meter
@@ -29,9 +30,9 @@ def parts_of(photos, *flags):
     parts.inverter = inverter_of(config)
     config["crop"] = config["crop"] or parts.inverter.size
     parts.loss = Loss(config["mse_weight"], config["lpips_weight"], protocol)
-    parts.steps = train.steps_of_a_pass(len(parts.train), config["batch_size"], 1) * config["passes"]
-    optimizer = train.make_optimizer(parts.inverter, config["lr"], config["optimizer"])
-    scheduler = train.make_scheduler(optimizer, config, parts.steps, protocol.lowest_lr)
+    parts.steps = prepare.steps_of_a_pass(len(parts.train), config["batch_size"], 1) * config["passes"]
+    optimizer = prepare.make_optimizer(parts.inverter, config["lr"], config["optimizer"])
+    scheduler = prepare.make_scheduler(optimizer, config, parts.steps, protocol.lowest_lr)
     parts.state = train.State(parts.inverter.decoder, optimizer, scheduler, Meter(TERMS))
     return parts
 
