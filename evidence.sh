@@ -3,7 +3,7 @@
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
 #                                         loss, decoders and weights an hour, feedback another, muon and layers half
-#                                         of one each, data 45 minutes, deep four and a half hours, published 27
+#                                         of one each, data 45 minutes, deep five and a half hours, published 27
 #                                         minutes, inversion 20
 #   bash evidence.sh loss layers          some of them
 #   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep and published have one, 42; inversion none)
@@ -166,9 +166,7 @@ deep() { # by Adam and by Muon, and what is better there: MSE, wide's photograph
   train deep/muon/alexnet_conv3_residual 2e-3 $residual --encoder alexnet --layer conv3 --crop 160
   train deep/muon/vgg16_block4_crops 2e-3 $residual --layer block4 --crop 160 --kept-crops 4
   train deep/muon/vgg16_block5 2e-3 $kept vgg16 --layer block5
-  train deep/muon/alexnet_conv2 2e-3 $kept alexnet --layer conv2
-  train deep/muon/alexnet_conv4 2e-3 $kept alexnet --layer conv4
-  on_imagenet deep/muon/{vgg16_block5,alexnet_conv2,alexnet_conv4}
+  on_imagenet deep/muon/vgg16_block5
   versus deep/vgg16_block2_residual deep/muon/vgg16_block2{,_residual}
   versus deep/vgg16_block3_residual deep/muon/vgg16_block3{,_residual}
   versus deep/alexnet_conv1_residual deep/muon/alexnet_conv1{,_residual}
@@ -190,7 +188,7 @@ invert() { # NAME FLAGS…: pixels whose features are those of four test images,
 
 inversion() { # from what pretrained/ makes of the features, and from noise
   local layer rate
-  for layer in vgg16_block{1,2,3,4} alexnet_conv{1,3,5}; do
+  for layer in vgg16_block{1,2,3,4,5} alexnet_conv{1,3,5}; do
     rate="--lr 0.02" # by validation images, as those that follow
     if [[ $layer == vgg16_block1 ]]; then rate="--lr 0.002 --tv-weight 0.01"; fi
     if [[ $layer == *[345] ]]; then rate="--lr 0.005"; fi
