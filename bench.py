@@ -38,21 +38,12 @@ if __name__ == "__main__":
     ARGS = run(lambda: make_parser().parse_args())
 
 import json
-import math
-import os
-import resource
-import subprocess
-import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 import data
@@ -61,14 +52,12 @@ import train
 from evaluate import evaluate_model, time_inference, wait
 from kept import keep_crops
 from metrics import TERMS, Loss, Meter, measure
-from models import inverter_of, load_inverter
+from models import inverter_of
 from plain import Elsewhere
+from quality import bench_quality
 from signals import Signals
+from timing import by_turns, child_gib, kernels, link_photographs, make_photographs, peak_flops, timed
 
-# What the study's recipe ends at after 30 epochs, on the test images of `natural` (README, Results).
-STUDY = {"psnr": 27.92, "ssim": 0.862, "lpips": 0.0236}
-FAST = ("--config", "configs/fast.yaml")
-TRIALS = 9  # of its number of epochs, from one on
 FUSED = {  # encoders.py's, which FlopCounterMode does not know
     torch.ops.aten.cudnn_convolution_relu: lambda x, w, *_, out_shape, **__: conv_flop_count(x, w, out_shape)
 }
@@ -78,66 +67,6 @@ from models import build_decoder
 build_decoder("attention", (64, 112, 112))(torch.rand(1, 64, 112, 112)).mean().backward()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
-
-
-def make_photographs(folder, count):
-    """Fill train/ and test/ in `folder` with `count` PNGs like DIV2K's: enlarged tiles of the sample."""
-    tiles = data.sample_tiles("train")[:]
-
-    def make(i):
-        name = Path(folder, "test" if i % 10 == 0 else "train", f"{i:04}.png")
-        tile = Image.fromarray(tiles[i % len(tiles)].numpy())
-        picture = np.asarray(tile.resize((2040, 1356), Image.Resampling.BICUBIC))
-        grain = np.random.default_rng(i).normal(0, 4, (1356, 2040, 1))  # a photograph's: large PNGs
-        Image.fromarray((picture + grain).clip(0, 255).astype(np.uint8)).save(name, compress_level=6)
-
-    for split in ("train", "test"):
-        Path(folder, split).mkdir(exist_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(make, range(count)))
-
-
-def link_photographs(source, folder, count):
-    """Link `count` training images of `source` in `folder`/train. Raises UserError if there are fewer."""
-    folders = [Path(source, train) for train, _ in data.LAYOUTS if Path(source, train).is_dir()]
-    files = data.image_files(folders[0])[:count] if folders else []
-    if len(files) < count:
-        raise UserError(f"--data {source}: {len(files)} training images; --images {count} are wanted")
-    Path(folder, "train").mkdir()
-    for number, file in enumerate(files):  # files in several folders may have one name
-        Path(folder, "train", f"{number:05}{file.suffix}").symlink_to(file.resolve())
-
-
-def timed(device, function, repeats=5):
-    """Median seconds of `function`, after one call that does not count."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = wait(device)
-        function()
-        seconds.append(wait(device) - start)
-    return median(seconds[1:])
-
-
-def by_turns(device, functions, rounds, times=6):
-    """{name: median seconds} of `functions`, called by turns, `times` in a row without the first."""
-    seconds = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            for turn in range(times):
-                start = wait(device)
-                function()
-                if turn:
-                    seconds[name].append(wait(device) - start)
-    return {name: median(values) for name, values in seconds.items()}
-
-
-def peak_flops(device):
-    """Floating-point operations a second of the best of three float32 matrix products."""
-    best = 0
-    for n in (1024, 2048, 4096):
-        a, b = torch.rand(2, n, n, device=device)
-        best = max(best, 2 * n**3 / timed(device, lambda a=a, b=b: a @ b))
-    return best
 
 
 class Ours:
@@ -211,13 +140,6 @@ def evaluation_parts(ours, pixels):
     return {name: 1000 * timed(ours.device, function) / len(images) for name, function in functions.items()}
 
 
-def child_gib(*command):
-    """Peak memory in GiB of the largest child so far, after running `command`."""
-    command = [sys.executable, *map(str, command)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-
-
 def bench_step(plain, folder, device, batch_size, rounds, show):
     """A training step: plain and ours, and on CUDA its variants; its parts; its share of the peak."""
     flags = ("--batch-size", str(batch_size))
@@ -261,18 +183,6 @@ def bench_step(plain, folder, device, batch_size, rounds, show):
     show("of this machine's best matrix product", peak_gflops=peak / 1e9, peak_share=flops / fast / peak)
     if device.type == "cuda":
         print(kernels(lambda: ours.step(batch)))
-
-
-def kernels(function):
-    """A table of what the GPU spends `function`'s time on, the most first."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(5):
-            function()
-        torch.cuda.synchronize()
-    return profile.key_averages().table(
-        sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=90
-    )
 
 
 def bench_attention(folder, device, show):
@@ -320,48 +230,6 @@ def bench_cheap_epochs(folder, device, rounds, show):
     show("an image of an epoch, ms", image_ms=costs)
     show("speedup by small crops", crop_speedup=costs["block1"] / costs["block1, crop 64"])
     show("speedup by kept crops", kept_crops_speedup=costs["block5"] / costs["block5, kept"])
-
-
-def bench_quality(folder, device, show):
-    """Wall time of the shortest fast.yaml as good as STUDY on validation images, against 30 plain epochs.
-
-    The plain loop is measured over one whole epoch, with decoding and validation; ours from the start of
-    train.py to its end, with all validations, its images decoded beforehand. Raises UserError if it is never
-    as good.
-    """
-    folder = str(Path(data.resolve(folder)).resolve())
-    splits = {split: data.load_split(folder, split) for split in ("train", "val", "test")}
-    home = next(Path(folder, train) for train, _ in data.LAYOUTS if Path(folder, train).is_dir())
-    files = {split: [home / name for name in splits[split].names] for split in ("train", "val")}
-    plain = Elsewhere(device)
-    try:
-        seconds = plain("epoch", files["train"], 1) * math.ceil(len(files["train"]) / 4)
-        seconds += plain("validate", files["val"])
-    finally:
-        plain.close()
-    show("the plain loop's epoch, s", plain_epoch_seconds=seconds)
-    show("its 30 epochs, min", plain_minutes=30 * seconds / 60)
-    flags = (*FAST, "--data", folder, "--device", str(device), "--quiet")
-    for epochs in range(1, TRIALS + 1):
-        with tempfile.TemporaryDirectory() as out:
-            start = time.perf_counter()
-            child_gib("train.py", *flags, "--epochs", epochs, "--out", out)
-            wall = time.perf_counter() - start
-            inverter = load_inverter(Path(out, "best.pt"))[0].to(device)
-        found = mean_metrics(inverter, splits["val"])
-        show(f"fast.yaml --epochs {epochs}, s", fast_seconds=wall, validation=found)
-        good = found["psnr"] >= STUDY["psnr"] and found["ssim"] >= STUDY["ssim"]
-        if good and found["lpips"] <= STUDY["lpips"]:
-            show("its test images", test=mean_metrics(inverter, splits["test"]))
-            show("the plain loop's time, of ours", time_to_quality=30 * seconds / wall)
-            return
-    raise UserError(f"--quality {folder}: fast.yaml did not get as good as {STUDY} in {TRIALS} epochs")
-
-
-def mean_metrics(inverter, images):
-    """{metric: mean over Images}."""
-    values = evaluate_model(inverter, images[:], bars=True).values
-    return {name: float(value.mean()) for name, value in values.items()}
 
 
 def bench_epoch(plain, ours, folder, show):

@@ -6,6 +6,8 @@ from training import CPU, parse
 
 import bench
 import plain
+import quality
+import timing
 import train
 from utils import UserError
 
@@ -29,14 +31,14 @@ def test_plain_loop_trains_as_ours_does(own_photos):
 
 
 def test_own_photographs(photos, tmp_path):
-    bench.link_photographs(photos, tmp_path, 3)
+    timing.link_photographs(photos, tmp_path, 3)
     assert sorted(path.name for path in (tmp_path / "train").iterdir()) == [
         "00000.png",
         "00001.png",
         "00002.png",
     ]
     with pytest.raises(UserError, match="10 training images; --images 60"):
-        bench.link_photographs(photos, tmp_path, 60)
+        timing.link_photographs(photos, tmp_path, 60)
     with pytest.raises(UserError, match="at least 6"):
         bench.bench(bench.make_parser().parse_args(["--images", "5"]))
 
@@ -77,14 +79,14 @@ def test_time_to_quality_of_a_decoder_that_is_good_at_once(own_photos, monkeypat
         return loader(images, batch_size, shuffle)
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", single)
-    monkeypatch.setattr(bench, "Elsewhere", Here)
-    monkeypatch.setattr(bench, "child_gib", lambda script, *flags: train.train(parse(*flags)))
-    monkeypatch.setattr(bench, "STUDY", {"psnr": 0, "ssim": -1, "lpips": 9})
-    monkeypatch.setattr(bench, "FAST", ["--config", "configs/fast.yaml", "--batch-size", 4, "--passes", 1])
+    monkeypatch.setattr(quality, "Elsewhere", Here)
+    monkeypatch.setattr(quality, "child_gib", lambda script, *flags: train.train(parse(*flags)))
+    monkeypatch.setattr(quality, "STUDY", {"psnr": 0, "ssim": -1, "lpips": 9})
+    monkeypatch.setattr(quality, "FAST", ["--config", "configs/fast.yaml", "--batch-size", 4, "--passes", 1])
     figures = {}
-    bench.bench_quality(str(own_photos), CPU, lambda title, **values: figures.update(values))
+    quality.bench_quality(str(own_photos), CPU, lambda title, **values: figures.update(values))
     wanted = 30 * figures["plain_epoch_seconds"] / figures["fast_seconds"]
     assert figures["time_to_quality"] == pytest.approx(wanted) and figures["test"]["psnr"] > 0
-    monkeypatch.setattr(bench, "TRIALS", 0)
+    monkeypatch.setattr(quality, "TRIALS", 0)
     with pytest.raises(UserError, match="did not get as good"):
-        bench.bench_quality(str(own_photos), CPU, lambda title, **values: None)
+        quality.bench_quality(str(own_photos), CPU, lambda title, **values: None)
