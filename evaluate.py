@@ -22,7 +22,6 @@ if __name__ == "__main__":
     ARGS = run(lambda: parse_evaluate(doc=__doc__))  # before torch is imported: --help answers at once
 
 import json
-import time
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -65,6 +64,7 @@ from utils import (
     same_data,
     select_device,
     start_processes,
+    wait,
     write_csv,
     write_text,
 )
@@ -204,13 +204,6 @@ def time_inference(inverter, pixels, repeats=5):
         inverter(image)
         seconds.append(wait(inverter.device) - start)
     return 1000 * median(seconds[1:])
-
-
-def wait(device):
-    """The time in seconds, when a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def gather(found, count):

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 
 import data
-from evaluate import wait
-from utils import UserError
+from utils import UserError, wait
 
 
 def make_photographs(folder, count):

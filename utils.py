@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -313,3 +314,12 @@ def start_processes(device):
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), world, device
+
+
+def wait(device):
+    """The time in seconds, when a GPU has done what it was given."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -6,7 +6,6 @@ from training import CPU, parse
 
 import bench
 import plain
-import quality
 import timing
 import train
 from utils import UserError
@@ -79,14 +78,14 @@ def test_time_to_quality_of_a_decoder_that_is_good_at_once(own_photos, monkeypat
         return loader(images, batch_size, shuffle)
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", single)
-    monkeypatch.setattr(quality, "Elsewhere", Here)
-    monkeypatch.setattr(quality, "child_gib", lambda script, *flags: train.train(parse(*flags)))
-    monkeypatch.setattr(quality, "STUDY", {"psnr": 0, "ssim": -1, "lpips": 9})
-    monkeypatch.setattr(quality, "FAST", ["--config", "configs/fast.yaml", "--batch-size", 4, "--passes", 1])
+    monkeypatch.setattr(bench, "Elsewhere", Here)
+    monkeypatch.setattr(bench, "child_gib", lambda script, *flags: train.train(parse(*flags)))
+    monkeypatch.setattr(bench, "STUDY", {"psnr": 0, "ssim": -1, "lpips": 9})
+    monkeypatch.setattr(bench, "FAST", ["--config", "configs/fast.yaml", "--batch-size", 4, "--passes", 1])
     figures = {}
-    quality.bench_quality(str(own_photos), CPU, lambda title, **values: figures.update(values))
+    bench.bench_quality(str(own_photos), CPU, lambda title, **values: figures.update(values))
     wanted = 30 * figures["plain_epoch_seconds"] / figures["fast_seconds"]
     assert figures["time_to_quality"] == pytest.approx(wanted) and figures["test"]["psnr"] > 0
-    monkeypatch.setattr(quality, "TRIALS", 0)
+    monkeypatch.setattr(bench, "TRIALS", 0)
     with pytest.raises(UserError, match="did not get as good"):
-        quality.bench_quality(str(own_photos), CPU, lambda title, **values: None)
+        bench.bench_quality(str(own_photos), CPU, lambda title, **values: None)
