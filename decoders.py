@@ -339,9 +339,8 @@ class Fused(nn.Module):
         weights = len(parts) * logits.softmax(1)  # (B or 1, sources, H or 1, W or 1)
         return torch.cat([weights[:, i : i + 1] * part for i, part in enumerate(parts)], 1)
 
-    def forward(self, z, *args, **options):
-        """As the decoder's own; of one that looks at the encoder, `args` begins with that."""
-        if args and callable(args[0]):
-            encoder, *args = args
-            args = (lambda images: self.fuse(encoder(images)), *args)
-        return self.decoder(self.fuse(z), *args, **options)
+    def forward(self, z, size=None, encoder=None):
+        """As the decoder's own; encoder: of one that looks at it."""
+        if encoder is None:
+            return self.decoder(self.fuse(z), size)
+        return self.decoder(self.fuse(z), size, lambda images: self.fuse(encoder(images)))

@@ -136,8 +136,8 @@ class FeedbackDecoder(ResidualDecoder):
         """Decide, before a step, whether its batch begins with what a first round made."""
         self.again = bool(torch.rand(()) < 0.5)
 
-    def forward(self, z, encoder, size=None):
-        """encoder: images (B, 3, H, W) → features like z."""
+    def forward(self, z, size, encoder):
+        """size: of the images, or None; encoder: images (B, 3, H, W) → features like z."""
         h = self.hidden(z)
         start = self.head(h, size or self.size)
         images = [start]

@@ -113,7 +113,7 @@ class Inverter(nn.Module):
         """Images from features, as `decode` gives the last, after each iteration; one where there is none."""
         with self.autocast():
             if isinstance(self.core, FeedbackDecoder):
-                images = self.decoder(features, self.look, size)
+                images = self.decoder(features, size, self.look)
             else:
                 images = [self.decoder(features, size)]
         return [image.float() for image in images]
@@ -264,7 +264,7 @@ def decoder_cost(decoder, shape):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         features = torch.empty(1, *shape)
         looks = isinstance(decoder, FeedbackDecoder)
-        decoder(features, lambda images: features) if looks else decoder(features)
+        decoder(features, None, lambda images: features) if looks else decoder(features)
     return counter.get_total_flops() / 2, 1 + decoder.iterations if looks else 1
 
 

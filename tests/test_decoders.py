@@ -41,7 +41,7 @@ def iterates(decoder, features, encoder=None):
         maps = F.adaptive_avg_pool2d(images, size)
         return maps.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
 
-    return decoder(features, encoder or reduced)
+    return decoder(features, None, encoder or reduced)
 
 
 def psnr(decoder, features, images, encoder):

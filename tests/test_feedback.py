@@ -45,7 +45,7 @@ def test_an_iteration_sees_what_the_features_lack():
         net.steps[0].head.last.weight[:, :, 1, 1] = -5 * identity
     wanted = torch.rand(2, 3, 14, 14)
     net.iterations = 5
-    images = net(F.pixel_unshuffle(wanted, 2), lambda x: F.pixel_unshuffle(x, 2))
+    images = net(F.pixel_unshuffle(wanted, 2), None, lambda x: F.pixel_unshuffle(x, 2))
     x, h = np.full(wanted.shape, 0.5), 0
     for number, image in enumerate(images):
         np.testing.assert_allclose(image.detach(), x, atol=1e-5)
