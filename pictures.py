@@ -68,7 +68,7 @@ def draw_reconstructions(targets, outputs, names, psnr, path, label="original"):
 def draw_histograms(values, path):
     """How the metrics, {metric: (N,)}, are distributed over the test images."""
     figure = Figure(figsize=(10, 3), layout="constrained")
-    for axis, (name, label) in zip(figure.subplots(1, 3), METRICS.items(), strict=True):
+    for axis, (name, label) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
         mean = values[name].mean()
         axis.hist(values[name], bins=20)
         axis.axvline(mean, color="black", linestyle="--", label=f"mean {mean:.3f}")

@@ -15,7 +15,7 @@ from PIL import Image
 from baselines import COLOURS
 from pictures import draw_grid, save_figure
 from results import is_experiment, joined, read_history, result_rows
-from study import METRICS
+from study import DIGITS, METRICS
 from utils import UserError, evenly_spaced, seed_folders, write_csv, write_text
 
 PAGE = Path(__file__).with_name("report.html")
@@ -57,7 +57,7 @@ def results_table(rows):
     ]
     for row in rows:
         cells = [row["experiment"]]
-        for metric, digits in zip(METRICS, (2, 3, 3), strict=True):
+        for metric, digits in DIGITS.items():
             cells.append(f"{cell(row.get(f'published_{metric}'), digits)} → {cell(row.get(metric), digits)}")
         cells.append(f"{row.get('published_parameters') or '–'} → {cell(row.get('parameters'), 0)}")
         cells.append(f"{cell(row.get('published_minutes'), 0)} → {cell(row.get('minutes'), 1)}")
@@ -83,7 +83,8 @@ def draw_results(rows, path):
     rows = [row for row in rows if is_experiment(row)]
     figure = Figure(figsize=(14, 0.3 * len(rows) + 0.5), layout="constrained")
     places = np.arange(len(rows))
-    for axis, (metric, label) in zip(figure.subplots(1, 3, sharey=True), METRICS.items(), strict=True):
+    panels = figure.subplots(1, len(METRICS), sharey=True)
+    for axis, (metric, label) in zip(panels, METRICS.items(), strict=True):
         for shift, legend, key in ((-0.2, "published", f"published_{metric}"), (0.2, "measured", metric)):
             values = [math.nan if row.get(key) is None else row[key] for row in rows]
             axis.barh(places + shift, values, 0.4, label=legend)

@@ -83,7 +83,8 @@ def over_seeds(rows):
     """One row of those of several seeds: means of their metrics, and in `note` the deviations of these."""
     row = dict(rows[0])
     spread = []
-    for (metric, label), digits in zip(METRICS.items(), (2, 4, 4), strict=True):
+    for metric, label in METRICS.items():
+        digits = 2 if metric == "psnr" else 4
         values = [other[metric] for other in rows]
         row[metric] = float(np.mean(values))
         row[f"{metric}_std"] = float(np.mean([other[f"{metric}_std"] for other in rows]))

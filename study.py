@@ -15,10 +15,11 @@ LAYERS = {
     "vit_small": {f"block{i}": f"blocks.{i}" for i in range(12)},
     "alexnet": {f"conv{i}": f"features.{place}" for i, place in enumerate((2, 5, 7, 9, 12), 1)},
 }
-DECODERS = ["tconv", "frequency", "wavelet", "attention", "residual", "feedback"]  # decoders.py builds them
+DECODERS = ["tconv", "frequency", "wavelet", "attention", "residual", "feedback"]  # models.py builds them
 FEEDBACK_OPTIONS = ("iterations", "feedback", "own_weights")  # flags of that decoder alone
 INPUT = ("input_size", "mean", "std")  # flags of what an encoder's images are like
 METRICS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}  # metrics.py measures them
+DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}  # of a table
 FIGURES = METRICS | {"feature_error": "feature error ↓"}  # of what was made by looking at the encoder again
 IMAGE_SIZE = 224  # of the study's images, and of those that most networks were trained with
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the pixels, which encoders are normalised by
@@ -30,15 +31,13 @@ class Protocol(NamedTuple):
 
     name: str
     squeezed: bool  # images are resized to 256×256; else their shorter side is 256, and their shape stays
-    normalized_target: (
-        bool  # loss and metrics see the ImageNet-normalised image, the metrics clipped to [0, 1]
-    )
+    # Loss and metrics see the ImageNet-normalised image, the metrics clipped to [0, 1].
+    normalized_target: bool
     ssim_window: dict  # options of scikit-image's structural_similarity
     lowest_lr: float  # that a plateau of the validation loss can lead to
     vit_shift: int  # blocks between the named one and the one whose features are taken, around all twelve
-    own_normalization: (
-        bool  # an encoder's input has the mean and deviation of its own training, else ImageNet's
-    )
+    # An encoder's input has the mean and deviation of its own training, else ImageNet's.
+    own_normalization: bool
 
 
 DOCUMENTED = Protocol(
