@@ -103,7 +103,7 @@ def resolve(data):
             return DIV2K_ROOT
         print(
             f"*** No --data and no {DIV2K_ROOT}: using the embedded SAMPLE, nine photographs in tiles. ***\n"
-            "*** For the study's data: --download (3.7 GB), or --data FOLDER with train/ and test/.  ***"
+            "*** For the study's data: train.py --download (3.7 GB), or --data FOLDER with its layout. ***"
         )
         return "sample"
     if data != "sample" and not Path(data).is_dir():

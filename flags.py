@@ -167,8 +167,9 @@ def train_parser(doc=None):
     freeze = "then fix batch norm's statistics; 0: never"
     add("--freeze-bn", type=whole_number, default=0, metavar="STEPS", help=freeze)
     add("--patience", type=positive_int, default=15, help="epochs without a better validation loss")
-    add("--mse-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
-    add("--lpips-weight", type=non_negative_float, default=0.5, help="of the loss; 0: not computed")
+    add("--mse-weight", type=non_negative_float, default=0.5, help="weight of MSE in the loss")
+    lpips = "weight of LPIPS in the loss; 0: not computed"
+    add("--lpips-weight", type=non_negative_float, default=0.5, help=lpips)
     add("--protocol", choices=list(PROTOCOLS), default="documented", help="published: the study's code")
     add("--seed", type=seed, default=42, help="of initialisation, order, crops and flips")
     running = parser.add_argument_group("running")

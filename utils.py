@@ -47,7 +47,8 @@ def run(main):
             sys.exit(fail(f"--compile: {str(error)[:200]}; leave it out, or install what it wants"))
         if not out_of_memory(error):
             raise
-        sys.exit(fail(f"out of memory; a smaller --batch-size or --width needs less ({str(error)[:80]})"))
+        less = "a smaller --batch-size needs less, or in training a smaller --width"
+        sys.exit(fail(f"out of memory; {less} ({str(error)[:80]})"))
 
 
 def fail(message):
