@@ -21,7 +21,9 @@ import utils
 from flags import parse_evaluate, parse_invert, parse_train
 
 REPOSITORY = Path(__file__).parent.parent
-NATURAL = REPOSITORY.parent / "shared" / "data" / "natural"
+NATURAL = REPOSITORY / "natural"
+if not NATURAL.is_dir():
+    NATURAL = REPOSITORY.parent / "shared" / "data" / "natural"
 
 
 @pytest.fixture(scope="session", autouse=True)
