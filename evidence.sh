@@ -6,16 +6,16 @@
 #                                         of one each, data 45 minutes, deep five and a half hours, published 27
 #                                         minutes, inversion 20
 #   bash evidence.sh loss layers          some of them
-#   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep and published have one, 42; inversion none)
+#   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep, natural and published have one, 42; inversion none)
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence
 #
-# It wants natural/ (README, "Results") and wide/ (docs/experiments.md) in this folder, and deep imagenet/ too
-# (docs/conclusions.md, "Method"). What was interrupted goes on where it stopped.
+# It wants natural/ and wide/ in this folder, and deep imagenet/ too: docs/natural.txt, wide.txt and imagenet.txt name
+# their photographs. What was interrupted goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 seeds=${SEEDS:-1 2 3}
 root=${RUNS:-runs/evidence}
-groups="loss decoders muon feedback weights layers data deep published inversion"
+groups="loss decoders muon feedback weights layers data deep natural published inversion"
 
 lowest() { # of the runs in these folders, the name of the one with the lowest validation loss
   python - "$@" << 'END'
@@ -61,7 +61,7 @@ compare() { # FOLDER FIRST OTHER…: how the others differ from the first, in FO
 mse="--mse-weight 1 --lpips-weight 0"
 fast="--config configs/fast.yaml --data natural"
 best="--config configs/best.yaml --optimizer adam --epochs 1 --data natural"
-deep="--config configs/best.yaml --optimizer adam --decoder residual --batch-size 8"
+by_adam="--config configs/best.yaml --optimizer adam --decoder residual --batch-size 8"
 
 loss() { # block1 and tconv, a minute and a half each
   train loss/hybrid 1e-2 $fast
@@ -104,7 +104,7 @@ weights() { # ImageNet's or random ones
 }
 
 layers() { # AlexNet, MSE, under a minute each: one convolution deep at four resolutions; one to five deep at 13×13
-  local rates="7e-4 2e-3" alexnet="$deep --crop 160 --kept-crops 4 --epochs 1 --data natural"
+  local rates="7e-4 2e-3" alexnet="$by_adam --crop 160 --kept-crops 4 --epochs 1 --data natural"
   train layers/conv1_55 "$rates" $alexnet --encoder torchvision/alexnet --layer features.1 --passes 2
   train layers/conv1_27 "$rates" $alexnet --encoder docs/pooled.py:by_2 --layer 2 --passes 4
   train layers/conv1_13 "$rates" $alexnet --encoder docs/pooled.py:by_4 --layer 2 --passes 7
@@ -119,7 +119,7 @@ layers() { # AlexNet, MSE, under a minute each: one convolution deep at four res
 }
 
 data() { # AlexNet features.10, MSE, as many steps of 80, 320, 640 and 3,082: 80 % of so many photographs
-  local all="$deep --encoder torchvision/alexnet --layer features.10 --crop 160 --epochs 3 --data wide --val-images 160"
+  local all="$by_adam --encoder torchvision/alexnet --layer features.10 --crop 160 --epochs 3 --data wide --val-images 160"
   train data/100 "7e-4 2e-3" $all --train-images 80 --kept-crops 64 --passes 77
   train data/400 "7e-4 2e-3" $all --train-images 320 --kept-crops 32 --passes 19
   train data/800 "7e-4 2e-3" $all --train-images 640 --kept-crops 16 --passes 10
@@ -127,16 +127,17 @@ data() { # AlexNet features.10, MSE, as many steps of 80, 320, 640 and 3,082: 80
   compare data data/3853 data/800 data/400 data/100
 }
 
-on_imagenet() { # RUN…, of wide
-  local run
+on() { # DATA RUN…: evaluates the runs on the test images of DATA, too
+  local data=$1 run
+  shift
   for run; do
-    if [[ -f $root/$run/imagenet/metrics.json ]]; then continue; fi
-    python evaluate.py --ckpt "$root/$run/seed42/best.pt" --data imagenet --out "$root/$run/imagenet"
+    if [[ -f $root/$run/$data/metrics.json ]]; then continue; fi
+    python evaluate.py --ckpt "$root/$run/seed42/best.pt" --data "$data" --out "$root/$run/$data"
   done
 }
 
 versus() { # NAME FIRST OTHER, runs of wide: how the other differs, on natural's test images and on imagenet
-  on_imagenet "$2" "$3"
+  on imagenet "$2" "$3"
   compare "$1/natural" "$2" "$3"
   compare "$1/imagenet" "$2/imagenet" "$3/imagenet"
 }
@@ -166,12 +167,28 @@ deep() { # by Adam and by Muon, and what is better there: MSE, wide's photograph
   train deep/muon/alexnet_conv3_residual 2e-3 $residual --encoder alexnet --layer conv3 --crop 160
   train deep/muon/vgg16_block4_crops 2e-3 $residual --layer block4 --crop 160 --kept-crops 4
   train deep/muon/vgg16_block5 2e-3 $kept vgg16 --layer block5
-  on_imagenet deep/muon/vgg16_block5
+  train deep/muon/alexnet_conv2 2e-3 $kept alexnet --layer conv2
+  train deep/muon/alexnet_conv4 2e-3 $kept alexnet --layer conv4
+  on imagenet deep/muon/{vgg16_block5,alexnet_conv2,alexnet_conv4}
   versus deep/vgg16_block2_residual deep/muon/vgg16_block2{,_residual}
   versus deep/vgg16_block3_residual deep/muon/vgg16_block3{,_residual}
   versus deep/alexnet_conv1_residual deep/muon/alexnet_conv1{,_residual}
   versus deep/alexnet_conv3_residual deep/muon/alexnet_conv3{,_residual}
   versus deep/vgg16_block4_crops deep/muon/vgg16_block4{,_crops}
+}
+
+natural() { # by Muon, on natural's 640 photographs as many steps as deep has on wide's 3,082
+  local seeds=42 name data kept="--config configs/best.yaml --data natural --decoder residual --batch-size 8"
+  kept+=" --passes 10 --epochs 8 --kept-crops 4"
+  train natural/vgg16_block4_crops 2e-3 $kept --layer block4 --crop 160
+  train natural/vgg16_block5 2e-3 $kept --layer block5 --crop 192
+  train natural/alexnet_conv5 2e-3 $kept --encoder alexnet --layer conv5 --crop 192
+  for name in vgg16_block4_crops vgg16_block5 alexnet_conv5; do
+    for data in natural imagenet; do
+      on $data {deep/muon,natural}/$name
+      compare natural/$name/$data/compare {deep/muon,natural}/$name/$data
+    done
+  done
 }
 
 published() { # the study's own recipe and code, one seed

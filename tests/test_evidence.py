@@ -70,7 +70,7 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     runs = tmp_path / "runs"
     made = {args.out for args in trained}
     measured = {args.out or os.path.dirname(args.ckpt) for args in evaluated}
-    assert len(measured) == len(evaluated) == 3 * (3 + 2 + 3 + 4 + 1 + 8 + 4) + 2 * 20 + 1
+    assert len(measured) == len(evaluated) == 3 * (3 + 2 + 3 + 4 + 1 + 8 + 4) + 2 * 22 + 3 * 4 + 1
     tried = {out for out in made if "/rates/" in out}
     assert {os.path.dirname(args.ckpt) for args in evaluated} == made - tried
     for args in compared:
@@ -82,13 +82,13 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
         (0.002, seed, "residual") for seed in (1, 2, 3)
     }
     by_muon = {args.out for args in trained if args.optimizer == "muon"}
-    assert by_muon == {out for out in made if "/muon/" in out or "/feedback/block" in out}
-    assert len(by_muon) == (4 + 9) + (12 + 12) + 13
+    assert by_muon == {out for out in made if re.search("/muon/|/feedback/block|/natural/", out)}
+    assert len(by_muon) == (4 + 9) + (12 + 12) + 15 + 3
     inverted = [parse_invert(flags) for program, flags in calls if program == "invert.py"]
     assert len({args.out for args in inverted}) == len(inverted) == 8 + 8
     for args in inverted:
         assert args.encoder or Path(REPOSITORY, args.ckpt).exists()
-    again, calls = evidence("decoders", "deep", "inversion")
+    again, calls = evidence("decoders", "deep", "natural", "inversion")
     assert again.returncode == 0 and not [flags for program, flags in calls if "--ckpt" in flags]
 
 
@@ -115,7 +115,7 @@ def test_the_pretrained_decoders_are_what_it_trains(evidence, tmp_path):
 def test_an_unknown_group(evidence):
     result, calls = evidence("loss", "losses")
     assert (result.returncode, calls) == (2, [])
-    names = "loss decoders muon feedback weights layers data deep published inversion"
+    names = "loss decoders muon feedback weights layers data deep natural published inversion"
     assert result.stderr == f"error: losses: is none of {names}\n"
 
 
