@@ -43,7 +43,7 @@ def build_decoder(decoder, shape, width=None, seed=42, **options):
 
     Kaiming initialisation (paper 3.3.4) as PyTorch's own layers have it, uniform within ±1/√fan, but with a
     fan of 16 C for transposed convolutions, where PyTorch counts 16 times the channels that come out and an
-    output pixel sees 4 C (docs/conclusions.md). width: the decoder's main number of channels; options: those
+    output pixel sees 4 C (docs/further.md). width: the decoder's main number of channels; options: those
     of FeedbackDecoder; each the decoder's own where None. Raises UserError for an unknown name.
     """
     if decoder not in DECODERS:

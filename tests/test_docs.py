@@ -1,0 +1,35 @@
+"""What the Markdown files link to is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+PAGES = sorted(path for folder in ("", "docs", "pretrained") for path in (REPOSITORY / folder).glob("*.md"))
+
+
+def anchors(page):
+    """What GitHub calls the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        there = page.parent / name if name else page
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link
+
+
+def test_files_of_the_readme_are_there():
+    """Each **file.py** that "How it works" names is there, and each file that is there is named."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("### How it works")[1].split("###")[0]
+    named = set(re.findall(r"\*\*(\w+\.py)\*\*", text))
+    assert named == {Path(path).name for path in REPOSITORY.glob("*.py")}
