@@ -58,9 +58,11 @@ class Images:
     def __getitem__(self, which):
         """The central side×side of the images in a slice or a list of numbers: uint8 (B, side, side, 3)."""
         numbers = range(len(self))[which] if isinstance(which, slice) else which
-        if not len(numbers):
-            return torch.empty(0, self.side, self.side, 3, dtype=torch.uint8)
-        return torch.stack([center(self.image(number)[None], self.side)[0] for number in numbers])
+        shape = (len(numbers), self.side, self.side, 3)
+        pixels = torch.empty(shape, dtype=torch.uint8, device=self.sizes.device)
+        for place, number in enumerate(numbers):
+            pixels[place] = center(self.image(number)[None], self.side)[0]
+        return pixels
 
     def image(self, number):
         """One image, uint8 (H, W, 3): mapped into memory, read where it is used, and held by no one else."""
@@ -116,7 +118,7 @@ def resolve(data):
 def image_files(folder):
     """The image files in `folder` and the folders in it, sorted by path; hidden ones are left out.
 
-    Raises OSError for a folder that cannot be read.
+    Raises OSError for a folder that cannot be read, and UserError for a name that no text file can hold.
     """
 
     def refuse(error):
@@ -131,8 +133,17 @@ def image_files(folder):
         folders[:] = [name for name in folders if name[0] != "."]
         for name in files:
             if name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS:
+                check_name(os.path.join(place, name))
                 found.append(Path(place, name))
     return sorted(found)
+
+
+def check_name(path):
+    """Raise UserError for a file's name in another encoding than UTF-8: results name the images."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{ascii(str(path))}: its name is not UTF-8; rename it") from None
 
 
 def side_of(size):
@@ -325,7 +336,8 @@ def crops(images, index, tops, lefts, flips, size=IMAGE_SIZE):
     if images.resident is None:
         places = zip(index.tolist(), tops.tolist(), lefts.tolist(), strict=True)
         batch = torch.stack(
-            [images.image(i)[top : top + size, left : left + size] for i, top, left in places]
+            # a copy: each image that is mapped into memory is an open file for as long as it is looked at
+            [images.image(i)[top : top + size, left : left + size].clone() for i, top, left in places]
         )
         batch = torch.where(flips[:, None, None, None], batch.flip(2), batch)
     else:  # a GPU gathers them all at once

@@ -32,6 +32,7 @@ def picture_files(paths):
                 )
             files += found
         elif path.exists():
+            data.check_name(path)
             files.append(path)
         else:
             raise UserError(f"--images {path}: no such file or folder")

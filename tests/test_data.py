@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import resource
 import shutil
 import zlib
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torchvision.transforms import functional as tv
 
 import data
 from metrics import target
+from reconstruct import picture_files
 from study import PROTOCOLS, PUBLISHED_CODE
 from utils import UserError
 
@@ -128,6 +130,29 @@ def test_interrupted_build_goes_on(own_photos, decoded, tmp_path, monkeypatch):
     for name, pixels in zip(train.names, train[:], strict=True):
         with Image.open(own_photos / "train" / name) as image:
             assert np.array_equal(pixels, np.asarray(image))  # it is 256×256 already
+
+
+def test_more_images_than_files_may_be_open(photos):
+    images = data.load_split(str(photos), "train")
+    many = [number % len(images) for number in range(300)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, limits[1]))
+    try:
+        pixels = images[many]
+        zero = torch.zeros(300, dtype=torch.int64)
+        batch = data.crops(images, torch.tensor(many), zero, zero, zero.bool(), 32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert torch.equal(pixels[299], images.image(299 % len(images)))
+    assert torch.equal(batch[299], pixels[299, :32, :32].permute(2, 0, 1) / 255)
+
+
+def test_a_name_that_is_no_text_is_named(own_photos):
+    os.rename(own_photos / "train" / "00.png", os.fsencode(own_photos / "train") + b"/caf\xe9.png")
+    with pytest.raises(UserError, match="udce9.png': its name is not UTF-8"):
+        data.load_split(str(own_photos), "train")
+    with pytest.raises(UserError, match="its name is not UTF-8"):
+        picture_files([os.fsdecode(os.fsencode(own_photos / "train") + b"/caf\xe9.png")])
 
 
 def test_what_a_split_holds_does_not_grow_with_its_pixels(own_photos, tmp_path):
