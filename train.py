@@ -207,8 +207,11 @@ def gradients(model, images, features, loss, optimizer, clip):
     """Give each parameter its gradient, or what Muon makes of it; arguments and result are train_step's."""
     *earlier, output = model(images, features, each=True)
     terms = loss(output, images, earlier)
+    total = terms["loss"].mean()
+    if isinstance(model, DistributedDataParallel):  # it wants a gradient, if 0, of every parameter
+        total = total + 0 * sum(image.sum() for image in earlier)
     optimizer.zero_grad()
-    terms["loss"].mean().backward()
+    total.backward()
     if clip:
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
     if isinstance(optimizer, Muon):

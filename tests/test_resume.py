@@ -402,6 +402,17 @@ def test_two_gloo_processes(photos, tmp_path):
         assert results[0][name] == pytest.approx(results[1][name], abs=1e-5)
 
 
+def test_two_processes_and_a_decoder_part_of_which_has_no_gradient(photos, tmp_path):
+    """Without MSE a step that begins with what a round made leaves the head of `feedback` out."""
+    flags = ["--data", photos, "--out", tmp_path, "--decoder", "feedback", "--width", 8, "--crop", 64]
+    flags += ["--mse-weight", 0, "--lpips-weight", 1, "--epochs", 1, "--passes", 4, "--val-images", 1]
+    command = [str(part) for part in [*LAUNCH, "train.py", *flags, "--batch-size", 2, "--device", "cpu"]]
+    options = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True}
+    done = subprocess.run(command, timeout=300, **options)
+    assert done.returncode == 0, done.stderr
+    assert "best: epoch 1" in done.stdout
+
+
 def test_second_signal_ends_at_once():
     code = (
         "import os, signal, time, torch\n"
