@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -73,10 +74,13 @@ def result_rows(runs):
 
 def refuse_another(results, others, folder):
     """Raise Damaged where metrics.json in `folder` is not that of another seed of the same."""
-    for name in (*results["config"], "data", "protocol"):
-        a, b = (found["config"].get(name, found.get(name)) for found in (results, others))
-        if a != b and name not in ("seed", "out", "tf32"):  # older runs know nothing of the last
+    for name in results["config"]:
+        a, b = (found["config"].get(name) for found in (results, others))
+        if a != b and name not in ("seed", "out", "device", "tf32"):  # older runs know nothing of the last
             raise Damaged(f"{folder.name}: {name} is {b}, of another seed {a}")
+    for name, same in (("data", same_data), ("protocol", operator.eq)):  # of the test images
+        if not same(others[name], results[name]):
+            raise Damaged(f"{folder.name}: {name} is {others[name]}, of another seed {results[name]}")
 
 
 def over_seeds(rows):
@@ -290,7 +294,7 @@ def note_below(rows, baselines):
 def label_data(rows):
     """Have the column `data` name each folder as shortly as tells it from the others."""
     sources = {row["data"] for row in rows if "data" in row}
-    labels = {}
+    labels = {source: source for source in sources}  # `.` has no parts
     for source in sources:
         parts = Path(source).parts
         others = [other for other in sources if not same_data(source, other)]

@@ -84,6 +84,17 @@ def test_seeds_are_one_row_with_their_deviation(runs, tmp_path):
     assert (tmp_path / "grid.png").exists()  # of the first seed
 
 
+def test_seeds_are_of_any_device_and_of_the_same_test_images(runs, tmp_path):
+    found = json.loads((runs / NAMES[0] / "metrics.json").read_text())
+    for seed, more in ((1, {}), (2, {"device": "cuda:1"})):
+        copied(runs, tmp_path / "a" / f"seed{seed}", config=found["config"] | {"seed": seed} | more)
+    for seed, source in ((1, found["data"]), (2, "/other")):
+        copied(runs, tmp_path / "b" / f"seed{seed}", config=found["config"] | {"seed": seed}, data=source)
+    notes = {row["experiment"]: row["note"] for row in results.result_rows(tmp_path)}
+    assert notes["a"].startswith("2 seeds")
+    assert notes["b"] == f"seed2: data is /other, of another seed {found['data']}"
+
+
 def test_published_numbers_go_by_configuration_not_by_name(runs, tmp_path):
     config = json.loads((runs / NAMES[0] / "metrics.json").read_text())["config"]
     copied(runs, tmp_path / "mine")  # experiment 1 under another name
@@ -101,10 +112,11 @@ def test_published_numbers_go_by_configuration_not_by_name(runs, tmp_path):
 
 
 def test_data_are_named_as_shortly_as_tells_them_apart(runs, tmp_path):
-    for name, source in (("a", "/one/photos"), ("b", "/two/photos"), ("c", "/one/natural"), ("d", "sample")):
+    sources = {"a": "/one/photos", "b": "/two/photos", "c": "/one/natural", "d": "sample", "e": "."}
+    for name, source in sources.items():
         copied(runs, tmp_path / name, data=source)
     labels = {row["experiment"]: row.get("data") for row in results.result_rows(tmp_path)}
-    assert [labels[name] for name in "abcd"] == ["one/photos", "two/photos", "natural", "sample"]
+    assert [labels[name] for name in "abcde"] == ["one/photos", "two/photos", "natural", "sample", "."]
 
 
 def test_folder_that_is_not_there(tmp_path, run_evaluate, error_line):
