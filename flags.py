@@ -109,6 +109,11 @@ def check_weights(args):
         raise UserError("--weights random: a FILE.py's function decides that; leave it out, or give a file")
     if all(own) and args.weights == "imagenet":
         args.weights = "own"
+    sources = args.weights.split("+")
+    if len(sources) != len(own):
+        sources = [args.weights] * len(own)
+    if any(source == "own" and not mine for source, mine in zip(sources, own, strict=True)):
+        raise UserError("--weights own: what a FILE.py's function gives; here imagenet, random or a file")
     if args.std and min(args.std) <= 0:
         raise UserError(f"--std {args.std}: images are divided by it; give three numbers above 0")
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from flags import check_encoder
 from study import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
-from utils import UserError
+from utils import UserError, digest
 from weights import official
 
 
@@ -56,8 +57,9 @@ def build_network(name):
 def own_network(file, function):
     """What `function` of the Python file returns, a user's own nn.Module. Raises UserError."""
     name = f"--encoder {file}:{function}"
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    spec = importlib.util.spec_from_file_location(f"own_{digest(file)}", file)  # no name that is taken
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look
     try:
         spec.loader.exec_module(module)
         net = getattr(module, function)()

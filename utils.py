@@ -256,7 +256,7 @@ def select_device(name):
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         here = torch.cuda.device_count()
         raise UserError(f"--device {name}: this machine has {here} CUDA devices; use --device cpu")
-    if device.index is not None:
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where graphs are recorded, too
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False

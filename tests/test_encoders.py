@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import families
@@ -16,6 +17,7 @@ from conftest import REPOSITORY
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
+import data
 import encoders
 import models
 import networks
@@ -272,6 +274,9 @@ def test_a_file_without_a_weight_or_of_no_weights_is_one_line(tmp_path):
     with pytest.raises(UserError, match="has no layer1.1.bn2.bias"):
         Encoder("torchvision/resnet18", "layer2", str(tmp_path / "x.pth"))
     Encoder("torchvision/resnet18", "layer1.0", str(tmp_path / "x.pth"))  # needs none behind
+    torch.save({0: state["conv1.weight"]}, tmp_path / "numbers.pth")
+    with pytest.raises(UserError, match="not a state dict"):
+        Encoder("torchvision/resnet18", "layer1", str(tmp_path / "numbers.pth"))
     (tmp_path / "x.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="not a safetensors file"):
         Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.safetensors"))
@@ -391,6 +396,11 @@ def test_flags_of_ones_own_network(own, photos, tmp_path, run_train, run_invert,
     for more, message in (
         (("--weights", "random"), "a FILE.py's function decides that"),
         (("--weights", "imagenet", "--std", "1,0,1"), "give three numbers above 0"),
+        (("--weights", "own", "--encoder", "vgg16", "--layer", "block1"), "--weights own: what a FILE.py"),
+        (
+            ("--weights", "own", "--encoder", f"{own}:build+vgg16", "--layer", "first.0+block1"),
+            "--weights own: what a FILE.py's function gives; here imagenet, random or a file",
+        ),
         (("--mean", "0.5,0.5"), "is not three numbers"),
         (("--mean", "0,0,0", "--protocol", "published"), "--protocol published has ImageNet's"),
         (("--input-size", 16), "LPIPS wants at least"),
@@ -402,6 +412,25 @@ def test_flags_of_ones_own_network(own, photos, tmp_path, run_train, run_invert,
     assert run_invert(*flags, "--input-size", 64, "--steps", 1, "--count", 2, "--out", tmp_path / "b") == 0
     about = json.loads((tmp_path / "b" / "inversion.json").read_text())
     assert (about["weights"], about["input_size"]) == ("own", 64)
+    assert run_invert(*flags, "--steps", 1, "--count", 2, "--out", tmp_path / "b") == 2
+    assert "is the result of another input_size" in error_line()
+
+
+def test_a_file_with_a_dataclass(tmp_path):
+    """Which looks for its module by name, where its annotations are strings."""
+    path = tmp_path / "data.py"  # a name that is taken
+    path.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from torch import nn\n"
+        "@dataclass\n"
+        "class Config:\n"
+        "    width: int = 4\n"
+        "def build():\n"
+        "    return nn.Conv2d(3, Config().width, 3)\n"
+    )
+    assert networks.own_network(path, "build").out_channels == 4
+    assert sys.modules["data"] is data
 
 
 def test_another_file_is_another_encoder(own, tmp_path):

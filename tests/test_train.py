@@ -21,7 +21,7 @@ from encoders import Encoder
 from metrics import LPIPS, Loss
 from models import build_inverter, load_inverter
 from study import DEFINING, PUBLISHED_CODE
-from utils import load
+from utils import load, select_device
 
 
 def history(out):
@@ -324,6 +324,10 @@ def test_out_that_is_not_writable(photos, tmp_path, run_train, error_line):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_the_only_cpu_by_its_number():
+    assert select_device("cpu:0").type == "cpu"
+
+
 def test_cuda_without_cuda(photos, tmp_path, run_train, error_line):
     assert run_train("--data", photos, "--out", tmp_path, "--device", "cuda") == 2
     assert "0 CUDA devices" in error_line()
