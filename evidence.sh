@@ -44,8 +44,10 @@ train() {
     run=$root/$name/seed$seed
     if [[ -f $run/metrics.json ]]; then continue; fi
     if [[ $seed == "$first" && -d $tried/$rate && ! -d $run ]]; then
+      rm -rf "$run.part" # what was interrupted
       mkdir -p "$root/$name"
-      cp -r "$tried/$rate" "$run"
+      cp -r "$tried/$rate" "$run.part"
+      mv "$run.part" "$run"
     fi
     python train.py "$@" --lr "$rate" --seed "$seed" --out "$run" --resume
     python evaluate.py --ckpt "$run/best.pt"
@@ -132,6 +134,7 @@ on() { # DATA RUN…: evaluates the runs on the test images of DATA, too
   shift
   for run; do
     if [[ -f $root/$run/$data/metrics.json ]]; then continue; fi
+    rm -rf "${root:?}/$run/$data" # what was interrupted
     python evaluate.py --ckpt "$root/$run/seed42/best.pt" --data "$data" --out "$root/$run/$data"
   done
 }

@@ -97,7 +97,7 @@ def main(args):
 def from_noise(args):
     """(encoder, no decoder, what the results are of, folder for them) of --encoder, --layer and --weights."""
     about = {"encoder": args.encoder, "layer": args.layer, "weights": args.weights}
-    about |= {name: getattr(args, name) for name in INPUT if getattr(args, name)}
+    about |= {name: getattr(args, name) for name in INPUT}
     encoder = build_encoder(**about)
     about |= {"start": "noise", "data": data.resolve(args.data)}
     name = f"noise_{re.sub('[/:]', '_', args.encoder)}_{args.layer}"
