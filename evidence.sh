@@ -184,9 +184,8 @@ natural() { # by Muon, on natural's 640 photographs as many steps as deep has on
   local seeds=42 name data kept="--config configs/best.yaml --data natural --decoder residual --batch-size 8"
   kept+=" --passes 10 --epochs 8 --kept-crops 4"
   train natural/vgg16_block4_crops 2e-3 $kept --layer block4 --crop 160
-  train natural/vgg16_block5 2e-3 $kept --layer block5 --crop 192
   train natural/alexnet_conv5 2e-3 $kept --encoder alexnet --layer conv5 --crop 192
-  for name in vgg16_block4_crops vgg16_block5 alexnet_conv5; do
+  for name in vgg16_block4_crops alexnet_conv5; do
     for data in natural imagenet; do
       on $data {deep/muon,natural}/$name
       compare natural/$name/$data/compare {deep/muon,natural}/$name/$data
@@ -209,7 +208,7 @@ invert() { # NAME FLAGS…: pixels whose features are those of four test images,
 inversion() { # from what pretrained/ makes of the features, and from noise
   local layer rate
   for layer in vgg16_block{1,2,3,4,5} alexnet_conv{1,3,5}; do
-    rate="--lr 0.02" # by validation images, as those that follow
+    rate="--lr 0.02" # by validation images (docs/conclusions.md), but for block5's
     if [[ $layer == vgg16_block1 ]]; then rate="--lr 0.002 --tv-weight 0.01"; fi
     if [[ $layer == *[345] ]]; then rate="--lr 0.005"; fi
     invert "$layer" --ckpt "pretrained/$layer.pt" $rate
