@@ -3,10 +3,11 @@
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
 #                                         loss, decoders and weights an hour, feedback another, muon and layers half
-#                                         of one each, data 45 minutes, deep five and a half hours, published 27
-#                                         minutes, inversion 20
+#                                         of one each, data 45 minutes, deep six hours, natural 50 minutes, published
+#                                         27, inversion 20
 #   bash evidence.sh loss layers          some of them
-#   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep, natural and published have one, 42; inversion none)
+#   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep, natural and published have one, 42;
+#                                         inversion none)
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence
 #
 # It wants natural/ and wide/ in this folder, and deep imagenet/ too: docs/natural.txt, wide.txt and imagenet.txt name
@@ -180,7 +181,7 @@ deep() { # by Adam and by Muon, and what is better there: MSE, wide's photograph
   versus deep/vgg16_block4_crops deep/muon/vgg16_block4{,_crops}
 }
 
-natural() { # by Muon, on natural's 640 photographs as many steps as deep has on wide's 3,082
+natural() { # by Muon, on natural's 640 photographs as many steps as deep, which it wants, has on wide's 3,082
   local seeds=42 name data kept="--config configs/best.yaml --data natural --decoder residual --batch-size 8"
   kept+=" --passes 10 --epochs 8 --kept-crops 4"
   train natural/vgg16_block4_crops 2e-3 $kept --layer block4 --crop 160
