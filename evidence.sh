@@ -122,7 +122,8 @@ layers() { # AlexNet, MSE, under a minute each: one convolution deep at four res
 }
 
 data() { # AlexNet features.10, MSE, as many steps of 80, 320, 640 and 3,082: 80 % of so many photographs
-  local all="$by_adam --encoder torchvision/alexnet --layer features.10 --crop 160 --epochs 3 --data wide --val-images 160"
+  local all="$by_adam --encoder torchvision/alexnet --layer features.10 --crop 160 --epochs 3 --data wide"
+  all+=" --val-images 160"
   train data/100 "7e-4 2e-3" $all --train-images 80 --kept-crops 64 --passes 77
   train data/400 "7e-4 2e-3" $all --train-images 320 --kept-crops 32 --passes 19
   train data/800 "7e-4 2e-3" $all --train-images 640 --kept-crops 16 --passes 10
