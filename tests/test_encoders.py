@@ -313,8 +313,14 @@ def test_encoders_may_have_weights_of_their_own(image):
 
 @pytest.mark.parametrize("fusion", ["concat", "weighted", "attention"])
 def test_sources_are_weighed(fusion):
+    """Before a decoder that gives back what it gets."""
+
+    class Same(nn.Module):
+        def forward(self, z, size):
+            return z
+
     z = torch.rand(2, 5, 4, 4)
-    fused = Fused(nn.Identity(), [2, 3], fusion)
+    fused = Fused(Same(), [2, 3], fusion)
     fused.deviation.copy_(torch.tensor([2.0, 4.0]))
     parts = z[:, :2] / 2, z[:, 2:] / 4
     if fusion == "attention":
