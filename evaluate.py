@@ -58,6 +58,7 @@ from utils import (
     RESULTS,
     UserError,
     disable_bars,
+    evenly_spaced,
     keep_freed_memory,
     make_folder,
     refuse_other_results,
@@ -70,6 +71,7 @@ from utils import (
 )
 
 SSIM_WAITS = 16  # batches at most whose SSIM a GPU does not wait for
+PICTURES = 1000  # at most, of all images, are kept to be drawn: 300 MB
 
 
 class Evaluation(NamedTuple):
@@ -77,8 +79,7 @@ class Evaluation(NamedTuple):
 
     values: dict  # {"psnr" (dB), "ssim", "lpips": float64 (N,)}
     iterates: list  # the same and "feature_error", of what was there after each iteration; empty without any
-    targets: torch.Tensor  # the images as the metrics saw them, as uint8 pixels (N, 224, 224, 3)
-    outputs: torch.Tensor  # the reconstructions that were measured, likewise
+    pictures: dict  # {number of an image: (what the metrics saw, its reconstruction), uint8 (224, 224, 3)}
 
 
 def evaluate(args):
@@ -131,9 +132,12 @@ def evaluate(args):
             raise UserError(f"{source}: one test image; feature errors are divided by the distance of two")
         scale = mean_pairwise_distance(inverter.encoder, images[:100])
     refuse_other_results(out, RESULTS, about)
-    found = evaluate_model(inverter, images[rank::world], args.batch_size, bars, protocol, scale)
+    if len(images) < world:
+        raise UserError(f"{source}: {len(images)} test images for {world} processes; start no more than that")
+    part = data.subset(images, list(range(rank, len(images), world)))
+    found = evaluate_model(inverter, part, args.batch_size, bars, protocol, scale, PICTURES // world)
     if world > 1:
-        found = gather(found, len(images.names))
+        found = gather(found, len(images))
     if rank == 0:
         milliseconds = time_inference(inverter, images[:1])
         write_evaluation(found, images.names, inverter, checkpoint, source, milliseconds, make_folder(out))
@@ -148,21 +152,27 @@ def iterations_of(inverter):
 
 
 @torch.no_grad()
-def evaluate_model(inverter, pixels, batch_size=4, bars=None, protocol=DOCUMENTED, scale=None):
-    """Reconstruct and measure the central 224×224 of `pixels`, uint8 (N, 256, 256, 3): an Evaluation.
+def evaluate_model(
+    inverter, images, batch_size=4, bars=None, protocol=DOCUMENTED, scale=None, pictures=PICTURES
+):
+    """Reconstruct and measure the central 224×224 of `images`: an Evaluation.
 
-    Where the inverter is, it computes; bars: tqdm's `disable`; protocol: that of the training. scale: what
-    feature errors are divided by; with it each iteration is measured.
+    images: data.Images, of which a batch at a time is read, or uint8 (N, 256, 256, 3). Where the inverter is,
+    it computes; bars: tqdm's `disable`; protocol: that of the training. scale: what feature errors are
+    divided by; with it each iteration is measured. pictures: of how many images, evenly spaced, pixels are
+    kept.
     """
     lpips = LPIPS().to(inverter.device)
     parts = []  # of each batch, the values after each iteration
     waiting = []  # of those, the ones whose SSIM the CPU may still compute
     most = 1 if inverter.device.type == "cpu" else SSIM_WAITS
-    targets, outputs = [], []
+    drawn = set(evenly_spaced(len(images), pictures))
+    pictures = {}
     inverter.eval()
-    with tqdm(None, "Evaluating", len(pixels), unit="image", disable=bars) as bar:
-        for part in pixels.split(batch_size):
-            batch = data.center_crops(part, inverter.size).to(inverter.device)
+    with tqdm(None, "Evaluating", len(images), unit="image", disable=bars) as bar:
+        for first in range(0, len(images), batch_size):
+            pixels = images[first : first + batch_size]
+            batch = data.center_crops(pixels, inverter.size).to(inverter.device)
             features = inverter.encode(batch)
             wanted = target(batch, protocol).clamp(0, 1)
             parts.append([])
@@ -175,15 +185,18 @@ def evaluate_model(inverter, pixels, batch_size=4, bars=None, protocol=DOCUMENTE
                 waiting.append(values)
                 if len(waiting) >= most:
                     await_ssim(waiting)
-            targets.append(to_pixels(wanted))
-            outputs.append(to_pixels(output))
+            pairs = zip(to_pixels(wanted), to_pixels(output), strict=True)
+            for number, pair in enumerate(pairs, first):
+                if number in drawn:
+                    pictures[number] = [pixels.clone() for pixels in pair]  # without the rest of the batch
             bar.update(len(batch))
     await_ssim(waiting)
     iterates = []
     for same in zip(*parts, strict=True):  # batches after as many iterations
         iterates.append({name: np.concatenate([values[name] for values in same]) for name in same[0]})
     values = {name: iterates[-1][name] for name in METRICS}
-    return Evaluation(values, iterates if scale else [], torch.cat(targets), torch.cat(outputs))
+    iterates = iterates if scale else []
+    return Evaluation(values, iterates, pictures)
 
 
 def await_ssim(waiting):
@@ -210,13 +223,13 @@ def gather(found, count):
     """Put together what each process measured; process r has images r, r + world, …"""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, found)
-    targets, outputs = torch.empty((2, count, *found.outputs.shape[1:]), dtype=torch.uint8)
-    for rank, part in enumerate(parts):
-        targets[rank :: len(parts)] = part.targets
-        outputs[rank :: len(parts)] = part.outputs
     values = interleave([part.values for part in parts], count)
     iterates = [interleave(same, count) for same in zip(*(part.iterates for part in parts), strict=True)]
-    return Evaluation(values, iterates, targets, outputs)
+    pictures = {}
+    for rank, part in enumerate(parts):
+        for number, pair in part.pictures.items():
+            pictures[rank + number * len(parts)] = pair
+    return Evaluation(values, iterates, dict(sorted(pictures.items())))
 
 
 def interleave(parts, count):
@@ -249,9 +262,9 @@ def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, o
     numbers.unlink(missing_ok=True)
     rows = zip(names, *(values[name].tolist() for name in METRICS), strict=True)
     write_csv(per_image, ("image", *METRICS), rows)
-    draw_reconstructions(found.targets, found.outputs, names, values["psnr"], reconstructions, label)
+    draw_reconstructions(found.pictures, names, values["psnr"], reconstructions, label)
     draw_histograms(values, histograms)
-    write_samples(found.targets, found.outputs, samples)
+    write_samples(found.pictures, samples)
     if found.iterates:
         draw_iterations(found.iterates, iterations, inverter.core.trained)
         about["iterations"] = len(found.iterates) - 1

@@ -52,16 +52,20 @@ def draw_grid(rows, path):
     save_figure(figure, path)
 
 
-def draw_reconstructions(targets, outputs, names, psnr, path, label="original"):
-    """Target, reconstruction and 5× difference of six of the images, uint8 (N, H, W, 3), by PSNR.
+def draw_reconstructions(pictures, names, psnr, path, label="original"):
+    """Target, reconstruction and 5× difference of six of the images, by PSNR.
 
-    label: of the row of targets.
+    pictures: {number of an image: (target, reconstruction), uint8 (H, W, 3)}; names, psnr: those of all N
+    images. label: of the row of targets.
     """
     rows = {label: [], "reconstruction": [], "5 × difference": []}
-    for i in from_worst_to_best(psnr):
-        rows[label].append((to_picture(targets[i]), names[i][:24]))
-        rows["reconstruction"].append((to_picture(outputs[i]), f"{psnr[i]:.2f} dB"))
-        rows["5 × difference"].append((to_picture(difference(targets[i], outputs[i])), ""))
+    numbers = list(pictures)
+    for place in from_worst_to_best(psnr[numbers]):
+        number = numbers[place]
+        target, output = pictures[number]
+        rows[label].append((to_picture(target), names[number][:24]))
+        rows["reconstruction"].append((to_picture(output), f"{psnr[number]:.2f} dB"))
+        rows["5 × difference"].append((to_picture(difference(target, output)), ""))
     draw_grid(rows, path)
 
 
@@ -89,16 +93,19 @@ def draw_iterations(iterates, path, trained):
     save_figure(figure, path)
 
 
-def write_samples(targets, outputs, path, count=24):
-    """A zip of `count` evenly spaced test images and reconstructions, uint8 (N, H, W, 3), for the page.
+def write_samples(pictures, path, count=24):
+    """A zip of `count` evenly spaced ones of `pictures`, {number: (target, reconstruction)}, for the page.
 
-    The members are N-original.jpg and N-reconstruction.jpg, N being the image's row in per_image.csv, from 0
-    (report.py reads them).
+    The members are N-original.jpg and N-reconstruction.jpg, N being the image's number, its row in
+    per_image.csv, from 0 (report.py reads them).
     """
+    numbers = list(pictures)
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for i in evenly_spaced(len(targets), count):
-            for kind, pixels in (("original", targets[i]), ("reconstruction", outputs[i])):
-                with archive.open(f"{i:05}-{kind}.jpg", "w") as file:  # with full colour, for 5× differences
+        for place in evenly_spaced(len(numbers), count):
+            number = numbers[place]
+            for kind, pixels in zip(("original", "reconstruction"), pictures[number], strict=True):
+                # with full colour, for 5× differences
+                with archive.open(f"{number:05}-{kind}.jpg", "w") as file:
                     to_picture(pixels).save(file, "JPEG", quality=90, subsampling=0)
 
 

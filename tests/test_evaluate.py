@@ -168,6 +168,34 @@ def test_samples_for_the_page(pairs, trained, tmp_path, run_evaluate):
             assert np.abs(error).mean() < 0.02
 
 
+def test_many_images_are_never_held_at_once(trained, tmp_path, run_evaluate, monkeypatch):
+    """A batch is read at a time, and only so many images' pixels are kept for the pictures."""
+    read = []
+    real = data.Images.__getitem__
+
+    def counted(images, which):
+        pixels = real(images, which)
+        read.append(len(pixels))
+        return pixels
+
+    monkeypatch.setattr(data.Images, "__getitem__", counted)
+    monkeypatch.setattr(evaluate, "PICTURES", 2)
+    flags = ("--ckpt", trained / "best.pt", "--out", tmp_path, "--batch-size", 1, "--quiet")
+    assert run_evaluate(*flags) == 0
+    assert read == [1, 1, 1, 1]  # the last to be timed
+    with zipfile.ZipFile(tmp_path / "reconstructions.zip") as archive:
+        kinds = ("original", "reconstruction")
+        assert archive.namelist() == [f"{i:05}-{kind}.jpg" for i in (0, 2) for kind in kinds]
+    assert len((tmp_path / "per_image.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_more_processes_than_test_images(trained, tmp_path, run_evaluate, error_line, monkeypatch):
+    monkeypatch.setattr(evaluate, "start_processes", lambda device: (0, 4, device))
+    assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path / "out") == 2
+    assert "3 test images for 4 processes" in error_line()
+    assert not (tmp_path / "out").exists()
+
+
 def test_python_of_the_readme():
     """The lines under "Use from Python" run as they stand, on the sample."""
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import fuzz_inputs
 import kill_resume
@@ -388,7 +389,7 @@ def test_two_gloo_processes(photos, tmp_path):
     for name in TERMS:
         assert rows[-1][f"val_{name}"] == pytest.approx(val[name], abs=1e-5)
 
-    results = []
+    results, originals = [], []
     for prefix, out in ((LAUNCH, "two"), ([sys.executable], "one")):
         flags = ["evaluate.py", "--ckpt", tmp_path / "run" / "best.pt", "--out", tmp_path / out]
         flags += ["--device", "cpu"]
@@ -397,7 +398,10 @@ def test_two_gloo_processes(photos, tmp_path):
             command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True, timeout=300
         )
         results.append(json.loads((tmp_path / out / "metrics.json").read_text()))
-    assert results[0]["images"] == results[1]["images"] == 3
+        with zipfile.ZipFile(tmp_path / out / "reconstructions.zip") as archive:
+            originals.append([archive.read(name) for name in archive.namelist() if "original" in name])
+    assert results[0]["images"] == results[1]["images"] == len(originals[0]) == 3
+    assert originals[0] == originals[1]
     for name in ("psnr", "ssim", "lpips"):
         assert results[0][name] == pytest.approx(results[1][name], abs=1e-5)
 
