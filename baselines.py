@@ -11,7 +11,7 @@ from tqdm import tqdm
 import data
 from metrics import LPIPS, measure, summary, summary_table, target
 from study import DOCUMENTED, METRICS
-from utils import RESULTS, make_folder, refuse_other_results, write_csv, write_text
+from utils import make_folder, refuse_other_results, write_csv, write_text
 
 
 def constant_colour(targets, mean):
@@ -24,26 +24,26 @@ def mean_colour(targets, mean):
     return targets.mean((2, 3), keepdim=True).expand_as(targets)
 
 
-def thumbnail(height, width, targets, mean):
-    """Each reduced to height×width pixels, the size of a layer's map, and enlarged again."""
-    reduced = F.adaptive_avg_pool2d(targets, (height, width))
+def thumbnail(side, targets, mean):
+    """Each reduced to side×side pixels, the size of a layer's map, and enlarged again."""
+    reduced = F.adaptive_avg_pool2d(targets, (side, side))
     return F.interpolate(reduced, targets.shape[2:], mode="bicubic").clamp(0, 1)
 
 
-def thumbnail_name(height, width):
-    return f"thumbnail {height} × {width}"
+def thumbnail_name(side):
+    return f"thumbnail {side} × {side}"
 
 
 # Of the maps of the study's layers, from the deepest on: VGG16's, ResNet34's, ViT's and AlexNet's.
 SIDES = (6, 7, 13, 14, 27, 28, 56, 112)
 # By name, what makes images of targets, (B, 3, H, W) in [0, 1] both, and of all, their mean colour.
 COLOURS = {"constant colour": constant_colour, "mean colour": mean_colour}
-BASELINES = COLOURS | {thumbnail_name(side, side): partial(thumbnail, side, side) for side in SIDES}
+BASELINES = COLOURS | {thumbnail_name(side): partial(thumbnail, side) for side in SIDES}
 
 
 @torch.no_grad()
 def measure_baselines(images, device, batch_size=4, bars=None, protocol=DOCUMENTED):
-    """{baseline: {metric: float64 (N,)}} of Images, measured as decoders are; bars: tqdm's `disable`."""
+    """{baseline: {metric: (N,)}} of Images, measured as decoders are; bars: tqdm's `disable`."""
     lpips = LPIPS().to(device)
 
     def batches():
@@ -84,7 +84,7 @@ def write_baselines(source, out, protocol, device, batch_size=4, cache=None, bar
         print(summary_table(summaries[name], name))
         folder = make_folder(out / "baselines" / name.replace(" × ", "x").replace(" ", "_"))
         rows = zip(images.names, *(values[metric].tolist() for metric in METRICS), strict=True)
-        write_csv(folder / RESULTS[1], ("image", *METRICS), rows)
-        write_text(folder / RESULTS[0], json.dumps(summaries[name] | about, indent=2))
+        write_csv(folder / "per_image.csv", ("image", *METRICS), rows)
+        write_text(folder / "metrics.json", json.dumps(summaries[name] | about, indent=2))
     write_text(path, json.dumps(about | {"baselines": summaries}, indent=2))
     print(f"results in {path}")

@@ -16,7 +16,7 @@ A step of best.yaml is timed by Muon and by Adam.
 """
 
 from flags import Parser, config_of, parse_train, positive_int
-from utils import UserError, run, select_device, tf32, wait, write_text
+from utils import UserError, run, select_device, tf32, timed, wait, write_text
 
 
 def make_parser():
@@ -57,7 +57,7 @@ from metrics import TERMS, Loss, Meter, measure
 from models import inverter_of, load_inverter
 from plain import Elsewhere
 from signals import Signals
-from timing import by_turns, child_gib, kernels, link_photographs, make_photographs, peak_flops, timed
+from timing import by_turns, child_gib, kernels, link_photographs, make_photographs, peak_flops
 
 # What the study's recipe ends at after 30 epochs, on the test images of `natural` (README, Results).
 STUDY = {"psnr": 27.92, "ssim": 0.862, "lpips": 0.0236}
@@ -75,7 +75,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 
 
 class Ours:
-    """A training on the photographs in `folder`, as train.py does it, with its flags."""
+    """A training on the photographs in `folder`, as train.py does it, with its flags but for the rate."""
 
     def __init__(self, folder, device, *flags):
         args = parse_train(["--data", folder, "--out", folder, *flags])
@@ -207,9 +207,10 @@ def bench_best(folder, device, rounds, show):
     for optimizer in ("muon", "adam"):
         ours = Ours(folder, device, "--config", "configs/best.yaml", "--optimizer", optimizer)
         functions[optimizer] = partial(ours.step, ours.batch())
-    for function in functions.values() if device.type == "cuda" else ():  # until graphs are recorded
-        for _ in range(30):
-            function()
+    if device.type == "cuda":
+        for function in functions.values():
+            for _ in range(30):  # until graphs are recorded
+                function()
     seconds = by_turns(device, functions, rounds)
     show("a step of best.yaml, ms", best_step_ms={name: 1000 * value for name, value in seconds.items()})
 
@@ -227,9 +228,10 @@ def bench_cheap_epochs(folder, device, rounds, show):
         ours = Ours(folder, device, *flags)
         images[name] = len(ours.images)
         functions[name] = ours.epoch
-    for function in functions.values() if device.type == "cuda" else ():  # until graphs are recorded
-        for _ in range(4):
-            function()
+    if device.type == "cuda":
+        for function in functions.values():
+            for _ in range(4):  # until graphs are recorded
+                function()
     seconds = by_turns(device, functions, rounds, times=2)
     costs = {name: 1000 * value / images[name] for name, value in seconds.items()}
     show("an image of an epoch, ms", image_ms=costs)
@@ -246,7 +248,7 @@ def bench_quality(folder, device, show):
     """
     folder = str(Path(data.resolve(folder)).resolve())
     splits = {split: data.load_split(folder, split) for split in ("train", "val", "test")}
-    home = next(Path(folder, train) for train, _ in data.LAYOUTS if Path(folder, train).is_dir())
+    home = data.folder_of(folder, "train")
     files = {split: [home / name for name in splits[split].names] for split in ("train", "val")}
     plain = Elsewhere(device)
     try:

@@ -13,7 +13,7 @@ from scipy.stats import bootstrap
 
 from pictures import save_figure
 from study import IMAGE_SIZE, METRICS
-from utils import RESULTS, UserError, make_folder, same_data, seed_folders, write_csv
+from utils import UserError, make_folder, same_data, seed_folders, write_csv
 
 FILES = ("compare.csv", "compare.png")
 RESAMPLES = 9999
@@ -63,10 +63,10 @@ def read_runs(folder):
 
 def read_run(folder):
     """The Measured of one evaluation, of one seed. Raises UserError for a folder that holds none."""
-    numbers, per_image = (folder / name for name in RESULTS[:2])
     try:
-        about = {"size": IMAGE_SIZE} | json.loads(numbers.read_text(encoding="utf-8"))  # older ones: no size
-        with open(per_image, encoding="utf-8", newline="") as file:
+        about = {"size": IMAGE_SIZE}  # of older ones, which do not say it
+        about |= json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        with open(folder / "per_image.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         values = {name: np.array([[float(row[name]) for row in rows]]) for name in METRICS}
         return Measured(

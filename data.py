@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from study import DOCUMENTED, IMAGE_SIZE
-from utils import UserError, atomic, user_cache, write_text
+from utils import UserError, atomic, same_data, user_cache, write_text
 
 RESIZE = 256  # side of the images that the study crops
 SHARD = 4096  # images in a file of the cache, about 800 MB
@@ -115,6 +115,19 @@ def resolve(data):
     return str(data)
 
 
+def of_checkpoint(data, trained_on, ckpt):
+    """The data to test the checkpoint at path `ckpt` on, and the folder for the results.
+
+    data: as of `--data`, or None for what it was `trained_on`, whose results lie beside the checkpoint; those
+    of other data in a folder of its name there. Raises UserError for a folder that is not there.
+    """
+    out = Path(ckpt).parent
+    source = resolve(data or trained_on)
+    if same_data(source, trained_on):
+        return trained_on, out
+    return source, out / Path(source).resolve().name
+
+
 def image_files(folder):
     """The image files in `folder` and the folders in it, sorted by path; hidden ones are left out.
 
@@ -163,13 +176,7 @@ def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None, size=IMA
     side = side_of(size)
     if data == "sample":
         return sample_tiles(split, side)
-    for train, test in LAYOUTS:
-        folder = Path(data, test if split == "test" else train)
-        if folder.is_dir():
-            break
-    else:
-        wanted = " or ".join(f"{train}/ and {test}/" for train, test in LAYOUTS)
-        raise UserError(f"--data {data}: has no folder for the {split} images; expected {wanted}")
+    folder = folder_of(data, split)
     files = image_files(folder)
     if len(files) < (1 if split == "test" else 2):
         few = (
@@ -184,6 +191,16 @@ def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None, size=IMA
         cut = min(max(int(0.8 * len(files)), 1), len(files) - 1)
         order = order[:cut] if split == "train" else order[cut:]
     return subset(cached_images(folder, files, cache, protocol, bars, side), order)
+
+
+def folder_of(data, split):
+    """The folder in `data` that has the images of `split`, train, val or test. Raises UserError."""
+    for train, test in LAYOUTS:
+        folder = Path(data, test if split == "test" else train)
+        if folder.is_dir():
+            return folder
+    wanted = " or ".join(f"{train}/ and {test}/" for train, test in LAYOUTS)
+    raise UserError(f"--data {data}: has no folder for the {split} images; expected {wanted}")
 
 
 def subset(images, order):
@@ -346,8 +363,8 @@ def crops(images, index, tops, lefts, flips, size=IMAGE_SIZE):
         span = torch.arange(size, device=index.device)
         rows = tops[:, None] + span
         columns = lefts[:, None] + torch.where(flips[:, None], size - 1 - span, span)
-        rows = starts[index, None] + rows * widths[index, None]  # (B, size), where each begins
-        batch = images.resident[rows[:, :, None] + columns[:, None, :]]  # (B, size, size, 3)
+        begins = starts[index, None] + rows * widths[index, None]  # (B, size), of each row
+        batch = images.resident[begins[:, :, None] + columns[:, None, :]]  # (B, size, size, 3)
     return batch.permute(0, 3, 1, 2).float().div_(255)
 
 
@@ -362,18 +379,18 @@ def center_crops(pixels, size=IMAGE_SIZE):
     return center(pixels, size).permute(0, 3, 1, 2).float().div_(255)
 
 
-def epoch_plan(sizes, seed, epoch, size=IMAGE_SIZE, side=RESIZE):
-    """Order, top, left and flip of size×size crops in an epoch of images of `sizes` (N, 2), on their device.
+def epoch_plan(sizes, seed, number, size=IMAGE_SIZE, side=RESIZE):
+    """Order, top, left and flip of size×size crops in a pass over images of `sizes` (N, 2), on their device.
 
-    (seed, epoch) decides, so that an epoch can be resumed, and is the same on every device.
+    (seed, number of the pass) decides, so that it can be resumed, and is the same on every device.
     """
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    generator = torch.Generator().manual_seed(seed * 100_003 + number)
     count, room, device = len(sizes), side - size + 1, sizes.device
     order = torch.randperm(count, generator=generator)
     offsets = torch.randint(0, room, (2, count), generator=generator)
     flips = torch.rand(count, generator=generator) < 0.5
-    # Along an edge that is longer than `side` there is more room; what `side` leaves is drawn as it would be
-    # without.
+    # (offsets + part) / room is uniform in [0, 1): times the room of this edge it is the offset there, which
+    # on an edge of `side` pixels is `offsets` again.
     part = torch.rand(2, count, generator=generator, dtype=torch.float64)
     offsets = ((offsets + part) / room * (sizes.cpu()[order].T - size + 1)).long()
     return order.to(device), *offsets.to(device), flips.to(device)

@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from decoders import resize
-from flags import check_layer
+from flags import check_layer, weights_of_each
 from networks import NoInitialisation, build_network, load_network, near, own_input, parse
 from study import DOCUMENTED, ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LAYERS
-from utils import UserError, digest
+from utils import UserError, digest, first_line
 from weights import imagenet_weights, weights_from_file
 
 # --- How a network runs up to a layer -------------------------------------------------------------------
@@ -84,8 +84,7 @@ def tried(look, name, size):
                 raise
             refusal = error
         except Exception as error:  # each network has its own
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            refusal = UserError(f"--encoder {name}: takes no {size}×{size} images ({reason})")
+            refusal = UserError(f"--encoder {name}: takes no {size}×{size} images ({first_line(error)})")
     raise refusal
 
 
@@ -128,8 +127,9 @@ def unused_of(net, trace, paths):
     a module that had ended holds without running it, as nn.MultiheadAttention does its projection, it may
     have used.
     """
-    begun, ended = max(trace.passed[path] for path in paths)
-    begun, ended = set(trace.begun[:begun]), set(trace.ended[:ended])
+    count_begun, count_ended = max(trace.passed[path] for path in paths)  # when the last layer ended
+    begun = set(trace.begun[:count_begun])
+    ended = set(trace.ended[:count_ended])
     kept = begun.union(*map(ancestors, begun))
     unused = []
     for path, _ in net.named_modules():
@@ -285,12 +285,13 @@ class Trunk(nn.Module):
 class Encoder(nn.Module):
     """A frozen network up to one layer: images (B, 3, H, W) in [0, 1] → features (B, C, h, w).
 
-    encoder, layer: names in study.LAYERS, or of build_network and the dotted path of a module. weights:
-    `imagenet`, the pretrained ones; `own`, those that a user's own function gives; `random`, its own
-    initialisation from `seed`, the control; or the path of a state dict, whose SHA-256 is then
-    `weights_sha256`. input_size, mean, std: of the images; the network's own where None. Always in eval mode,
-    parameters without gradient (paper 3.1.3); images may have one. Raises UserError for unknown names, layers
-    that give no features, and weights that can't be had or don't fit.
+    Up to several layers, `a+b`, a list of maps, which JointEncoder joins. encoder, layer: names in
+    study.LAYERS, or of build_network and the dotted path of a module. weights: `imagenet`, the pretrained
+    ones; `own`, those that a user's own function gives; `random`, its own initialisation from `seed`, the
+    control; or the path of a state dict, whose SHA-256 is then `weights_sha256`. input_size, mean, std: of
+    the images; the network's own where None. Always in eval mode, parameters without gradient (paper 3.1.3);
+    images may have one. Raises UserError for unknown names, layers that give no features, and weights that
+    can't be had or don't fit.
     """
 
     def __init__(
@@ -314,12 +315,14 @@ class Encoder(nn.Module):
         with torch.random.fork_rng(devices=[]):
             course = course_of(name, [path for _, path in names], self.input_size)
             torch.manual_seed(seed)
-            loaded = weights not in ("random", "own") and not (weights == "imagenet" and self.programs)
+            if weights == "imagenet" and self.programs:
+                weights = "own"
+            loaded = weights not in ("random", "own")
             with NoInitialisation() if loaded else nullcontext():
                 net = build_network(name).eval()
         leave_out(net, course.unused)
-        if loaded and weights == "imagenet":
-            load_network(net, imagenet_weights(name.removeprefix("torchvision/")), f"--weights {weights}")
+        if weights == "imagenet":
+            load_network(net, imagenet_weights(name.removeprefix("torchvision/")), "--weights imagenet")
         elif loaded:
             load_network(net, weights_from_file(weights), f"--weights {weights}")
             self.weights_sha256 = digest(weights)
@@ -354,7 +357,7 @@ class JointEncoder(nn.Module):
         if len(names) != len(layers):
             counts = f"{len(names)} encoders, {len(layers)} layers"
             raise UserError(f"--encoder {encoder} --layer {layer}: {counts}; give as many of each")
-        sources = weights.split("+") if weights.count("+") == len(names) - 1 else [weights] * len(names)
+        sources = weights_of_each(names, weights)
         wanted = {}  # (encoder, weights): its layers
         for *pair, part in zip(names, sources, layers, strict=True):
             wanted.setdefault(tuple(pair), []).append(part)
@@ -372,10 +375,6 @@ class JointEncoder(nn.Module):
         hashes = [encoder.weights_sha256 for encoder in self.encoders]
         self.weights_sha256 = hashes if any(hashes) else None
         self.shapes = [shape for encoder in self.encoders for shape in encoder.shapes]
-
-    @property
-    def mean(self):
-        return self.encoders[0].mean
 
     def forward(self, images):
         return self.join([encoder(images) for encoder in self.encoders])

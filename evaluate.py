@@ -23,7 +23,6 @@ if __name__ == "__main__":
 
 import json
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -62,10 +61,9 @@ from utils import (
     keep_freed_memory,
     make_folder,
     refuse_other_results,
-    same_data,
     select_device,
     start_processes,
-    wait,
+    timed,
     write_csv,
     write_text,
 )
@@ -77,9 +75,9 @@ PICTURES = 1000  # at most, of all images, are kept to be drawn: 300 MB
 class Evaluation(NamedTuple):
     """What evaluate_model measured, image by image."""
 
-    values: dict  # {"psnr" (dB), "ssim", "lpips": float64 (N,)}
+    values: dict  # {"psnr" (dB), "ssim", "lpips": (N,)}
     iterates: list  # the same and "feature_error", of what was there after each iteration; empty without any
-    pictures: dict  # {number of an image: (what the metrics saw, its reconstruction), uint8 (224, 224, 3)}
+    pictures: dict  # {number of an image: (what the metrics saw, its reconstruction), uint8 (H, W, 3)}
 
 
 def evaluate(args):
@@ -114,13 +112,8 @@ def evaluate(args):
         if rank == 0:
             reconstruct_pictures(args, inverter, config, bars)
         return
-    source = data.resolve(args.data or config["data"])
+    source, out = data.of_checkpoint(args.data, config["data"], args.ckpt)
     images = data.load_split(source, "test", args.cache, protocol, bars, inverter.size)
-    out = Path(args.ckpt).parent
-    if same_data(source, config["data"]):
-        source = config["data"]
-    else:
-        out = out / Path(source).resolve().name
     if args.iterations:
         out = out / f"iterations-{args.iterations}"
     out = Path(args.out or out)
@@ -130,7 +123,7 @@ def evaluate(args):
         about["iterations"] = iterations_of(inverter)
         if len(images.names) < 2:
             raise UserError(f"{source}: one test image; feature errors are divided by the distance of two")
-        scale = mean_pairwise_distance(inverter.encoder, images[:100])
+        scale = mean_pairwise_distance(inverter.encoder, images)
     refuse_other_results(out, RESULTS, about)
     if len(images) < world:
         raise UserError(f"{source}: {len(images)} test images for {world} processes; start no more than that")
@@ -155,7 +148,7 @@ def iterations_of(inverter):
 def evaluate_model(
     inverter, images, batch_size=4, bars=None, protocol=DOCUMENTED, scale=None, pictures=PICTURES
 ):
-    """Reconstruct and measure the central 224×224 of `images`: an Evaluation.
+    """Reconstruct and measure the centre of `images`, of the inverter's own size: an Evaluation.
 
     images: data.Images, of which a batch at a time is read, or uint8 (N, 256, 256, 3). Where the inverter is,
     it computes; bars: tqdm's `disable`; protocol: that of the training. scale: what feature errors are
@@ -176,7 +169,10 @@ def evaluate_model(
             features = inverter.encode(batch)
             wanted = target(batch, protocol).clamp(0, 1)
             parts.append([])
-            for image in inverter.iterates(features)[0 if scale else -1 :]:
+            made = inverter.iterates(features)
+            if not scale:
+                made = made[-1:]  # the last alone
+            for image in made:
                 output = image.clamp(0, 1)
                 values = measure(output, wanted, lpips, protocol)
                 if scale:
@@ -211,12 +207,7 @@ def time_inference(inverter, pixels, repeats=5):
     """Milliseconds for one image by itself: the median of `repeats`, after one that does not count."""
     image = data.center_crops(pixels[:1], inverter.size).to(inverter.device)
     inverter.eval()
-    seconds = []
-    for _ in range(repeats + 1):
-        start = wait(inverter.device)
-        inverter(image)
-        seconds.append(wait(inverter.device) - start)
-    return 1000 * median(seconds[1:])
+    return 1000 * timed(inverter.device, lambda: inverter(image), repeats)
 
 
 def gather(found, count):
@@ -257,19 +248,19 @@ def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, o
     about |= {name: config[name] for name in ("protocol", "weights")}
     about |= {"parameters": count_parameters(inverter.decoder), "epoch": checkpoint["epoch"]}
     about |= {"shape": list(inverter.shape), "size": inverter.size, "config": config}
-    numbers, per_image, reconstructions, histograms, samples, iterations = (out / name for name in RESULTS)
     label = "target, as measured" if protocol.normalized_target else "original"
-    numbers.unlink(missing_ok=True)
+    (out / "metrics.json").unlink(missing_ok=True)
     rows = zip(names, *(values[name].tolist() for name in METRICS), strict=True)
-    write_csv(per_image, ("image", *METRICS), rows)
-    draw_reconstructions(found.pictures, names, values["psnr"], reconstructions, label)
-    draw_histograms(values, histograms)
-    write_samples(found.pictures, samples)
+    write_csv(out / "per_image.csv", ("image", *METRICS), rows)
+    draw_reconstructions(found.pictures, names, values["psnr"], out / "reconstructions.png", label)
+    draw_histograms(values, out / "histograms.png")
+    write_samples(found.pictures, out / "reconstructions.zip")
     if found.iterates:
-        draw_iterations(found.iterates, iterations, inverter.core.trained)
+        draw_iterations(found.iterates, out / "iterations.png", inverter.core.in_a_round)
         about["iterations"] = len(found.iterates) - 1
         about["iterates"] = [{name: summary(after[name]) for name in FIGURES} for after in found.iterates]
-    write_text(numbers, json.dumps(metrics | about, indent=2))  # last: where it is, the others are
+    # last: where it is, the others are
+    write_text(out / "metrics.json", json.dumps(metrics | about, indent=2))
     add_test_metrics(out, checkpoint["epoch"], {name: metrics[name]["mean"] for name in METRICS})
 
     print(

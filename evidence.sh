@@ -158,22 +158,22 @@ both() { # NAME ADAM'S-RATE MUON'S-RATE FLAGS…
 deep() { # by Adam and by Muon, and what is better there: MSE, wide's photographs, one seed; pretrained/ is of these
   local seeds=42 feedback="--config configs/best.yaml --data wide --val-images 160"
   local residual="$feedback --decoder residual --batch-size 8 --passes 2 --epochs 8"
-  local kept="$residual --crop 192 --kept-crops 4 --encoder"
+  local kept="$residual --crop 192 --kept-crops 4"
   both vgg16_block2 7e-4 1.4e-3 $feedback --layer block2 --passes 2 --epochs 2
   both vgg16_block3 7e-4 1.4e-3 $feedback --layer block3 --passes 1 --epochs 4 --width 128
   both vgg16_block4 7e-4 2e-3 $residual --layer block4 --crop 160 --kept-crops 2
   both alexnet_conv1 7e-4 1.4e-3 $feedback --encoder alexnet --layer conv1 --crop 160 --passes 1 --epochs 4
   both alexnet_conv3 7e-4 1.4e-3 $feedback --encoder alexnet --layer conv3 --crop 160 --passes 1 --epochs 2
-  both alexnet_features.10 2e-3 2e-3 $kept torchvision/alexnet --layer features.10
-  both alexnet_conv5 2e-3 2e-3 $kept alexnet --layer conv5
+  both alexnet_features.10 2e-3 2e-3 $kept --encoder torchvision/alexnet --layer features.10
+  both alexnet_conv5 2e-3 2e-3 $kept --encoder alexnet --layer conv5
   train deep/muon/vgg16_block2_residual 7e-4 $feedback --decoder residual --layer block2 --passes 6 --epochs 2
   train deep/muon/vgg16_block3_residual 2e-3 $residual --layer block3 --crop 96
   train deep/muon/alexnet_conv1_residual 2e-3 $residual --encoder alexnet --layer conv1 --crop 160 --epochs 6
   train deep/muon/alexnet_conv3_residual 2e-3 $residual --encoder alexnet --layer conv3 --crop 160
   train deep/muon/vgg16_block4_crops 2e-3 $residual --layer block4 --crop 160 --kept-crops 4
-  train deep/muon/vgg16_block5 2e-3 $kept vgg16 --layer block5
-  train deep/muon/alexnet_conv2 2e-3 $kept alexnet --layer conv2
-  train deep/muon/alexnet_conv4 2e-3 $kept alexnet --layer conv4
+  train deep/muon/vgg16_block5 2e-3 $kept --layer block5
+  train deep/muon/alexnet_conv2 2e-3 $kept --encoder alexnet --layer conv2
+  train deep/muon/alexnet_conv4 2e-3 $kept --encoder alexnet --layer conv4
   on imagenet deep/muon/{vgg16_block5,alexnet_conv2,alexnet_conv4}
   versus deep/vgg16_block2_residual deep/muon/vgg16_block2{,_residual}
   versus deep/vgg16_block3_residual deep/muon/vgg16_block3{,_residual}

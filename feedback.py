@@ -123,7 +123,8 @@ class FeedbackDecoder(ResidualDecoder):
         super().__init__(shape, width, size, blocks)
         channels, height, _ = shape
         steps = upsamplings(height, size)
-        self.iterations = self.trained = iterations  # how many are asked for, and how many make a round
+        self.iterations = iterations
+        self.in_a_round = iterations  # as many as training has, whatever `iterations` becomes
         self.feedback = feedback
         self.again = False  # whether training begins with what a round made
         self.factor = 2**steps
@@ -143,9 +144,9 @@ class FeedbackDecoder(ResidualDecoder):
         images = [start]
         if self.training and self.again:
             with torch.no_grad():
-                start = self.round(start, h, z, encoder, self.trained)[-1]
-        for done in range(0, self.iterations, self.trained):
-            images += self.round(start, h, z, encoder, min(self.iterations - done, self.trained))
+                start = self.round(start, h, z, encoder, self.in_a_round)[-1]
+        for done in range(0, self.iterations, self.in_a_round):
+            images += self.round(start, h, z, encoder, min(self.iterations - done, self.in_a_round))
             start = images[-1]
         return images
 

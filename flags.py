@@ -97,25 +97,32 @@ def add_running_flags(add):
 def add_input_flags(add):
     """What an encoder's images are like; add: a group's add_argument."""
     add("--input-size", type=positive_int, metavar="N", help="side of its images (default: its own)")
-    for name in ("mean", "std"):
-        what = f"{name} of its images' channels, three numbers (default: its own)"
-        add(f"--{name}", type=three_numbers, metavar="R,G,B", help=what)
+    what = "of its images' channels, three numbers (default: its own)"
+    add("--mean", type=three_numbers, metavar="R,G,B", help=f"mean {what}")
+    add("--std", type=three_numbers, metavar="R,G,B", help=f"std {what}")
 
 
 def check_weights(args):
-    """Name the weights that a user's own function gives; raise UserError for what is not to be had."""
+    """Set args.weights to `own` where a user's own function gives them; raise UserError for what can't be.
+
+    Of --std, too.
+    """
     own = [".py:" in name for name in args.encoder.split("+")]
     if any(own) and args.weights == "random":
         raise UserError("--weights random: a FILE.py's function decides that; leave it out, or give a file")
     if all(own) and args.weights == "imagenet":
         args.weights = "own"
-    sources = args.weights.split("+")
-    if len(sources) != len(own):
-        sources = [args.weights] * len(own)
+    sources = weights_of_each(own, args.weights)
     if any(source == "own" and not mine for source, mine in zip(sources, own, strict=True)):
         raise UserError("--weights own: what a FILE.py's function gives; here imagenet, random or a file")
     if args.std and min(args.std) <= 0:
         raise UserError(f"--std {args.std}: images are divided by it; give three numbers above 0")
+
+
+def weights_of_each(encoders, weights):
+    """The `--weights` of each of several encoders: one word for all, or as many with `+` between them."""
+    sources = weights.split("+")
+    return sources if len(sources) == len(encoders) else [weights] * len(encoders)
 
 
 def three_numbers(text):
@@ -156,9 +163,9 @@ def train_parser(doc=None):
     add("--crop", type=positive_int, metavar="N", help=crop)
     kept = "encode N crops of each image once and keep them in the cache: for deep layers; 0: none"
     add("--kept-crops", type=whole_number, default=0, metavar="N", help=kept)
-    for split, doing in (("train", "train"), ("val", "validate")):
-        some = f"{doing} on N of its images, evenly spaced (default: all)"
-        add(f"--{split}-images", type=positive_int, metavar="N", help=some)
+    some = "on N of its images, evenly spaced (default: all)"
+    add("--train-images", type=positive_int, metavar="N", help=f"train {some}")
+    add("--val-images", type=positive_int, metavar="N", help=f"validate {some}")
     add = parser.add_argument_group("training (defaults: the study's)").add_argument
     add("--epochs", type=positive_int, default=30, help="at most; validation follows each")
     add("--passes", type=positive_int, default=1, help="through the training images, in an epoch")
@@ -217,8 +224,8 @@ def parse_train(argv=None, doc=None):
     check_weights(args)
     if args.protocol == "published" and (args.mean or args.std):
         raise UserError("--mean and --std: --protocol published has ImageNet's; leave them out")
-    for name in FEEDBACK_OPTIONS if args.decoder != "feedback" else ():
-        if getattr(args, name):
+    for name in FEEDBACK_OPTIONS:
+        if getattr(args, name) and args.decoder != "feedback":
             flag = name.replace("_", "-")
             raise UserError(f"--{flag}: only with --decoder feedback; {args.decoder} does not iterate")
     if not args.mse_weight and not args.lpips_weight:
@@ -377,8 +384,8 @@ def parse_invert(argv=None, doc=None):
         args.weights = args.weights or "imagenet"
         check_weights(args)
         check_layer(args.encoder, args.layer)
-    for name in () if args.encoder else ("layer", "weights", *INPUT):
-        if getattr(args, name):
+    for name in ("layer", "weights", *INPUT):
+        if getattr(args, name) and not args.encoder:
             raise UserError(f"--{name.replace('_', '-')}: only with --encoder")
     args.ckpt = args.ckpt or "runs/best.pt"
     return args

@@ -4,7 +4,7 @@ from collections import Counter
 
 import torch
 
-from utils import UserError, out_of_memory
+from utils import UserError, first_line, out_of_memory
 
 UNRECORDED = 3  # first steps of a kind, in which cuDNN and cuBLAS choose and set up
 
@@ -57,7 +57,7 @@ class Graphs:
             cause = cause or error
             if out_of_memory(cause):
                 raise cause from None
-            reason = (str(cause).splitlines() or [type(cause).__name__])[0][:120]
+            reason = first_line(cause)
             raise UserError(f"this step makes no CUDA graph; give --no-graphs ({reason})") from None
         self.pool = graph.pool()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

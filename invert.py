@@ -42,7 +42,6 @@ from utils import (
     keep_freed_memory,
     make_folder,
     refuse_other_results,
-    same_data,
     select_device,
     start_processes,
     write_csv,
@@ -78,7 +77,7 @@ def main(args):
     if len(images.names) < 2:
         raise UserError(f"{about['data']}: one {args.split} image; errors are divided by the distance of two")
     chosen = evenly_spaced(len(images.names), args.count)
-    scale = mean_pairwise_distance(encoder, images[:100])  # more would take memory, not precision
+    scale = mean_pairwise_distance(encoder, images)
     prior = prior_weight(encoder, decode) if args.tv_weight is None else args.tv_weight
     rate = args.lr or learning_rate(encoder, decode)
     options = {"steps": args.steps, "lr": rate, "tv_weight": prior}
@@ -115,12 +114,7 @@ def from_checkpoint(args, device):
         raise UserError(
             f"{args.ckpt}: invert.py wants pictures to start from; this one was trained as published"
         )
-    source = data.resolve(args.data or config["data"])
-    out = Path(args.ckpt).parent
-    if same_data(source, config["data"]):
-        source = config["data"]
-    else:
-        out = out / Path(source).resolve().name
+    source, out = data.of_checkpoint(args.data, config["data"], args.ckpt)
     about = {name: config[name] for name in ("encoder", "layer", "weights")}
     about |= {"start": config["decoder"], "data": source, "ckpt": args.ckpt}
     return inverter.encoder, inverter.decode, about, Path(args.out or out)
@@ -180,8 +174,12 @@ def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=1.0, bars=None
     optimizer = torch.optim.Adam(levels, lr=lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     size = features.square().sum((1, 2, 3)).clamp_min(1e-12)
+
+    def changed():
+        return start + sum(resize(level, start.shape[2:]) for level in levels)
+
     for step in tqdm(range(steps), "Inverting", unit="step", leave=False, disable=bars):
-        images = start + sum(resize(level, start.shape[2:]) for level in levels)
+        images = changed()
         if watch:
             watch(step, images.detach().clamp(0, 1))
         distance = (encoder(images) - features).square().sum((1, 2, 3)) / size
@@ -191,7 +189,7 @@ def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=1.0, bars=None
         optimizer.step()
         scheduler.step()
     with torch.no_grad():
-        images = (start + sum(resize(level, start.shape[2:]) for level in levels)).clamp(0, 1)
+        images = changed().clamp(0, 1)
     if watch:
         watch(steps, images)
     return images
@@ -207,15 +205,15 @@ def noise(batch, first):
 
 
 def invert_images(encoder, decode, pixels, scale, batch_size=4, bars=None, **options):
-    """Invert the features of uint8 `pixels` (N, 256, 256, 3), from what `decode` makes of them, None: noise.
+    """Invert the features of uint8 `pixels` (N, H, W, 3), from what `decode` makes of them, None: noise.
 
     scale: what feature errors ‖φ(x) − φ‖ are divided by. Returns {"original", "start", "inversion": uint8
-    pixels (N, 224, 224, 3)}, for start and inversion {key of FIGURES: (N,)}, and how it went: {"step": [S],
-    "seconds": an image takes up to there, with the start, "psnr": mean in dB}.
+    pixels (N, size, size, 3), size being the encoder's own}, for start and inversion {key of FIGURES: (N,)},
+    and how it went: {"step": [S], "seconds": an image takes up to there, with the start, "psnr": mean in dB}.
     """
     moments = evenly_spaced(options["steps"] + 1, WATCHED)
     seconds, decibels = np.zeros((2, len(moments)))  # sums over the images
-    device = encoder.mean.device
+    device = next(encoder.buffers()).device
     lpips = LPIPS().to(device)
     pictures = {"original": [], "start": [], "inversion": []}
     values = {"start": [], "inversion": []}  # of each image, in the order of FIGURES
@@ -253,7 +251,7 @@ def invert_images(encoder, decode, pixels, scale, batch_size=4, bars=None, **opt
 
 def read_course(folder):
     """(label, {"step", "seconds", "psnr"}) of the inversion whose results are in `folder`."""
-    file = Path(folder, INVERSION[0])
+    file = Path(folder, "inversion.json")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         return f"{content['encoder']} {content['layer']} from {content['start']}", content["course"]
@@ -284,19 +282,18 @@ def write_inversion(pictures, values, names, about, out):
         for name in FIGURES:
             line += f"{f'{columns[name].mean():.4f} ± {columns[name].std():.4f}':>20}"
         print(line)
-    numbers, table, figure = (out / name for name in INVERSION)
-    numbers.unlink(missing_ok=True)
+    (out / "inversion.json").unlink(missing_ok=True)
     header = ["image", *(f"{kind}_{name}" for kind in values for name in FIGURES)]
     columns = [values[kind][name].tolist() for kind in values for name in FIGURES]
-    write_csv(table, header, zip(names, *columns, strict=True))
+    write_csv(out / "inversion.csv", header, zip(names, *columns, strict=True))
     rows = {"original": [], about["start"]: [], "inversion": []}
     for i in from_worst_to_best(values["inversion"]["psnr"]):
         rows["original"].append((to_picture(pictures["original"][i]), names[i][:24]))
         for label, kind in ((about["start"], "start"), ("inversion", "inversion")):
             rows[label].append((to_picture(pictures[kind][i]), f"{values[kind]['psnr'][i]:.2f} dB"))
-    draw_grid(rows, figure)
+    draw_grid(rows, out / "inversion.png")
     means = {kind: {name: summary(values[kind][name]) for name in FIGURES} for kind in values}
-    write_text(numbers, json.dumps(about | {"metrics": means}, indent=2))
+    write_text(out / "inversion.json", json.dumps(about | {"metrics": means}, indent=2))
 
 
 if __name__ == "__main__":

@@ -71,19 +71,20 @@ def measure(images, target, lpips, protocol=DOCUMENTED):
 
 @torch.no_grad()
 def feature_error(encoder, images, features, scale):
-    """‖φ(x) − φ‖ / scale, (B,), of images (B, 3, H, W) in [0, 1] and the features that they should have."""
+    """‖φ(x) − φ‖ / scale, (B,), of images (B, 3, H, W), not clamped here, and the features wanted."""
     return (encoder(images) - features).square().sum((1, 2, 3)).sqrt() / scale
 
 
 @torch.no_grad()
-def mean_pairwise_distance(encoder, pixels, batch_size=4):
+def mean_pairwise_distance(encoder, images, batch_size=4):
     """Mean Euclidean distance of two images' features, by which Mahendran & Vedaldi normalise.
 
-    pixels: uint8 (N, 256, 256, 3), at least two.
+    images: data.Images or uint8 (N, 256, 256, 3), at least two, of which the first 100 count.
     """
+    device = next(encoder.buffers()).device
     features = []
-    for part in pixels.split(batch_size):
-        features.append(encoder(center_crops(part, encoder.input_size).to(encoder.mean.device)).flatten(1))
+    for part in images[:100].split(batch_size):  # more would take memory, not precision
+        features.append(encoder(center_crops(part, encoder.input_size).to(device)).flatten(1))
     return F.pdist(torch.cat(features)).mean().item()
 
 
@@ -157,9 +158,11 @@ class Loss(nn.Module):
         """
         wanted = target(images, self.protocol)
         mse = ((output if self.mse_weight else output.detach()) - wanted).square().mean((1, 2, 3))
-        loss = self.mse_weight * mse if self.mse_weight else 0
-        for before in earlier if self.mse_weight else ():
-            loss = loss + EARLIER * self.mse_weight * (before - wanted).square().mean((1, 2, 3))
+        loss = 0
+        if self.mse_weight:
+            loss = self.mse_weight * mse
+            for before in earlier:
+                loss = loss + EARLIER * self.mse_weight * (before - wanted).square().mean((1, 2, 3))
         if self.lpips:
             distance = self.lpips(output, wanted)
             loss = loss + self.lpips_weight * distance

@@ -5,7 +5,6 @@ python models.py --encoder timm/convnext_tiny   every layer of another
 """
 
 import math
-from functools import cache
 
 import torch
 from torch import nn
@@ -62,9 +61,9 @@ def build_decoder(decoder, shape, width=None, seed=42, **options):
 
 
 class Inverter(nn.Module):
-    """A frozen encoder and a decoder: images (B, 3, 224, 224) in [0, 1] → features (B, C, H, W) → images.
+    """A frozen encoder and a decoder: images (B, 3, size, size) in [0, 1] → features (B, C, H, W) → images.
 
-    Other sizes too, where the encoder takes them. shape: (C, H, W) of the features of a 224×224 image. amp:
+    Other sizes too, where the encoder takes them. shape: (C, H, W) of the features of a size×size image. amp:
     compute both in bfloat16; what comes out is float32. normalized: images that come out are
     ImageNet-normalised, as the published loss wants them.
     """
@@ -93,7 +92,7 @@ class Inverter(nn.Module):
 
     @property
     def look(self):
-        """The encoder, as what the decoder makes is shown to it."""
+        """What encodes the decoder's own images; normalised ones are not normalised again."""
         return self.encoder.trunk if self.normalized else self.encoder
 
     def autocast(self):
@@ -106,11 +105,11 @@ class Inverter(nn.Module):
             return self.encoder(images)
 
     def decode(self, features, size=None):
-        """Images from features, in float32 even with amp, as the losses want them; size: theirs, else 224."""
+        """Images from features, in float32 even with amp, as the losses want them; size: theirs, else own."""
         return self.iterates(features, size)[-1]
 
     def iterates(self, features, size=None):
-        """Images from features, as `decode` gives the last, after each iteration; one where there is none."""
+        """The images after each iteration, of which `decode` gives the last; one where none iterates."""
         with self.autocast():
             if isinstance(self.core, FeedbackDecoder):
                 images = self.decoder(features, size, self.look)
@@ -148,7 +147,6 @@ def build_inverter(
     width=None,
     seed=42,
     protocol=DOCUMENTED,
-    shape=None,
     amp=False,
     input_size=None,
     mean=None,
@@ -158,26 +156,26 @@ def build_inverter(
 ):
     """An Inverter of these names, its decoder untrained, on the CPU. Raises UserError.
 
-    shape: (C, H, W) of the features, where it is known, which spares a trial pass. input_size, mean, std: of
-    the encoder's images, where not its own. fusion: of several encoders. options: build_decoder's.
+    input_size, mean, std: of the encoder's images, where not its own. fusion: of several encoders. options:
+    build_decoder's.
     """
     frozen = build_encoder(encoder, layer, weights, seed, protocol, input_size, mean, std)
     channels, heights, widths = zip(*frozen.shapes, strict=True)
-    shape = shape or (sum(channels), max(heights), max(widths))
+    shape = (sum(channels), max(heights), max(widths))
     net = build_decoder(decoder, shape, width, seed, size=frozen.input_size, **options)
     if len(channels) > 1:
         net = Fused(net, channels, fusion)
     return Inverter(frozen, net, shape, amp, protocol.normalized_target)
 
 
-def inverter_of(config, shape=None):
+def inverter_of(config):
     """The Inverter that a run's configuration, {flag: value}, asks for. Raises UserError, and KeyError."""
     names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp")
     values = {name: config[name] for name in names}
     values |= {name: config.get(name) for name in (*FEEDBACK_OPTIONS, *INPUT)}  # older checkpoints have none
     if config.get("fusion"):
         values["fusion"] = config["fusion"]
-    return build_inverter(**values, protocol=PROTOCOLS[config["protocol"]], shape=shape)
+    return build_inverter(**values, protocol=PROTOCOLS[config["protocol"]])
 
 
 def load_inverter(path):
@@ -197,7 +195,7 @@ def load_inverter(path):
         found = programs_of(checkpoint["config"]["encoder"])
         if found and found != checkpoint.get("programs"):
             raise UserError(f"{path}: {', '.join(found)}: not what it was trained with; it was not run")
-        inverter = inverter_of(checkpoint["config"] | {"amp": False}, checkpoint["shape"])
+        inverter = inverter_of(checkpoint["config"] | {"amp": False})
         inverter.decoder.load_state_dict(checkpoint["decoder"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if out_of_memory(error):
@@ -219,7 +217,7 @@ def load_inverter(path):
 def feature_shape(encoder, size=None):
     """(C, H, W) of `encoder`'s features of a size×size image, its own size where None."""
     size = size or encoder.input_size
-    images = torch.zeros(1, 3, size, size, device=encoder.mean.device)
+    images = torch.zeros(1, 3, size, size, device=next(encoder.buffers()).device)
     with torch.no_grad():
         return tuple(encoder(images).shape[1:])
 
@@ -240,32 +238,40 @@ def describe(layers, size=IMAGE_SIZE, decoding=True):
     computed, but counting takes a second for three shapes of features.
     """
     longest = max(map(len, layers))
-    of_decoder = f"{'parameters':>13}" + f"{'GMAC':>7}" * decoding
+    of_decoder = f"{'parameters':>13}"
+    if decoding:
+        of_decoder += f"{'GMAC':>7}"
     print(f"{'':<{longest + 17}}{'encoder':>9}" + "".join(f"{name:>{len(of_decoder)}}" for name in BUILDERS))
     print(f"{'layer':<{longest}} {'features':<16}{'GMAC':>9}" + of_decoder * len(BUILDERS))
-    decoders = {}  # for a shape, which layers share
+    decoders = {}  # for a shape, which layers share: (parameters, and where it is wanted, the cost) of each
     for name, (shape, encoding) in layers.items():
         if shape not in decoders:
             with torch.device("meta"):
                 built = [build(shape, size=size).eval() for build in BUILDERS.values()]
-            decoders[shape] = [(decoder, count_parameters(decoder)) for decoder in built]
+            decoders[shape] = [
+                (count_parameters(decoder), decoder_cost(decoder, shape) if decoding else None)
+                for decoder in built
+            ]
         line = f"{name:<{longest}} {' × '.join(map(str, shape)):<16}{encoding / 1e9:>9.2f}"
-        for decoder, parameters in decoders[shape]:
+        for parameters, cost in decoders[shape]:
             line += f"{parameters:>13,}"
-            if decoding:
-                cost, passes = decoder_cost(decoder, shape)
-                line += f"{(passes * encoding + cost) / 1e9:>7.2f}"
+            if cost:
+                own, passes = cost
+                line += f"{(passes * encoding + own) / 1e9:>7.2f}"
         print(line)
 
 
-@cache
 def decoder_cost(decoder, shape):
     """Multiply-adds of a decoder on the meta device, and passes of the encoder, the first included."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         features = torch.empty(1, *shape)
-        looks = isinstance(decoder, FeedbackDecoder)
-        decoder(features, None, lambda images: features) if looks else decoder(features)
-    return counter.get_total_flops() / 2, 1 + decoder.iterations if looks else 1
+        if isinstance(decoder, FeedbackDecoder):
+            decoder(features, None, lambda images: features)
+            passes = 1 + decoder.iterations
+        else:
+            decoder(features)
+            passes = 1
+    return counter.get_total_flops() / 2, passes
 
 
 def main():

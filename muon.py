@@ -69,7 +69,7 @@ def orthogonal(matrix):
 
 
 def adam_step(gradient, state):
-    """The same for a parameter that is no matrix (Kingma & Ba 2015)."""
+    """What to subtract at a rate of 1 from a parameter that is no matrix (Kingma & Ba 2015)."""
     if not state:
         state |= {"step": 0, "mean": torch.zeros_like(gradient), "square": torch.zeros_like(gradient)}
     first, second = BETAS

@@ -72,7 +72,7 @@ def check_crop(inverter, config, images, world):
             raise
         raise UserError(f"--crop {crop}: {layer} takes no such image ({error})") from None
     last = images % config["batch_size"] or config["batch_size"]
-    if world == 1 and last == shape[1] * shape[2] == 1:  # batch norm may want more than one value
+    if world == 1 and last == 1 and shape[1:] == (1, 1):  # batch norm may want more than one value
         try:
             features = torch.zeros(1, *shape, device=inverter.device)
             trial = Inverter(inverter.encoder, copy.deepcopy(inverter.decoder), inverter.shape)

@@ -48,7 +48,7 @@ def reconstruct_pictures(args, inverter, config, bars=None):
     native = takes_any_size(inverter, config)
     if args.size == "native" and not native:
         names = f"{config['encoder']} {config['layer']} and {config['decoder']}"
-        raise UserError(f"--size native: not with {names}, which take 224×224 pixels")
+        raise UserError(f"--size native: not with {names}, which take {inverter.size}×{inverter.size} pixels")
     native = native and args.size != "224"
     files = picture_files(args.images)
     for file in files:

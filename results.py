@@ -10,7 +10,16 @@ import numpy as np
 
 from baselines import BASELINES, thumbnail_name
 from flags import parse_train
-from study import DEFINING, IMAGE_SIZE, INPUT, METRICS, PROTOCOLS, PUBLISHED, PUBLISHED_INFERENCE
+from study import (
+    DEFINING,
+    IMAGE_SIZE,
+    INPUT,
+    METRICS,
+    PROTOCOLS,
+    PUBLISHED,
+    PUBLISHED_INFERENCE,
+    Published,
+)
 from utils import same_data, seed_folders
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -50,10 +59,13 @@ def result_rows(runs):
                 results = read_results(folder)
                 experiment = experiment_of(results["config"], experiments)
                 row |= measured(results, folder)
+                seeds = [row]
                 for other in more:
-                    refuse_another(results, read_results(other), other)
+                    others_results = read_results(other)
+                    refuse_another(results, others_results, other)
+                    seeds.append(measured(others_results, other))
                 if more:
-                    row = over_seeds([row, *(measured(read_results(other), other) for other in more)])
+                    row = over_seeds(seeds)
                 if name in PUBLISHED and experiment != name:
                     difference = other_than(results["config"], experiments[name])
                     row["note"] = joined(difference, row["note"])
@@ -130,10 +142,7 @@ def other_than(config, wanted):
 def published(experiment):
     """What the study published of an experiment, as a part of a row; None: of no experiment."""
     if experiment is None:
-        return {
-            f"published_{name}": None
-            for name in ("psnr", "ssim", "lpips", "parameters", "minutes", "inference")
-        }
+        return {f"published_{name}": None for name in (*Published._fields, "inference")}
     values = {f"published_{name}": value for name, value in PUBLISHED[experiment]._asdict().items()}
     return values | {"published_inference": PUBLISHED_INFERENCE}
 
@@ -175,7 +184,7 @@ def measured(results, folder):
 
 
 def optimisation(config):
-    """How a run's optimisation differs from the study's, or ""."""
+    """How a run's optimisation and its images differ from the study's, or ""."""
     study = vars(parse_train([])) | {"crop": IMAGE_SIZE}
     keys = (
         "epochs",
@@ -226,7 +235,7 @@ def inversion(folder, results):
             return ""
         start, end = (found["metrics"][kind]["psnr"]["mean"] for kind in ("start", "inversion"))
         return f"inverted: {end:.2f} dB from {start:.2f} ({found['images']} images)"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except UNREADABLE as error:
         return f"inversion.json is not that of invert.py ({error!r}); invert again"
 
 
@@ -242,7 +251,7 @@ def read_history(folder):
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return {key: [finite(row[key]) for row in rows] for key in rows[0]}, ""
-    except (ValueError, TypeError, IndexError, OSError, csv.Error) as error:
+    except (*UNREADABLE, csv.Error) as error:
         return {}, f"history.csv is not that of train.py ({error}); train again"
 
 
@@ -284,7 +293,7 @@ def note_below(rows, baselines):
         for row in rows:
             if "psnr" not in row or row["protocol"] != limit.get("protocol"):
                 continue
-            own = ("mean colour", thumbnail_name(row["resolution"], row["resolution"]))
+            own = ("mean colour", thumbnail_name(row["resolution"]))
             if limit["experiment"] not in own or row["psnr"] >= limit["psnr"]:
                 continue
             if same_data(row["data"], limit["data"]):

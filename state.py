@@ -40,7 +40,10 @@ PROGRESS = ("epoch", "step", "seconds", "bad_epochs", "best_epoch", "best_loss",
 
 
 def save_last(state, same, out, rank):
-    """Write last.pt; same: what a resumption must have in common with the run, a dictionary."""
+    """Write last.pt, in the first process; each has to call it, for the sums of all.
+
+    same: what a resumption must have in common with the run, a dictionary.
+    """
     sums = state.meter.total()
     if rank == 0:
         content = {"about": same, "sums": sums, "rng": torch.get_rng_state()}
@@ -97,7 +100,10 @@ def save_best(inverter, config, state, out):
 
 
 def claim(out, resume, overwrite):
-    """Make and lock the run's folder. Raises UserError if it is in use or holds what must not be lost."""
+    """Make and lock the run's folder, and remove what killed processes left in it; the lock.
+
+    Raises UserError if it is in use or holds what must not be lost.
+    """
     out = make_folder(out)
     lock = FileLock(out / ".lock")
     try:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import data
-from utils import UserError, wait
+from utils import UserError, timed, wait
 
 
 def make_photographs(folder, count):
@@ -35,23 +35,12 @@ def make_photographs(folder, count):
 
 def link_photographs(source, folder, count):
     """Link `count` training images of `source` in `folder`/train. Raises UserError if there are fewer."""
-    folders = [Path(source, train) for train, _ in data.LAYOUTS if Path(source, train).is_dir()]
-    files = data.image_files(folders[0])[:count] if folders else []
+    files = data.image_files(data.folder_of(source, "train"))[:count]
     if len(files) < count:
         raise UserError(f"--data {source}: {len(files)} training images; --images {count} are wanted")
     Path(folder, "train").mkdir()
     for number, file in enumerate(files):  # files in several folders may have one name
         Path(folder, "train", f"{number:05}{file.suffix}").symlink_to(file.resolve())
-
-
-def timed(device, function, repeats=5):
-    """Median seconds of `function`, after one call that does not count."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start = wait(device)
-        function()
-        seconds.append(wait(device) - start)
-    return median(seconds[1:])
 
 
 def by_turns(device, functions, rounds, times=6):

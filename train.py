@@ -65,6 +65,7 @@ MAY_DIFFER = ("out", "device", "tf32")  # between a run and its resumption
 VALIDATED = 4  # images at a time
 KEPT_FEATURES = 2**28  # bytes of validation features that are computed once; shallow layers' are larger
 SHOWN = 6  # validation images, to the tracker
+LOOKS = 20  # steps from one look at the losses, and at other GPUs' signals, to the next: each waits
 DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
 
 
@@ -87,7 +88,8 @@ def train(args):
 
     # --- data, loss and optimiser
     source = (args.cache, protocol, disable_bars(args), inverter.size)  # which process builds it shows it
-    train_images, val_images = (data.load_split(config["data"], split, *source) for split in ("train", "val"))
+    train_images = data.load_split(config["data"], "train", *source)
+    val_images = data.load_split(config["data"], "val", *source)
     if config["train_images"]:
         train_images = data.subset(train_images, evenly_spaced(len(train_images), config["train_images"]))
     train_images, val_images = train_images.to(device), val_images.to(device)
@@ -137,15 +139,18 @@ def train(args):
             while not finished(state, config):
                 try:
                     batches = epoch_batches(train_images, kept, config, state, steps, rank, world, device)
-                    options = (state, config, steps, signals, bars, compute)
-                    trained = train_epoch(model, batches, loss, *options)
+                    trained = train_epoch(model, batches, loss, state, config, steps, signals, bars, compute)
                     start = time.perf_counter()
-                    validation = (val_images, val_numbers[rank::world], loss, known)
-                    validated, targets, outputs = validate(inverter, *validation, world, signals, bars)
+                    numbers = val_numbers[rank::world]
+                    validated, targets, outputs = validate(
+                        inverter, val_images, numbers, loss, known, world, signals, bars
+                    )
                     val_seconds = time.perf_counter() - start
                 except Interrupted:
                     save_last(state, same, out, rank)
-                    raise
+                    where = f"epoch {state.epoch + 1} after step {state.step}"
+                    print(f"stopped in {where}; go on with: {resumption(world)}")
+                    sys.exit(128 + signals.received)
                 images = len(train_images) * config["passes"]
                 row, better = end_epoch(state, trained, validated, val_seconds, images)
                 if rank == 0:
@@ -157,9 +162,6 @@ def train(args):
                     if not bars:  # --quiet
                         print(epoch_line(row, config["epochs"], better), flush=True)
                 save_last(state, same, out, rank)  # last: what was interrupted before is done again
-    except Interrupted:
-        print(f"stopped in epoch {state.epoch + 1} after step {state.step}; go on with: {resumption(world)}")
-        sys.exit(128 + signals.received)
     finally:
         tracker.close()
         if lock:
@@ -254,8 +256,7 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars, compu
             done = state.epoch * steps + state.step
             if config["freeze_bn"] and done >= config["freeze_bn"]:
                 freeze_batch_norm(state.decoder)
-            options = (state.optimizer, config["clip_grad"], compute)
-            terms = train_step(model, batch, features, loss, *options)
+            terms = train_step(model, batch, features, loss, state.optimizer, config["clip_grad"], compute)
             if config["schedule"] == "onecycle":
                 state.scheduler.step()
             state.meter.add(terms)
@@ -263,12 +264,12 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars, compu
             state.step += 1
             bar.update()
             last = state.step == steps
-            if last or len(losses) == 20 or signals.received:  # each look waits for a GPU
+            if last or len(losses) == LOOKS or signals.received:
                 check_finite(losses, state.epoch, state.step)
                 bar.set_postfix(loss=f"{losses[-1]:.4f}")
                 losses.clear()
             state.seconds = time.perf_counter() - start
-            if last or state.step % 20 == 0 or not signals.costly:
+            if last or state.step % LOOKS == 0 or not signals.costly:
                 signals.check()
     return state.meter.averages()
 
@@ -292,8 +293,9 @@ def check_finite(losses, epoch, step):
 def validate(inverter, images, numbers, loss, known, world, signals, bars):
     """Measure the centre of the images that `numbers` names, which are this process's part.
 
-    known: {number of a batch: features}, for the next validation. Returns averages of the loss's terms, and
-    of some images the targets and outputs, (SHOWN, 3, H, W) in [0, 1] each.
+    known: {place of a batch's first image: features}, filled for the next validation. Of several processes on
+    the CPU each takes over the first one's batch norm. Returns averages of the loss's terms, and of some
+    images the targets and outputs, (SHOWN, 3, H, W) in [0, 1] each.
     """
     device = inverter.device
     if world > 1 and device.type == "cpu":  # gloo: batch norm's statistics are those of process 0
@@ -324,8 +326,9 @@ def validate(inverter, images, numbers, loss, known, world, signals, bars):
 def end_epoch(state, trained, validated, val_seconds, images):
     """Count the epoch in `state`; its row of the history, and whether its validation loss is the lowest.
 
-    trained, validated: averages of the loss's terms. images: their number in the epoch's training. Raises
-    UserError for a validation loss that is not finite.
+    Steps the plateau's schedule, and restarts what counts an epoch. trained, validated: averages of the
+    loss's terms. images: their number in the epoch's training. Raises UserError for a validation loss that is
+    not finite.
     """
     if not math.isfinite(validated["loss"]):
         raise UserError(f"the validation loss of epoch {state.epoch + 1} is {validated['loss']}; {DIVERGED}")

@@ -15,6 +15,7 @@ import time
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 RESULTS = (  # files of an evaluation; the first says what was measured, and is written last
     "metrics.json",
@@ -61,6 +62,11 @@ def out_of_memory(error):
     """Whether an exception says that memory is too small: Python's, or PyTorch's on the CPU or a GPU."""
     short = "out of memory|allocate memory|size calculation overflowed"
     return isinstance(error, MemoryError) or bool(re.search(short, str(error)))
+
+
+def first_line(error):
+    """The first line of an exception's message, at most 120 characters; its kind, where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:120]
 
 
 # --- Files -----------------------------------------------------------------------------------------------
@@ -128,12 +134,15 @@ def same_data(a, b):
 
 
 def seed_folders(run):
-    """Those of a run's seeds that were evaluated, `seed1` and so on; else one: `run`, or that of a seed."""
-    if (run / RESULTS[0]).exists():
+    """A run's folders: [`run`] if it was evaluated; else its seeds, `seed1` and so on, that were.
+
+    If none was, one all the same: the first of its seeds, or `run`.
+    """
+    if (run / "metrics.json").exists():
         return [run]
     seeds = [path for path in run.glob("seed*") if path.name.removeprefix("seed").isdigit()]
     seeds.sort(key=lambda path: int(path.name.removeprefix("seed")))
-    return [path for path in seeds if (path / RESULTS[0]).exists()] or (seeds or [run])[:1]
+    return [path for path in seeds if (path / "metrics.json").exists()] or (seeds or [run])[:1]
 
 
 def refuse_other_results(out, files, about):
@@ -143,12 +152,12 @@ def refuse_other_results(out, files, about):
     values of `about`, a dictionary; its `data` may have another name for the same folder.
     """
     found = [name for name in files if (out / name).exists()]
-    if not found or (
-        found[0] != files[0] and (out / "best.pt").exists()
-    ):  # none, or of one that was interrupted
+    if not found:
         return
     advice = "give another --out, or remove it"
     if found[0] != files[0]:
+        if (out / "best.pt").exists():  # an evaluation of it was interrupted
+            return
         raise UserError(f"{out / found[0]}: no finished evaluation wrote it; {advice}")
     try:
         content = json.loads((out / files[0]).read_text(encoding="utf-8"))
@@ -203,8 +212,7 @@ def load(path, what="checkpoint", mmap=False, legacy=False):
     except Exception as error:  # zip, pickle and torch each have their own for a file that is not theirs
         if out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a {what} that can be read safely ({reason[:120]})") from None
+        raise UserError(f"{path}: not a {what} that can be read safely ({first_line(error)})") from None
 
 
 # --- Running ---------------------------------------------------------------------------------------------
@@ -315,6 +323,16 @@ def start_processes(device):
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), world, device
+
+
+def timed(device, function, repeats=5):
+    """Median seconds of `function`, after one call that does not count."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = wait(device)
+        function()
+        seconds.append(wait(device) - start)
+    return median(seconds[1:])
 
 
 def wait(device):

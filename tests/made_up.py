@@ -28,9 +28,8 @@ def thirty_tiles():
 def write_runs(folder):
     """Thirteen evaluated experiments with 24 of 30 test images each, one that failed and one not run."""
     images = data.center_crops(thirty_tiles())
-    write_samples(
-        to_pixels(images), to_pixels(0.75 * images), folder / "samples.zip"
-    )  # three quarters come back
+    pairs = zip(to_pixels(images), to_pixels(0.75 * images), strict=True)  # three quarters come back
+    write_samples(dict(enumerate(pairs)), folder / "samples.zip")
     draw = np.random.RandomState(0)
     for number, name in enumerate(NAMES):
         (folder / name).mkdir()

@@ -347,7 +347,7 @@ def test_published_images_keep_their_shape(tmp_path):
 
 
 def test_epoch_plan_reaches_every_crop_of_a_wide_image():
-    _, tops, lefts, _ = data.epoch_plan(torch.tensor([[256, 300]]).expand(9000, 2), seed=1, epoch=0)
+    _, tops, lefts, _ = data.epoch_plan(torch.tensor([[256, 300]]).expand(9000, 2), seed=1, number=0)
     assert sorted(set(tops.tolist())) == list(range(33))
     counts = torch.bincount(lefts)
     assert len(counts) == 77 and counts.min() > 0.5 * 9000 / 77 and counts.max() < 1.6 * 9000 / 77
@@ -362,10 +362,10 @@ def test_published_target_is_the_normalised_image():
 
 def test_epoch_plan_uses_every_image_once_and_every_crop():
     squares = torch.full((5000, 2), 256)
-    order, tops, lefts, flips = data.epoch_plan(squares, seed=42, epoch=3)
+    order, tops, lefts, flips = data.epoch_plan(squares, seed=42, number=3)
     assert sorted(order.tolist()) == list(range(5000))
     assert sorted(set(tops.tolist())) == sorted(set(lefts.tolist())) == list(range(33))
     assert 0.47 < flips.float().mean() < 0.53
-    again = data.epoch_plan(squares, seed=42, epoch=3)
+    again = data.epoch_plan(squares, seed=42, number=3)
     assert all(torch.equal(a, b) for a, b in zip((order, tops, lefts, flips), again, strict=True))
     assert not torch.equal(data.epoch_plan(squares, 42, 4)[0], order)
