@@ -359,7 +359,7 @@ def bench_speed(args, device, figures, show):
         # In processes of their own, and first, since what can be asked for is the peak of the largest child
         # so far.
         flags = ("--data", folder, "--cache", f"{folder}/cache", "--out", f"{folder}/run")
-        flags += ("--epochs", 1, "--quiet")
+        flags += ("--epochs", 1, "--quiet", "--device", device)
         if not args.batch_size:
             show("peak memory of a training, GiB", training_peak_gib=child_gib("train.py", *flags))
         if not args.batch_size and device.type == "cpu":

@@ -233,6 +233,8 @@ def invert_images(encoder, decode, pixels, scale, batch_size=4, bars=None, **opt
                     seconds[place] += time.perf_counter() - begun
 
             inversion = invert(encoder, features, start, bars=bars, watch=watch, **options)
+            if not torch.isfinite(inversion).all():
+                raise UserError("the pixels are not finite any more; give a smaller --lr or --tv-weight")
             found = {"original": batch, "start": start, "inversion": inversion}
             for kind, images in found.items():
                 pictures[kind].append(to_pixels(images))

@@ -16,6 +16,9 @@ from study import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError, digest
 from weights import official
 
+# torchvision's that, with their weights, turn ImageNet's normalisation into that of their training.
+TRANSFORMING = ("googlenet", "inception_v3")
+
 
 def parse(name):
     """(source, rest) of a network's name: `timm/…`, `torchvision/…` or `FILE.py:FUNCTION`.
@@ -109,7 +112,10 @@ def own_input(name):
             return {"input_size": own.input_size[1], "mean": own.mean, "std": own.std}
     if source == "torchvision":
         own = official(rest).transforms()
-        return {"input_size": own.crop_size[0], "mean": tuple(own.mean), "std": tuple(own.std)}
+        mean, std = tuple(own.mean), tuple(own.std)
+        if rest in TRANSFORMING:
+            mean = std = (0.5, 0.5, 0.5)
+        return {"input_size": own.crop_size[0], "mean": mean, "std": std}
     return {"input_size": IMAGE_SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
 

@@ -71,15 +71,19 @@ def check_crop(inverter, config, images, world):
         if out_of_memory(error):
             raise
         raise UserError(f"--crop {crop}: {layer} takes no such image ({error})") from None
-    last = images % config["batch_size"] or config["batch_size"]
-    if world == 1 and last == 1 and shape[1:] == (1, 1):  # batch norm may want more than one value
+    smallest = config["batch_size"]  # of several processes, which all have full batches
+    if world == 1:
+        smallest = images % config["batch_size"] or config["batch_size"]
+    joined = world > 1 and inverter.device.type == "cuda"  # batch norm counts over all processes there
+    if smallest == 1 and shape[1:] == (1, 1) and not joined:  # it may want more than one value
         try:
             features = torch.zeros(1, *shape, device=inverter.device)
             trial = Inverter(inverter.encoder, copy.deepcopy(inverter.decoder), inverter.shape)
             trial.train().decode(features, (crop, crop))
         except ValueError as error:
+            which = "the last" if world == 1 else "each"
             raise UserError(
-                f"--crop {crop}: the last of {images} images, by itself, has one position of {layer}; "
+                f"--crop {crop}: {which} of {images} images, by itself, has one position of {layer}; "
                 f"another --crop or --batch-size ({error})"
             ) from None
 

@@ -51,7 +51,7 @@ def result_rows(runs):
     others = {str(folder.relative_to(runs)) for folder in found} - PUBLISHED.keys()  # `.` is `runs` itself
     rows = []
     for name in [*PUBLISHED, *sorted(others)]:
-        row = {"note": "not run"}
+        row = {}
         experiment = name
         folder, *more = seed_folders(runs / name)
         try:
@@ -69,11 +69,10 @@ def result_rows(runs):
                 if name in PUBLISHED and experiment != name:
                     difference = other_than(results["config"], experiments[name])
                     row["note"] = joined(difference, row["note"])
-            elif (folder / "error.txt").exists():
-                lines = (folder / "error.txt").read_text(errors="replace").strip().splitlines()
-                row["note"] = f"failed: {lines[-1] if lines else 'no message'}"
-            elif (folder / "last.pt").exists():
-                row["note"] = "not finished"
+                if folder.parent == runs / name:
+                    row["note"] = joined(row["note"], *seeds_that_are_missing(runs / name))
+            else:
+                row["note"] = not_measured(folder)
         except Damaged as error:
             row["note"] = str(error)
         rows.append({"experiment": name} | published(experiment) | row)
@@ -82,6 +81,20 @@ def result_rows(runs):
     rows += baselines
     label_data(rows)
     return rows
+
+
+def not_measured(folder):
+    """Why a run has no metrics.json."""
+    if (folder / "error.txt").exists():
+        lines = (folder / "error.txt").read_text(errors="replace").strip().splitlines()
+        return f"failed: {lines[-1] if lines else 'no message'}"
+    return "not finished" if (folder / "last.pt").exists() else "not run"
+
+
+def seeds_that_are_missing(run):
+    """What is to be said of a run's seeds that were begun, but have no metrics.json."""
+    missing = [path for path in sorted(run.glob("seed[0-9]*")) if not (path / "metrics.json").exists()]
+    return [f"{path.name} {not_measured(path)}" for path in missing]
 
 
 def refuse_another(results, others, folder):

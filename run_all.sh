@@ -59,6 +59,10 @@ for config in "${configs[@]}"; do
   name=$(basename "$config" .yaml)
   # shellcheck disable=SC2053  # ONLY is a pattern
   [[ ${name#*_} == ${ONLY:-*} || $name == ${ONLY:-*} ]] || continue
+  if [[ -n ${SEEDS:-} && -f $runs/$name/metrics.json ]]; then
+    echo "error: $runs/$name: is a run without SEEDS, which theirs would not be averaged with; RUNS=FOLDER" \
+      "names another folder for them" >&2 && exit 2
+  fi
   for seed in ${SEEDS:-""}; do
     run=$name${seed:+/seed$seed}
     names+=("$run")
@@ -97,9 +101,13 @@ run() { # its standard error goes to the file $log too
   return "$status"
 }
 
+stopped() { # whether a status is that of SIGINT, SIGUSR1 or SIGTERM
+  (($1 == 130 || $1 == 138 || $1 == 143))
+}
+
 check() { # what ended, and its status: past a failure it goes on
-  if (($2 == 130 || $2 == 138 || $2 == 143)); then
-    exit "$2" # SIGINT, SIGUSR1, SIGTERM: the same command goes on
+  if stopped "$2"; then
+    exit "$2" # the same command goes on
   elif (($2)); then
     failed=1
     echo "=== $1: failed with status $2" >&2
@@ -114,16 +122,20 @@ for name in ${todo[@]+"${todo[@]}"}; do # an empty array is an error in bash 4.3
   fi
   ran=$((ran + 1))
   echo "=== $name (experiment $((${#names[@]} - ${#todo[@]} + ran)) of ${#names[@]}$left)"
-  log=$out/error.txt
+  log=$out/.error.txt # without the dot where it has failed
   mkdir -p "$out"
-  rm -f "$log"
+  rm -f "$log" "$out/error.txt"
   seed=() # of a name that ends in one
   if [[ $name == */seed* ]]; then seed=(--seed "${name##*/seed}"); fi
   run python train.py --config "configs/${name%%/*}.yaml" --out "$out" --resume "$@" ${seed[@]+"${seed[@]}"} &&
     run python evaluate.py --ckpt "$out/best.pt" ${evaluation[@]+"${evaluation[@]}"}
   status=$?
+  if ((!status)) || stopped $status; then
+    rm -f "$log"
+  else
+    mv "$log" "$out/error.txt"
+  fi
   check "$name" $status
-  if ((!status)); then rm -f "$log"; fi
 done
 if [[ ! -f $runs/baselines.json ]]; then
   echo "=== baselines"

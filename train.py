@@ -155,6 +155,7 @@ def train(args):
                 row, better = end_epoch(state, trained, validated, val_seconds, images)
                 if rank == 0:
                     if better:
+                        remove_what_will_not_be_true(out, resumed=True)  # who evaluated the best until now
                         save_best(inverter, config, state, out)
                     write_history(state.history, out / "history.csv")
                     draw_curves(state.history, out / "curves.png")
@@ -317,7 +318,7 @@ def validate(inverter, images, numbers, loss, known, world, signals, bars):
         meter.add(loss(output, batch))
         here = [i - first for i in shown if first <= i < first + VALIDATED]
         targets.append(target(batch[here], loss.protocol).clamp(0, 1))
-        outputs.append(output[here])
+        outputs.append(output[here].clamp(0, 1))
         if world == 1:  # several processes may have unequal numbers of batches
             signals.check()
     return meter.averages(), torch.cat(targets), torch.cat(outputs)

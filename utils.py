@@ -124,8 +124,13 @@ def make_folder(path):
 
 def user_cache(cache=None):
     """The folder of --cache, or the user's own: ~/.cache/feature-inversion, or as XDG_CACHE_HOME says."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache or Path(home, "feature-inversion"))
+    if cache:
+        return Path(cache)
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise UserError("there is no home folder for the cache; give a --cache FOLDER") from None
+    return Path(home, "feature-inversion")
 
 
 def same_data(a, b):

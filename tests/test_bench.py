@@ -89,3 +89,17 @@ def test_time_to_quality_of_a_decoder_that_is_good_at_once(own_photos, monkeypat
     monkeypatch.setattr(bench, "TRIALS", 0)
     with pytest.raises(UserError, match="did not get as good"):
         bench.bench_quality(str(own_photos), CPU, lambda title, **values: None)
+
+
+def test_the_training_of_a_process_of_its_own_is_on_the_device(own_photos, monkeypatch):
+    commands = []
+
+    def child_gib(*command):
+        commands.append(command)
+        raise UserError("enough")
+
+    monkeypatch.setattr(bench, "child_gib", child_gib)
+    with pytest.raises(UserError, match="enough"):
+        flags = ["--images", "6", "--data", str(own_photos), "--device", "cpu"]
+        bench.bench(bench.make_parser().parse_args(flags))
+    assert commands[0][commands[0].index("--device") + 1] == CPU

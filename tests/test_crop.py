@@ -17,7 +17,9 @@ import kept
 from decoders import AttentionDecoder
 from encoders import Encoder, weights_key
 from kept import keep_crops
+from prepare import check_crop
 from study import DEFINING, PUBLISHED, PUBLISHED_CODE
+from utils import UserError
 
 
 @pytest.fixture
@@ -82,6 +84,13 @@ def test_impossible_crops_are_refused_before_training(
     assert run_train("--data", photos, "--out", tmp_path, *flags) == 2
     assert message in error_line()
     assert not (tmp_path / "last.pt").exists()
+
+
+def test_batches_of_one_in_several_processes_are_refused_too(photos):
+    flags = ("--layer", "block5", "--decoder", "attention", "--width", 8, "--crop", 32, "--batch-size", 1)
+    parts = parts_of(photos, *flags)
+    with pytest.raises(UserError, match="each of 8 images, by itself, has one position of vgg16 block5"):
+        check_crop(parts.inverter, parts.config, 8, world=2)
 
 
 def test_small_crops_need_no_lpips_without_it(photos, tmp_path, run_train):

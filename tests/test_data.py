@@ -7,6 +7,7 @@ import resource
 import shutil
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import data
 from metrics import target
 from reconstruct import picture_files
 from study import PROTOCOLS, PUBLISHED_CODE
-from utils import UserError
+from utils import UserError, user_cache
 
 
 def test_natural_split_is_640_160_100():
@@ -369,3 +370,16 @@ def test_epoch_plan_uses_every_image_once_and_every_crop():
     again = data.epoch_plan(squares, seed=42, number=3)
     assert all(torch.equal(a, b) for a, b in zip((order, tops, lefts, flips), again, strict=True))
     assert not torch.equal(data.epoch_plan(squares, 42, 4)[0], order)
+
+
+def test_no_home_folder(monkeypatch, tmp_path):
+    """A container's user may have none."""
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    assert user_cache(tmp_path) == tmp_path
+    with pytest.raises(UserError, match="--cache"):
+        user_cache()

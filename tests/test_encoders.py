@@ -23,6 +23,7 @@ import models
 import networks
 from decoders import Fused
 from encoders import Encoder, build_encoder
+from study import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError
 
 OWN = """
@@ -126,6 +127,17 @@ def test_every_kind_becomes_a_map(name, layer, shape):
     x = encoder(torch.rand(1, 3, encoder.input_size, encoder.input_size))
     assert x.shape[1:] == encoder.shapes[0] == shape and x.std() > 0
     assert encoders.layers_of(name)[layer][0] == shape
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_that_normalise_again_get_what_they_make_of_it(name, image):
+    """torchvision gives these two, with their weights, a `transform_input` behind ImageNet's own."""
+    net = torchvision.models.get_model(name, transform_input=True, init_weights=False)
+    imagenet = (torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD))
+    mean, std = (numbers.view(3, 1, 1) for numbers in imagenet)
+    own = networks.own_input(f"torchvision/{name}")
+    again = (image - torch.tensor(own["mean"]).view(3, 1, 1)) / torch.tensor(own["std"]).view(3, 1, 1)
+    assert torch.allclose(again, net._transform_input((image - mean) / std), atol=1e-5)
 
 
 def test_windows_lie_side_by_side():

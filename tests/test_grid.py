@@ -302,3 +302,38 @@ def test_bad_picture_is_named(trained, tmp_path, run_evaluate, error_line, kind)
     assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path / "out", "--images", path) == 2
     assert path.name in error_line()
     assert not list(tmp_path.glob("out/images/*"))
+
+
+def test_a_run_that_goes_on_or_was_stopped_has_not_failed(tmp_path):
+    """Its standard error is in error.txt once it has failed, and only then."""
+    stub = tmp_path / "python"
+    runs = tmp_path / "runs"
+    stub.write_text(f"""#!/bin/sh
+if [ "$1" = evaluate.py ]; then exit 0; fi
+echo "error: what $STATUS says" >&2
+sleep 0.5
+ls {runs}/*/ >> {tmp_path}/seen
+exit $STATUS
+""")
+    stub.chmod(0o755)
+    environment = os.environ | {"RUNS": str(runs), "ONLY": "vgg16_block1_tconv"}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    found = {}
+    for status in (3, 143, 0):
+        options = {"cwd": REPOSITORY, "env": environment | {"STATUS": str(status)}, "capture_output": True}
+        assert subprocess.run(["bash", "run_all.sh"], **options).returncode == (1 if status == 3 else status)
+        files = list((runs / "01_vgg16_block1_tconv").iterdir())
+        found[status] = {file.name: file.read_text() for file in files}
+    assert (tmp_path / "seen").read_text() == ""
+    assert found == {3: {"error.txt": "error: what 3 says\n"}, 143: {}, 0: {}}
+
+
+def test_seeds_want_a_folder_without_a_run(tmp_path):
+    """What lies in RUNS/NAME itself would be shown in their place."""
+    (tmp_path / "01_vgg16_block1_tconv").mkdir()
+    (tmp_path / "01_vgg16_block1_tconv" / "metrics.json").write_text("{}")
+    environment = os.environ | {"RUNS": str(tmp_path), "SEEDS": "1 2", "ONLY": "vgg16_block1_tconv"}
+    options = {"cwd": REPOSITORY, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(["bash", "run_all.sh"], **options)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "is a run without SEEDS" in done.stderr

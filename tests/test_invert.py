@@ -189,3 +189,10 @@ def test_one_test_image_or_the_published_protocol(checkpoint, own_photos, tmp_pa
     torch.save(checkpoint | {"config": config}, tmp_path / "best.pt")
     assert run_invert("--ckpt", tmp_path / "best.pt") == 2
     assert "trained as published" in error_line()
+
+
+def test_what_is_no_picture_any_more_is_one_line(photos, tmp_path, run_invert, error_line):
+    flags = ("--encoder", "alexnet", "--data", photos, "--count", 1, "--steps", 3, "--lr", 1e30)
+    assert run_invert(*flags, "--out", tmp_path, "--quiet") == 2
+    assert "not finite" in (line := error_line()) and "--lr" in line
+    assert not list(tmp_path.glob("inversion*"))

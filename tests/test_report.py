@@ -84,6 +84,18 @@ def test_seeds_are_one_row_with_their_deviation(runs, tmp_path):
     assert (tmp_path / "grid.png").exists()  # of the first seed
 
 
+def test_seeds_that_are_missing_are_said(runs, tmp_path):
+    found = json.loads((runs / NAMES[0] / "metrics.json").read_text())
+    for seed in (1, 4):
+        copied(runs, tmp_path / NAMES[0] / f"seed{seed}", config=found["config"] | {"seed": seed})
+    for seed, file in ((2, "error.txt"), (3, "last.pt")):
+        (tmp_path / NAMES[0] / f"seed{seed}").mkdir()
+        (tmp_path / NAMES[0] / f"seed{seed}" / file).write_text("error: no memory")
+    note = results.result_rows(tmp_path)[0]["note"]
+    assert note.startswith("2 seeds: ")
+    assert note.endswith("; seed2 failed: error: no memory; seed3 not finished")
+
+
 def test_seeds_are_of_any_device_and_of_the_same_test_images(runs, tmp_path):
     found = json.loads((runs / NAMES[0] / "metrics.json").read_text())
     for seed, more in ((1, {}), (2, {"device": "cuda:1"})):

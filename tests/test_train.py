@@ -200,6 +200,14 @@ def test_validation_shows_what_the_metrics_see(photos):
     torch.testing.assert_close(targets[1], seen)
 
 
+def test_validation_shows_pictures_whatever_the_decoder_gives(photos):
+    parts = parts_of(photos, "--decoder", "residual", "--width", 8)
+    parts.inverter.decoder.head.last.bias.data.fill_(50)
+    _, targets, outputs = validate(parts)
+    for images in (targets, outputs):
+        assert 0 <= images.min() and images.max() <= 1
+
+
 def test_fast_changes_the_optimisation_only():
     fast = yaml.safe_load((REPOSITORY / "configs" / "fast.yaml").read_text())
     assert not set(fast) & {*DEFINING, "data", "protocol", "seed", "weights"}
@@ -369,3 +377,21 @@ def test_existing_run_is_not_overwritten(trained, run_train, error_line):
     assert run_train("--config", trained / "config.yaml") == 2
     assert "--resume" in (line := error_line()) and "--overwrite" in line
     assert (trained / "best.pt").read_bytes() == before
+
+
+def test_results_of_a_best_that_is_no_more_are_removed(photos, tmp_path, monkeypatch, run_train):
+    """Who evaluates while it trains has results that the next best epoch makes untrue."""
+    losses = iter([3.0, 1.0, 2.0])
+    measured = {name: 1.0 for name in metrics.TERMS}
+    nothing = torch.empty(0, 3, 224, 224)
+    monkeypatch.setattr(train, "validate", lambda *_: (measured | {"loss": next(losses)}, nothing, nothing))
+    there = []
+
+    def evaluated(history, path):
+        there.append((tmp_path / "metrics.json").exists())
+        (tmp_path / "metrics.json").write_text("{}")
+
+    monkeypatch.setattr(train, "write_history", evaluated)
+    flags = ("--data", photos, "--out", tmp_path, "--epochs", 3, "--crop", 32, "--width", 8)
+    assert run_train(*flags, "--tracker", "none", "--quiet") == 0
+    assert there == [False, False, True]  # after the third epoch best.pt is still the second's
