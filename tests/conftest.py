@@ -57,6 +57,12 @@ def own_photos(photos, tmp_path):
 
 
 @pytest.fixture
+def own():
+    """The file of a network of one's own."""
+    return REPOSITORY / "tests" / "own_network.py"
+
+
+@pytest.fixture
 def run_train():
     """Run train.py with these flags, here: the exit status, 0 if it ended well."""
 

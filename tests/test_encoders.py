@@ -1,11 +1,6 @@
 """Any network up to any layer: against torchvision's and timm's own features, and what cannot be one."""
 
 import hashlib
-import json
-import re
-import shlex
-import sys
-from pathlib import Path
 
 import families
 import pytest
@@ -13,11 +8,9 @@ import safetensors.torch
 import timm
 import torch
 import torchvision
-from conftest import REPOSITORY
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-import data
 import encoders
 import models
 import networks
@@ -25,48 +18,6 @@ from decoders import Fused
 from encoders import Encoder, build_encoder
 from study import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError
-
-OWN = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8))
-        self.again = nn.ReLU(inplace=True)
-        self.both = Both()
-        self.never = nn.Conv2d(8, 8, 1)
-        self.last = Raising()
-
-    def forward(self, x):
-        x = self.again(self.again(self.first(x)))
-        return self.last(self.both(x)[0])
-
-class Both(nn.Module):
-    def forward(self, x):
-        return x, x
-
-class Raising(nn.Module):
-    def forward(self, x):
-        if not x.is_meta:
-            raise ValueError("ran")
-        return x
-
-def build():
-    torch.manual_seed(3)
-    return Net()
-
-def three():
-    return 3
-"""
-
-
-@pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    path = tmp_path_factory.mktemp("own") / "net.py"
-    path.write_text(OWN)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -360,100 +311,3 @@ def test_joined_maps_have_the_stride_of_the_coarsest(photos, tmp_path, run_train
     flags = ("--encoder", "vgg16+vgg16", "--layer", "block5+block1", "--weights", "random", "--data", photos)
     assert run_train(*flags, "--crop", 62, "--out", tmp_path) == 2
     assert "has a stride of 32 pixels" in error_line()
-
-
-# --- One's own --------------------------------------------------------------------------------------------
-
-
-def test_the_readmes_own_network(
-    photos, tmp_path, monkeypatch, run_train, run_evaluate, run_invert, capsys, error_line
-):
-    """As written there: the file, a short training of it as one's own, and the commands."""
-    section = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("#### Your own network")[1]
-    program, commands = (part.split("```")[0] for part in re.split("```python\n|```bash\n", section)[1:3])
-    monkeypatch.chdir(tmp_path)
-    Path("mynet.py").write_text(program)
-    net = networks.own_network("mynet.py", "build")
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    for _ in range(3):  # which of ten shades is the picture?
-        shade = torch.arange(10)
-        loss = nn.functional.cross_entropy(net(shade.view(10, 1, 1, 1).expand(10, 3, 96, 96) / 10), shade)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    torch.save(net.state_dict(), "mynet.pth")
-    train, evaluate, invert = commands.replace("FOLDER", str(photos)).splitlines()
-    for line, script, call in ((train, "train", run_train), (evaluate, "evaluate", run_evaluate)):
-        assert line.startswith(f"python {script}.py ")
-        more = ["--epochs", 1, "--quiet"] if script == "train" else ["--quiet"]
-        assert call(*shlex.split(line)[2:], *more) == 0
-    assert run_invert(*shlex.split(invert)[2:], "--steps", 2, "--count", 2, "--quiet") == 0
-    found = torch.load("runs/mynet/best.pt", weights_only=True)
-    assert found["config"]["input_size"] == 96 and found["weights_sha256"]
-    torch.save(networks.own_network("mynet.py", "build").state_dict(), "mynet.pth")
-    assert run_evaluate("--ckpt", "runs/mynet/best.pt") == 2  # another's weights
-    capsys.readouterr()
-    Path("mynet.py").write_text(program + "\nopen('ran', 'w')\n")
-    assert run_evaluate("--ckpt", "runs/mynet/best.pt") == 2
-    assert "mynet.py: not what it was trained with; it was not run" in error_line()
-    assert not Path("ran").exists()
-
-
-def test_own_network_is_trained_and_measured(own, photos, tmp_path, run_train, run_evaluate):
-    flags = ("--encoder", f"{own}:build", "--layer", "first.0", "--input-size", 96, "--mean", "0.5,0.5,0.5")
-    options = ("--data", photos, "--epochs", 1, "--out", tmp_path, "--quiet")
-    assert run_train(*flags, "--std", "1,1,1", *options) == 0
-    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
-    found = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert found["shape"] == [8, 48, 48] and found["config"]["crop"] == 96
-    assert found["config"]["mean"] == [0.5, 0.5, 0.5]
-
-
-def test_flags_of_ones_own_network(own, photos, tmp_path, run_train, run_invert, error_line, capsys):
-    flags = ("--encoder", f"{own}:build", "--layer", "first.0", "--data", photos)
-    for more, message in (
-        (("--weights", "random"), "a FILE.py's function decides that"),
-        (("--weights", "imagenet", "--std", "1,0,1"), "give three numbers above 0"),
-        (("--weights", "own", "--encoder", "vgg16", "--layer", "block1"), "--weights own: what a FILE.py"),
-        (
-            ("--weights", "own", "--encoder", f"{own}:build+vgg16", "--layer", "first.0+block1"),
-            "--weights own: what a FILE.py's function gives; here imagenet, random or a file",
-        ),
-        (("--mean", "0.5,0.5"), "is not three numbers"),
-        (("--mean", "0,0,0", "--protocol", "published"), "--protocol published has ImageNet's"),
-        (("--input-size", 16), "LPIPS wants at least"),
-    ):
-        assert run_train(*flags, *more, "--out", tmp_path / "a") == 2
-        assert message in error_line()
-    assert run_invert("--ckpt", "best.pt", "--mean", "0,0,0") == 2
-    assert error_line() == "--mean: only with --encoder"
-    assert run_invert(*flags, "--input-size", 64, "--steps", 1, "--count", 2, "--out", tmp_path / "b") == 0
-    about = json.loads((tmp_path / "b" / "inversion.json").read_text())
-    assert (about["weights"], about["input_size"]) == ("own", 64)
-    assert run_invert(*flags, "--steps", 1, "--count", 2, "--out", tmp_path / "b") == 2
-    assert "is the result of another input_size" in error_line()
-
-
-def test_a_file_with_a_dataclass(tmp_path):
-    """Which looks for its module by name, where its annotations are strings."""
-    path = tmp_path / "data.py"  # a name that is taken
-    path.write_text(
-        "from __future__ import annotations\n"
-        "from dataclasses import dataclass\n"
-        "from torch import nn\n"
-        "@dataclass\n"
-        "class Config:\n"
-        "    width: int = 4\n"
-        "def build():\n"
-        "    return nn.Conv2d(3, Config().width, 3)\n"
-    )
-    assert networks.own_network(path, "build").out_channels == 4
-    assert sys.modules["data"] is data
-
-
-def test_another_file_is_another_encoder(own, tmp_path):
-    """Whose weights are the same."""
-    before = encoders.weights_key(Encoder(f"{own}:build", "first.1", "own"))
-    other = tmp_path / "net.py"
-    other.write_text(own.read_text() + "\n")
-    assert encoders.weights_key(Encoder(f"{other}:build", "first.1", "own")) != before

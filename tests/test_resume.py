@@ -1,13 +1,11 @@
-"""Nothing is lost: interruption, resumption, locks, full disks, several processes."""
+"""Nothing is lost: interruption, resumption, locks, full disks."""
 
-import json
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
-import zipfile
 
 import fuzz_inputs
 import kill_resume
@@ -15,12 +13,11 @@ import pytest
 import torch
 from conftest import REPOSITORY
 from kill_resume import read_run, same
-from training import batches_of, parse, parts_of, validate
+from training import parse
 
 import data
 import train
 import utils
-from metrics import TERMS
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +93,21 @@ def test_signal_saves_and_says_how_to_go_on(photos, tmp_path):
     assert "--epochs 500 --width 8 --resume" in output
     state = utils.load(tmp_path / "last.pt")
     assert state["epoch"] >= 1 and state["about"]["width"] == 8
+
+
+def test_second_signal_ends_at_once():
+    code = (
+        "import os, signal, time, torch\n"
+        "from signals import Signals\n"
+        "with Signals(torch.device('cpu')):\n"
+        "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)  # as a launcher may\n"
+        "    print('still here', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+    )
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGINT, "still here\n")
+    assert time.monotonic() - start < 50
 
 
 def test_resuming_a_finished_run_changes_nothing(whole, capsys):
@@ -263,170 +275,3 @@ def test_full_disk_keeps_the_previous_file(tmp_path, small_files):
         utils.save({"a": torch.zeros(10_000)}, tmp_path / "a.pt")
     assert len(utils.load(tmp_path / "a.pt")["a"]) == 10
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
-
-
-# --- several processes -----------------------------------------------------------------------------------
-
-
-LAUNCH = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc_per_node=2",
-]  # on a free port
-
-
-def environment():
-    path = [str(REPOSITORY), str(REPOSITORY / "tests"), *os.environ.get("PYTHONPATH", "").split(":")]
-    return os.environ | {"PYTHONPATH": ":".join(filter(None, path)), "OMP_NUM_THREADS": "1"}
-
-
-def one_step(photos, rank, world, parallel):
-    """The decoder's state after a step on this process's part of a batch of four."""
-    parts = parts_of(photos, "--width", 8, "--batch-size", 4 // world)
-    parts.inverter.eval()  # batch norm is fixed, since on the CPU each process has its own
-    optimizer = torch.optim.SGD(parts.inverter.decoder.parameters(), lr=1)
-    batch = next(batches_of(parts, rank, world))
-    train.train_step(parallel(parts.inverter), *batch, parts.loss, optimizer)
-    return parts.inverter.decoder.state_dict()
-
-
-def test_gradients_of_two_processes_are_those_of_the_joint_batch(photos, tmp_path):
-    script = tmp_path / "gradients.py"
-    script.write_text(
-        "import sys, torch, torch.distributed as dist\n"
-        "from test_resume import one_step\n"
-        "dist.init_process_group('gloo')\n"
-        "rank, world = dist.get_rank(), dist.get_world_size()\n"
-        "state = one_step(sys.argv[1], rank, world, torch.nn.parallel.DistributedDataParallel)\n"
-        "torch.save(state, f'{sys.argv[2]}/{rank}.pt')\n"
-        "dist.barrier()\n"
-        "dist.destroy_process_group()\n"
-    )
-    command = [str(part) for part in [*LAUNCH, script, photos, tmp_path]]
-    subprocess.run(command, cwd=REPOSITORY, env=environment(), check=True, timeout=300)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    joint = one_step(photos, 0, 1, lambda model: model)
-    before = parts_of(photos, "--width", 8).inverter.decoder.state_dict()
-    assert (joint["to_rgb.weight"] - before["to_rgb.weight"]).abs().max() > 1e-3
-    for key in joint:
-        assert torch.equal(first[key], second[key])
-        torch.testing.assert_close(first[key], joint[key], rtol=1e-4, atol=1e-6)
-
-
-def test_rank_without_world_size_is_one_process(photos, tmp_path, run_train, run_evaluate, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet") == 0
-    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
-    assert (tmp_path / "metrics.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"WORLD_SIZE": ""}, "WORLD_SIZE is ''"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
-        ({"WORLD_SIZE": "2"}, "start with torchrun"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "5", "LOCAL_RANK": "0", "MASTER_ADDR": "::1", "MASTER_PORT": "1"},
-            "RANK is '5'",
-        ),
-    ],
-)
-def test_processes_without_torchrun(photos, tmp_path, run_train, error_line, monkeypatch, variables, message):
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert run_train("--data", photos, "--out", tmp_path) == 2
-    assert message in error_line()
-
-
-def test_two_gloo_processes(photos, tmp_path):
-    """Both end with the same parameters; validation and test measure what one process measures."""
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import os, sys, torch, train\n"
-        "from flags import parse_train\n"
-        "state = train.train(parse_train(sys.argv[1:]))\n"
-        f"path = '{tmp_path}/rank' + os.environ['RANK'] + '.pt'\n"
-        "torch.save([state.decoder.state_dict(), state.history], path)\n"
-    )
-    flags = [
-        "--data",
-        photos,
-        "--out",
-        tmp_path / "run",
-        "--epochs",
-        2,
-        "--batch-size",
-        2,
-        "--lr",
-        1e-3,
-        "--width",
-        8,
-    ]
-    flags += ["--crop", 64, "--passes", 2, "--kept-crops", 1, "--freeze-bn", 3]  # of four steps an epoch
-    flags += ["--device", "cpu"]
-    command = [str(part) for part in [*LAUNCH, script, *flags]]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1/2") == 1  # the first process speaks
-    (a, rows), (b, other_rows) = (
-        torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)
-    )
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in other_rows]
-
-    parts = parts_of(photos, "--width", 8)
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    parts.inverter.decoder.load_state_dict(state["decoder"])
-    val, _, _ = validate(parts)
-    for name in TERMS:
-        assert rows[-1][f"val_{name}"] == pytest.approx(val[name], abs=1e-5)
-
-    results, originals = [], []
-    for prefix, out in ((LAUNCH, "two"), ([sys.executable], "one")):
-        flags = ["evaluate.py", "--ckpt", tmp_path / "run" / "best.pt", "--out", tmp_path / out]
-        flags += ["--device", "cpu"]
-        command = [str(part) for part in [*prefix, *flags]]
-        subprocess.run(
-            command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True, timeout=300
-        )
-        results.append(json.loads((tmp_path / out / "metrics.json").read_text()))
-        with zipfile.ZipFile(tmp_path / out / "reconstructions.zip") as archive:
-            originals.append([archive.read(name) for name in archive.namelist() if "original" in name])
-    assert results[0]["images"] == results[1]["images"] == len(originals[0]) == 3
-    assert originals[0] == originals[1]
-    for name in ("psnr", "ssim", "lpips"):
-        assert results[0][name] == pytest.approx(results[1][name], abs=1e-5)
-
-
-def test_two_processes_and_a_decoder_part_of_which_has_no_gradient(photos, tmp_path):
-    """Without MSE a step that begins with what a round made leaves the head of `feedback` out."""
-    flags = ["--data", photos, "--out", tmp_path, "--decoder", "feedback", "--width", 8, "--crop", 64]
-    flags += ["--mse-weight", 0, "--lpips-weight", 1, "--epochs", 1, "--passes", 4, "--val-images", 1]
-    command = [str(part) for part in [*LAUNCH, "train.py", *flags, "--batch-size", 2, "--device", "cpu"]]
-    options = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True}
-    done = subprocess.run(command, timeout=300, **options)
-    assert done.returncode == 0, done.stderr
-    assert "best: epoch 1" in done.stdout
-
-
-def test_second_signal_ends_at_once():
-    code = (
-        "import os, signal, time, torch\n"
-        "from signals import Signals\n"
-        "with Signals(torch.device('cpu')):\n"
-        "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)  # as a launcher may\n"
-        "    print('still here', flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
-    )
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (128 + signal.SIGINT, "still here\n")
-    assert time.monotonic() - start < 50
