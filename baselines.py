@@ -73,10 +73,10 @@ def write_baselines(source, out, protocol, device, batch_size=4, cache=None, bar
     """
     about = {"data": source, "protocol": protocol.name}
     refuse_other_results(out, ("baselines.json",), about)
+    path = make_folder(out) / "baselines.json"
     images = data.load_split(source, "test", cache, protocol, bars)
     found = measure_baselines(images, device, batch_size, bars, protocol)
     about |= {"images": len(images.names)}
-    path = make_folder(out) / "baselines.json"
     print(f"Baselines, protocol {protocol.name}; {len(images.names)} test images of {source}")
     summaries = {}
     for name, values in found.items():

@@ -328,6 +328,8 @@ def bench(args):
     figures = {}
     if args.quality and args.data:
         raise UserError("--data: not with --quality, which names its own")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise UserError(f"--json {args.json}: no such folder")
     if args.images < 6:
         raise UserError(f"--images {args.images}: at least 6, for a batch of 4 and validation")
 

@@ -325,7 +325,8 @@ class Encoder(nn.Module):
                 net = build_network(name).eval()
         leave_out(net, course.unused)
         if weights == "imagenet":
-            load_network(net, imagenet_weights(name.removeprefix("torchvision/")), "--weights imagenet")
+            state = imagenet_weights(name.removeprefix("torchvision/"), net.state_dict())
+            load_network(net, state, "--weights imagenet")
         elif loaded:
             load_network(net, weights_from_file(weights), f"--weights {weights}")
             self.weights_sha256 = digest(weights)

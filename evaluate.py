@@ -127,13 +127,15 @@ def evaluate(args):
     refuse_other_results(out, RESULTS, about)
     if len(images) < world:
         raise UserError(f"{source}: {len(images)} test images for {world} processes; start no more than that")
+    if rank == 0:
+        make_folder(out)  # or an error, before anything is computed
     part = data.subset(images, list(range(rank, len(images), world)))
     found = evaluate_model(inverter, part, args.batch_size, bars, protocol, scale, PICTURES // world)
     if world > 1:
         found = gather(found, len(images))
     if rank == 0:
         milliseconds = time_inference(inverter, images[:1])
-        write_evaluation(found, images.names, inverter, checkpoint, source, milliseconds, make_folder(out))
+        write_evaluation(found, images.names, inverter, checkpoint, source, milliseconds, out)
 
 
 def iterations_of(inverter):

@@ -147,7 +147,7 @@ versus() { # NAME FIRST OTHER, runs of wide: how the other differs, on natural's
   compare "$1/imagenet" "$2/imagenet" "$3/imagenet"
 }
 
-both() { # NAME ADAM'S-RATE MUON'S-RATE FLAGS…
+both() { # NAME "ADAM'S RATES" MUON'S-RATE FLAGS…
   local name=$1 adam=$2 muon=$3
   shift 3
   train "deep/adam/$name" "$adam" "$@" --optimizer adam
@@ -159,11 +159,11 @@ deep() { # by Adam and by Muon, and what is better there: MSE, wide's photograph
   local seeds=42 feedback="--config configs/best.yaml --data wide --val-images 160"
   local residual="$feedback --decoder residual --batch-size 8 --passes 2 --epochs 8"
   local kept="$residual --crop 192 --kept-crops 4"
-  both vgg16_block2 7e-4 1.4e-3 $feedback --layer block2 --passes 2 --epochs 2
+  both vgg16_block2 "7e-4 1.4e-3" 1.4e-3 $feedback --layer block2 --passes 2 --epochs 2
   both vgg16_block3 7e-4 1.4e-3 $feedback --layer block3 --passes 1 --epochs 4 --width 128
   both vgg16_block4 7e-4 2e-3 $residual --layer block4 --crop 160 --kept-crops 2
-  both alexnet_conv1 7e-4 1.4e-3 $feedback --encoder alexnet --layer conv1 --crop 160 --passes 1 --epochs 4
-  both alexnet_conv3 7e-4 1.4e-3 $feedback --encoder alexnet --layer conv3 --crop 160 --passes 1 --epochs 2
+  both alexnet_conv1 "7e-4 1.4e-3" 1.4e-3 $feedback --encoder alexnet --layer conv1 --crop 160 --passes 1 --epochs 4
+  both alexnet_conv3 "7e-4 1.4e-3" 1.4e-3 $feedback --encoder alexnet --layer conv3 --crop 160 --passes 1 --epochs 2
   both alexnet_features.10 2e-3 2e-3 $kept --encoder torchvision/alexnet --layer features.10
   both alexnet_conv5 2e-3 2e-3 $kept --encoder alexnet --layer conv5
   train deep/muon/vgg16_block2_residual 7e-4 $feedback --decoder residual --layer block2 --passes 6 --epochs 2

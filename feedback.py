@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from decoders import resize, upsamplings
-from study import IMAGE_SIZE
+from study import IMAGE_SIZE, ITERATIONS
 
 GAIN = 0.1  # of what becomes pixels: a step of Adam moves all weights at once, and with 1 the images too far
 
@@ -116,7 +116,7 @@ class FeedbackDecoder(ResidualDecoder):
         width=64,
         size=IMAGE_SIZE,
         blocks=1,
-        iterations=3,
+        iterations=ITERATIONS,
         feedback="residual",
         own_weights=False,
     ):

@@ -6,7 +6,7 @@ import sys
 
 import yaml
 
-from study import DECODERS, FEEDBACK_OPTIONS, INPUT, LAYERS, PROTOCOLS
+from study import DECODERS, FEEDBACK_OPTIONS, INPUT, ITERATIONS, LAYERS, PROTOCOLS
 from utils import UserError
 
 TRACKERS = ["tensorboard", "wandb", "none"]
@@ -25,6 +25,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise UserError(f"{message} (--help explains every flag)")
+
+    def parse_known_args(self, args=None, namespace=None):
+        found, others = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if value == "" or isinstance(value, list) and "" in value:  # a shell's variable that is not set
+                self.error(f"--{name.replace('_', '-')}: is empty")
+        return found, others
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -150,7 +157,8 @@ def train_parser(doc=None):
     add("--width", type=positive_int, help="the decoder's main number of channels (default: its own)")
     joined = "of several encoders, A+B with --layer a+b: as they are, weighed, or weighed at each position"
     add("--fusion", choices=["concat", "weighted", "attention"], help=f"{joined} (default: concat)")
-    looks = "of the feedback decoder: how often it looks at the encoder and corrects the image (default: 3)"
+    looks = "of the feedback decoder: how often it looks at the encoder and corrects the image"
+    looks += f" (default: {ITERATIONS})"
     add("--iterations", type=positive_int, metavar="K", help=looks)
     sees = "of the feedback decoder: what it sees then (default: residual)"
     add("--feedback", choices=["residual", "gradient", "both"], help=sees)
@@ -247,25 +255,30 @@ def read_config(path, parser, fast=False):
     """
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+            text = file.read()
+        values = yaml.safe_load(text)
+        written = yaml.load(text, yaml.BaseLoader)  # each value as the text that stands there
+        keys = [key.value for key, _ in yaml.compose(text).value] if isinstance(values, dict) else []
     except (yaml.YAMLError, OSError, RecursionError, ValueError) as error:
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: is {type(values).__name__}, should be lines of `key: value`")
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"--config {path}: has the key {twice[0]} twice")
     tuned = values.pop("fast", {})
     if not isinstance(tuned, dict) or fast and not tuned:
         raise UserError(f"--config {path}: has no lines of `key: value` under `fast:`, which --fast takes")
     try:
-        flags = flags_of(values, parser)
-        tuned = flags_of(tuned, parser)
+        flags = flags_of(values, written, parser)
+        tuned = flags_of(tuned, written.get("fast"), parser)
         parser.parse_args([*flags, *tuned])
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
     return [*flags, *tuned] if fast else flags
 
 
-def flags_of(values, parser):
-    """{key: value} of a YAML file as a part of a command line. Raises UserError."""
+def flags_of(values, written, parser):
+    """{key: value} of a YAML file as a part of a command line; written: {key: its text}. Raises UserError."""
     actions = {action.dest: action for action in parser._actions if action.dest not in NO_KEYS}
     flags = []
     for key, value in values.items():
@@ -273,14 +286,17 @@ def flags_of(values, parser):
             known = ", ".join(actions)
             raise UserError(f"unknown key {reprlib.repr(key)}; the keys are {known}")
         try:
-            flags += as_flags(actions[key], value)
+            flags += as_flags(actions[key], value, written[key])
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
     return flags
 
 
-def as_flags(action, value):
-    """A YAML value of the flag that `action` defines, as a part of a command line. Raises UserError."""
+def as_flags(action, value, written):
+    """A YAML value of the flag that `action` defines, as a part of a command line. Raises UserError.
+
+    written: its text, which is what a flag that takes words gets: a layer 0.10 is not 0.1.
+    """
     name = action.dest.replace("_", "-")
     if isinstance(action.default, bool):
         if not isinstance(value, bool):
@@ -292,6 +308,8 @@ def as_flags(action, value):
         return []
     if isinstance(value, list) and action.type is three_numbers:
         value = ",".join(map(str, value))
+    if action.type is None and isinstance(written, str) and not isinstance(value, bool):
+        value = written
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(f"{reprlib.repr(value)} should be a number or a word")
     return [f"--{name}={value}"]

@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 from decoders import resize
 from encoders import build_encoder
-from metrics import LPIPS, feature_error, mean_pairwise_distance, measure, psnr, summary
+from metrics import LPIPS, SMALLEST, feature_error, mean_pairwise_distance, measure, psnr, summary
 from models import load_inverter
 from pictures import draw_grid, from_worst_to_best, save_figure, to_picture, to_pixels
 from study import FIGURES, INPUT
@@ -71,8 +71,11 @@ def main(args):
     about["split"] = args.split
     if args.split == "val":
         out = Path(args.out or out / "val")
+    if encoder.input_size < SMALLEST:
+        raise UserError(f"--input-size {encoder.input_size}: LPIPS wants at least {SMALLEST} pixels")
     encoder.to(device)
     refuse_other_results(out, INVERSION, about)
+    make_folder(out)  # or an error, before anything is computed
     images = data.load_split(about["data"], args.split, args.cache, bars=bars, size=encoder.input_size)
     if len(images.names) < 2:
         raise UserError(f"{about['data']}: one {args.split} image; errors are divided by the distance of two")
@@ -89,7 +92,7 @@ def main(args):
     pixels = images[chosen]
     found = invert_images(encoder, decode, pixels, scale, args.batch_size, bars, **options)
     pictures, values, about["course"] = found
-    write_inversion(pictures, values, [images.names[i] for i in chosen], about, make_folder(out))
+    write_inversion(pictures, values, [images.names[i] for i in chosen], about, out)
     print(f"results in {out}")
 
 

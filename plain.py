@@ -3,6 +3,7 @@
 import multiprocessing
 import time
 import warnings
+from contextlib import suppress
 
 import lpips as lpips_package
 import torch
@@ -13,6 +14,7 @@ from torchvision import transforms as T
 
 from models import build_decoder
 from study import IMAGENET_MEAN, IMAGENET_STD
+from utils import UserError, run
 from weights import imagenet_weights
 
 
@@ -127,15 +129,24 @@ class Elsewhere:
         self.process.start()
 
     def __call__(self, method, *args):
-        self.pipe.send((method, args))
-        return self.pipe.recv()
+        try:
+            self.pipe.send((method, args))
+            return self.pipe.recv()
+        except (EOFError, BrokenPipeError):
+            raise UserError("the plain loop's process ended, as it says above") from None
 
     def close(self):
-        self.pipe.send(None)
+        with suppress(BrokenPipeError):  # of one that has ended
+            self.pipe.send(None)
         self.process.join()
 
 
 def serve(pipe, device):
-    plain = Plain(device)
-    while message := pipe.recv():
-        pipe.send(getattr(plain, message[0])(*message[1]))
+    """Do what comes through the pipe, until that is None; what the user can put right is one line."""
+
+    def work():
+        plain = Plain(device)
+        while message := pipe.recv():
+            pipe.send(getattr(plain, message[0])(*message[1]))
+
+    run(work)

@@ -15,7 +15,7 @@ from PIL import Image
 from baselines import COLOURS
 from pictures import draw_grid, save_figure
 from results import is_experiment, joined, read_history, result_rows
-from study import DIGITS, METRICS
+from study import DIGITS, IMAGE_SIZE, METRICS
 from utils import UserError, evenly_spaced, seed_folders, write_csv, write_text
 
 PAGE = Path(__file__).with_name("report.html")
@@ -140,9 +140,11 @@ def test_images(runs, rows):
         path = seed_folders(runs / row["experiment"])[0] / "reconstructions.zip"
         if not is_experiment(row) or "data" not in row or not path.exists():
             continue
-        source = (
-            row["data"] if row["protocol"] == "documented" else f"{row['data']}, protocol {row['protocol']}"
-        )
+        source = row["data"]
+        if row["protocol"] != "documented":
+            source += f", protocol {row['protocol']}"
+        if row["size"] != IMAGE_SIZE:
+            source += f", {row['size']}×{row['size']}"
         try:
             for name, original, run in reconstructions(path):
                 image = {"name": name, "data": source, "original": original, "runs": {}}

@@ -12,8 +12,10 @@ from baselines import BASELINES, thumbnail_name
 from flags import parse_train
 from study import (
     DEFINING,
+    FEEDBACK_OPTIONS,
     IMAGE_SIZE,
     INPUT,
+    ITERATIONS,
     METRICS,
     PROTOCOLS,
     PUBLISHED,
@@ -103,9 +105,10 @@ def refuse_another(results, others, folder):
         a, b = (found["config"].get(name) for found in (results, others))
         if a != b and name not in ("seed", "out", "device", "tf32"):  # older runs know nothing of the last
             raise Damaged(f"{folder.name}: {name} is {b}, of another seed {a}")
-    for name, same in (("data", same_data), ("protocol", operator.eq)):  # of the test images
-        if not same(others[name], results[name]):
-            raise Damaged(f"{folder.name}: {name} is {others[name]}, of another seed {results[name]}")
+    for name, same in (("data", same_data), ("protocol", operator.eq), ("iterations", operator.eq)):
+        a, b = results.get(name), others.get(name)  # of the test images
+        if not same(a, b):
+            raise Damaged(f"{folder.name}: {name} is {b}, of another seed {a}")
 
 
 def over_seeds(rows):
@@ -185,6 +188,7 @@ def measured(results, folder):
     }
     row |= {key: results["config"].get(key) for key in ("encoder", "decoder", "seed")}
     row["resolution"] = results["shape"][1]
+    row["size"] = results.get("size", IMAGE_SIZE)  # older ones do not say it
     history, damage = read_history(folder)
     seconds = history.get("seconds", []) + history.get("val_seconds", [])
     row["minutes"] = sum(filter(None, seconds)) / 60 if seconds else None
@@ -192,7 +196,8 @@ def measured(results, folder):
         row["weights"], f"weights {row['weights']}"
     )
     budget = optimisation(results["config"])
-    row["note"] = joined(weights, unusual(row["protocol"]), budget, inversion(folder, results), damage)
+    notes = weights, unusual(row["protocol"]), budget, asked(results), inversion(folder, results), damage
+    row["note"] = joined(*notes)
     return row
 
 
@@ -210,10 +215,22 @@ def optimisation(config):
         "schedule",
         "freeze_bn",
         "clip_grad",
+        "patience",
+        "amp",
+        "train_images",
+        "val_images",
+        *FEEDBACK_OPTIONS,
         *INPUT,
         "fusion",
     )
     return ", ".join(f"{key} {config[key]}" for key in keys if config.get(key, study[key]) != study[key])
+
+
+def asked(results):
+    """What a note says of an evaluation with more or fewer iterations than the training had, or ""."""
+    found = results.get("iterations")
+    trained = results["config"].get("iterations") or ITERATIONS
+    return f"asked for {found} iterations" if found and found != trained else ""
 
 
 def means(metrics):
@@ -300,11 +317,12 @@ def baseline_rows(runs):
 def note_below(rows, baselines):
     """Have `note` say which rows have a PSNR below that of a baseline, on their data.
 
-    Those are each image's mean colour, and each image reduced to as many pixels as the layer has positions.
+    Those are each image's mean colour, and each image reduced to as many pixels as the layer has positions;
+    baselines are of images of IMAGE_SIZE.
     """
     for limit in baselines:
         for row in rows:
-            if "psnr" not in row or row["protocol"] != limit.get("protocol"):
+            if "psnr" not in row or row["protocol"] != limit.get("protocol") or row["size"] != IMAGE_SIZE:
                 continue
             own = ("mean colour", thumbnail_name(row["resolution"]))
             if limit["experiment"] not in own or row["psnr"] >= limit["psnr"]:

@@ -32,6 +32,7 @@ fi
 evaluation=() data=() previous="" # flags that evaluate.py needs too; that its --baselines needs beside them
 for flag; do
   case ${flag%%=*} in
+    -h | --help) sed -n "2,/^set/s/^# \?//p" run_all.sh && exit ;;
     --out | --config)
       echo "error: $flag: every experiment has its own; RUNS=FOLDER names the folder of them all" >&2 && exit 2 ;;
     --seed)

@@ -17,6 +17,7 @@ LAYERS = {
 }
 DECODERS = ["tconv", "frequency", "wavelet", "attention", "residual", "feedback"]  # models.py builds them
 FEEDBACK_OPTIONS = ("iterations", "feedback", "own_weights")  # flags of that decoder alone
+ITERATIONS = 3  # of that decoder, if no other number is asked for
 INPUT = ("input_size", "mean", "std")  # flags of what an encoder's images are like
 METRICS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}  # metrics.py measures them
 DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}  # of a table

@@ -66,9 +66,14 @@ def peak_flops(device):
 
 
 def child_gib(*command):
-    """Peak memory in GiB of the largest child so far, after running `command`."""
+    """Peak memory in GiB of the largest child so far, after running `command`.
+
+    Raises UserError if that fails.
+    """
     command = [sys.executable, *map(str, command)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
+    if done.returncode:
+        raise UserError(f"{command[1]} ended with status {done.returncode}, as it says above")
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
 
 

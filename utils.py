@@ -34,6 +34,9 @@ class UserError(Exception):
 
 def run(main):
     """Return `main()`; what the user can put right ends in one line on stderr and exit status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # where a terminal knows no arrow, its ? is no error
     try:
         return main()
     except UserError as error:

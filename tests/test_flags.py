@@ -1,5 +1,6 @@
 """The command line and YAML files: defaults, which wins, what is refused, and how fast --help is."""
 
+import os
 import subprocess
 import sys
 import time
@@ -41,6 +42,16 @@ def test_command_line_wins_over_yaml_over_defaults(tmp_path):
     assert (args.amp, args.freeze_bn) == (False, 0) and parse("--config", tmp_path / "c.yaml").amp
 
 
+def test_words_are_taken_as_they_are_written(tmp_path):
+    """YAML would make 0.1, 20240115, 8 and a date of them."""
+    path = tmp_path / "c.yaml"
+    path.write_text("encoder: torchvision/densenet121\nlayer: 0.10\nout: 2024_01_15\nfast:\n  weights: 010\n")
+    args = parse("--config", path, "--fast")
+    assert (args.layer, args.out, args.weights) == ("0.10", "2024_01_15", "010")
+    path.write_text("out: 2024-01-15\n")
+    assert parse("--config", path).out == "2024-01-15"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -61,6 +72,8 @@ def test_command_line_wins_over_yaml_over_defaults(tmp_path):
         ("just words", "is str, should be"),
         ("", "is NoneType, should be"),
         ("a: b: c", "mapping values are not allowed"),
+        ("lr: 1e-3\nepochs: 2\nlr: 1e-2", "has the key lr twice"),
+        ("data: ''", "--data: is empty"),
         ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
     ],
 )
@@ -86,6 +99,7 @@ def test_bad_yaml(tmp_path, text, message):
         (["--mse-weight", "-0.5"], "--mse-weight: -0.5 is not zero or positive"),
         (["--mse-weight", "0", "--lpips-weight", "0"], "nothing to minimise"),
         (["--speed", "9"], "unrecognized arguments: --speed 9"),
+        (["--config", ""], "--config: is empty"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
@@ -134,3 +148,12 @@ def test_every_config_file_is_valid():
     assert files
     for file in files:
         parse("--config", file)
+
+
+def test_a_terminal_that_knows_no_arrows():
+    """ISO 8859-1, as some clusters have it: what it lacks is a ?, not a traceback."""
+    code = "import utils; utils.run(lambda: print('PSNR (dB) \\u2191 \\u2013'))"
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    options = {"cwd": REPOSITORY, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], **options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "PSNR (dB) ? ?\n", "")

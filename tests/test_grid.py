@@ -337,3 +337,11 @@ def test_seeds_want_a_folder_without_a_run(tmp_path):
     done = subprocess.run(["bash", "run_all.sh"], **options)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "is a run without SEEDS" in done.stderr
+
+
+def test_help_is_help(tmp_path):
+    environment = os.environ | {"RUNS": str(tmp_path / "runs")}
+    options = {"cwd": REPOSITORY, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run(["bash", "run_all.sh", "--help"], **options)
+    assert done.returncode == 0 and 'SEEDS="1 2 3" bash run_all.sh' in done.stdout
+    assert not done.stdout.count("#") and not (tmp_path / "runs").exists()

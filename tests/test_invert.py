@@ -196,3 +196,10 @@ def test_what_is_no_picture_any_more_is_one_line(photos, tmp_path, run_invert, e
     assert run_invert(*flags, "--out", tmp_path, "--quiet") == 2
     assert "not finite" in (line := error_line()) and "--lr" in line
     assert not list(tmp_path.glob("inversion*"))
+
+
+def test_images_too_small_for_lpips_are_refused_first(own, photos, run_invert, error_line, monkeypatch):
+    monkeypatch.setattr(invert, "invert_images", None)
+    flags = ("--encoder", f"{own}:build", "--layer", "first.0", "--data", photos)
+    assert run_invert(*flags, "--input-size", 28) == 2
+    assert "--input-size 28: LPIPS wants at least 31 pixels" in error_line()

@@ -232,6 +232,25 @@ def test_unreachable_weights_say_what_was_tried(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.pth"))
 
 
+def test_weights_of_convolutions_are_no_whole_network(tmp_path, monkeypatch):
+    """Behind them the official download is asked for, though what has the convolutions is there."""
+
+    def unreachable(name):
+        raise weights.Unavailable(f"{name} from the official address")
+
+    Encoder("alexnet", "conv1")  # which sees to it that it is there
+    monkeypatch.setattr(weights, "official_file", lambda name: tmp_path / "alexnet.pth")
+    monkeypatch.setattr(weights, "official_from_network", unreachable)
+    with pytest.raises(UserError, match="from the official address.*put the file at .*alexnet.pth"):
+        Encoder("torchvision/alexnet", "classifier.1")
+
+
+def test_a_cached_file_of_something_else_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "official_from_cache", lambda name: {"state_dict": {}})
+    with pytest.raises(UserError, match="the file of vgg16 there is no state dict of it; delete it"):
+        Encoder("vgg16")
+
+
 def test_unpickler_admits_numpy_arrays_alone(tmp_path):
     array = {"Conv_0": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)}}
     old = pickle.dumps(array, protocol=3).replace(b"numpy._core", b"numpy.core")

@@ -17,6 +17,9 @@ import report
 import results
 from study import METRICS
 
+# A baseline that made-up runs are below.
+BELOW = {"psnr": {"mean": 30, "std": 1}, "ssim": {"mean": 1, "std": 0}, "lpips": {"mean": 0, "std": 0}}
+
 
 def test_page_has_every_experiment(content):
     rows = {row["experiment"]: row for row in content["rows"]}
@@ -238,12 +241,33 @@ def test_what_is_below_mean_colour_says_so(runs, tmp_path):
     assert notes["mean colour"] == "baseline, no features; protocol published"
 
 
+def test_what_is_no_part_of_the_studys_recipe_is_said(runs, tmp_path):
+    config = json.loads((runs / NAMES[0] / "metrics.json").read_text())["config"]
+    copied(runs, tmp_path / "few", config=config | {"train_images": 80, "patience": 3})
+    copied(runs, tmp_path / "six", config=config | {"decoder": "feedback"}, iterations=6)
+    copied(runs, tmp_path / "three", config=config | {"decoder": "feedback"}, iterations=3)
+    notes = {row["experiment"]: row["note"] for row in results.result_rows(tmp_path)}
+    assert notes["few"] == "patience 3, train_images 80"
+    assert (notes["six"], notes["three"]) == ("asked for 6 iterations", "")
+
+
+def test_images_of_another_size_are_others(runs, tmp_path):
+    """Baselines are of 224 pixels, and so are the pictures that a run of 96 is not laid over."""
+    copied(runs, tmp_path / "a")
+    copied(runs, tmp_path / "b", size=96)
+    write_baselines(tmp_path, baselines={"mean colour": BELOW})
+    rows = results.result_rows(tmp_path)
+    notes = {row["experiment"]: row["note"] for row in rows}
+    assert (notes["a"], notes["b"]) == ("below mean colour", "")
+    images = report.test_images(tmp_path, rows)
+    assert {tuple(image["runs"]) for image in images} == {("a",), ("b",)}
+
+
 def test_what_is_below_a_thumbnail_says_so(runs, tmp_path):
     """The picture in as many pixels as the layer has positions: 112 for experiment 1, 56 for 2."""
     copied(runs, tmp_path / NAMES[0])
     copied(runs, tmp_path / NAMES[1], NAMES[1])
-    values = {"psnr": {"mean": 30, "std": 1}, "ssim": {"mean": 1, "std": 0}, "lpips": {"mean": 0, "std": 0}}
-    write_baselines(tmp_path, baselines={"thumbnail 112 × 112": values})
+    write_baselines(tmp_path, baselines={"thumbnail 112 × 112": BELOW})
     rows = {row["experiment"]: row["note"] for row in results.result_rows(tmp_path)}
     assert rows[NAMES[0]] == "below thumbnail 112 × 112" and rows[NAMES[1]] == ""
 
