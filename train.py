@@ -155,7 +155,7 @@ def train(args):
                 row, better = end_epoch(state, trained, validated, val_seconds, images)
                 if rank == 0:
                     if better:
-                        remove_what_will_not_be_true(out, resumed=True)  # who evaluated the best until now
+                        remove_what_will_not_be_true(out, resumed=True)  # results of the best until now
                         save_best(inverter, config, state, out)
                     write_history(state.history, out / "history.csv")
                     draw_curves(state.history, out / "curves.png")
