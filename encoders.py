@@ -226,11 +226,11 @@ class ConvReLU(nn.Conv2d):
     """
 
     def forward(self, x):
-        amp = torch.is_autocast_enabled("cuda")
         here = x.is_cuda and torch.version.cuda  # AMD's GPUs call themselves CUDA, too
-        if here and amp and torch.cuda.get_device_capability(x.device) < (8, 0):  # without cuDNN's bfloat16
-            here = False
         if not here or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.relu(super().forward(x), inplace=True)
+        amp = torch.is_autocast_enabled("cuda")
+        if amp and torch.cuda.get_device_capability(x.device) < (8, 0):  # without cuDNN's bfloat16
             return F.relu(super().forward(x), inplace=True)
         tensors = x, self.weight, self.bias
         if amp:

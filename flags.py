@@ -258,23 +258,32 @@ def read_config(path, parser, fast=False):
             text = file.read()
         values = yaml.safe_load(text)
         written = yaml.load(text, yaml.BaseLoader)  # each value as the text that stands there
-        keys = [key.value for key, _ in yaml.compose(text).value] if isinstance(values, dict) else []
+        twice = key_twice(yaml.compose(text))
     except (yaml.YAMLError, OSError, RecursionError, ValueError) as error:
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: is {type(values).__name__}, should be lines of `key: value`")
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise UserError(f"--config {path}: has the key {twice[0]} twice")
+    if twice:
+        raise UserError(f"--config {path}: has the key {twice} twice")
     tuned = values.pop("fast", {})
     if not isinstance(tuned, dict) or fast and not tuned:
         raise UserError(f"--config {path}: has no lines of `key: value` under `fast:`, which --fast takes")
     try:
         flags = flags_of(values, written, parser)
-        tuned = flags_of(tuned, written.get("fast"), parser)
+        tuned = flags_of(tuned, written.get("fast") or {}, parser)
         parser.parse_args([*flags, *tuned])
     except UserError as error:
         raise UserError(f"--config {path}: {error}") from None
     return [*flags, *tuned] if fast else flags
+
+
+def key_twice(node):
+    """A key that a mapping of a YAML file, or one in it, has more than once; None if there is none."""
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    keys = [key.value for key, _ in node.value]
+    twice = [key for key in keys if keys.count(key) > 1]
+    return twice[0] if twice else next(filter(None, (key_twice(value) for _, value in node.value)), None)
 
 
 def flags_of(values, written, parser):
@@ -286,7 +295,7 @@ def flags_of(values, written, parser):
             known = ", ".join(actions)
             raise UserError(f"unknown key {reprlib.repr(key)}; the keys are {known}")
         try:
-            flags += as_flags(actions[key], value, written[key])
+            flags += as_flags(actions[key], value, written.get(key))
         except UserError as error:
             raise UserError(f"{key}: {error}") from None
     return flags
@@ -308,7 +317,8 @@ def as_flags(action, value, written):
         return []
     if isinstance(value, list) and action.type is three_numbers:
         value = ",".join(map(str, value))
-    if action.type is None and isinstance(written, str) and not isinstance(value, bool):
+    word = action.type is None and not isinstance(value, bool) and value is not None
+    if word and isinstance(written, str):
         value = written
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise UserError(f"{reprlib.repr(value)} should be a number or a word")

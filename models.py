@@ -210,7 +210,10 @@ def load_inverter(path):
     expected = checkpoint.get("encoder_sha256")  # older checkpoints have none
     if expected and expected != weights_key(inverter.encoder):
         names = "{encoder}'s {weights} weights".format(**checkpoint["config"])
-        raise UserError(f"{path}: was trained with other {names} up to its layer than those found here")
+        raise UserError(
+            f"{path}: was trained with other {names} up to its layer, or another mean and deviation of its "
+            "images, than those found here"
+        )
     return inverter.eval(), checkpoint
 
 

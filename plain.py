@@ -132,11 +132,11 @@ class Elsewhere:
         try:
             self.pipe.send((method, args))
             return self.pipe.recv()
-        except (EOFError, BrokenPipeError):
+        except (EOFError, ConnectionError):
             raise UserError("the plain loop's process ended, as it says above") from None
 
     def close(self):
-        with suppress(BrokenPipeError):  # of one that has ended
+        with suppress(ConnectionError):  # of one that has ended
             self.pipe.send(None)
         self.process.join()
 

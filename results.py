@@ -22,7 +22,7 @@ from study import (
     PUBLISHED_INFERENCE,
     Published,
 )
-from utils import same_data, seed_folders
+from utils import same_data, seed_folders, seeds_of
 
 CONFIGS = Path(__file__).with_name("configs")
 UNREADABLE = (  # what reading a file that is not as it should be can raise
@@ -95,7 +95,7 @@ def not_measured(folder):
 
 def seeds_that_are_missing(run):
     """What is to be said of a run's seeds that were begun, but have no metrics.json."""
-    missing = [path for path in sorted(run.glob("seed[0-9]*")) if not (path / "metrics.json").exists()]
+    missing = [path for path in seeds_of(run) if not (path / "metrics.json").exists()]
     return [f"{path.name} {not_measured(path)}" for path in missing]
 
 

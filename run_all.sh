@@ -32,7 +32,7 @@ fi
 evaluation=() data=() previous="" # flags that evaluate.py needs too; that its --baselines needs beside them
 for flag; do
   case ${flag%%=*} in
-    -h | --help) sed -n "2,/^set/s/^# \?//p" run_all.sh && exit ;;
+    -h | --help) sed -n "2,/^set/{/^#/{s/^#//;s/^ //;p;};}" run_all.sh && exit ;;
     --out | --config)
       echo "error: $flag: every experiment has its own; RUNS=FOLDER names the folder of them all" >&2 && exit 2 ;;
     --seed)
@@ -61,8 +61,11 @@ for config in "${configs[@]}"; do
   # shellcheck disable=SC2053  # ONLY is a pattern
   [[ ${name#*_} == ${ONLY:-*} || $name == ${ONLY:-*} ]] || continue
   if [[ -n ${SEEDS:-} && -f $runs/$name/metrics.json ]]; then
-    echo "error: $runs/$name: is a run without SEEDS, which theirs would not be averaged with; RUNS=FOLDER" \
-      "names another folder for them" >&2 && exit 2
+    echo "error: $runs/$name: holds a run without SEEDS, which would hide theirs; remove it, or name another" \
+      "folder by RUNS" >&2 && exit 2
+  elif [[ -z ${SEEDS:-} ]] && compgen -G "$runs/$name/seed*/metrics.json" > /dev/null; then
+    echo "error: $runs/$name: holds runs of SEEDS, which one without would hide; give SEEDS, or name another" \
+      "folder by RUNS" >&2 && exit 2
   fi
   for seed in ${SEEDS:-""}; do
     run=$name${seed:+/seed$seed}
@@ -90,8 +93,10 @@ for signal in INT TERM USR1; do
 done
 run() { # its standard error goes to the file $log too
   if [[ -n $received ]]; then return 143; fi
-  "$@" 2> >(tee -a "$log" >&2) &
+  exec 4>> "$log" # here, not when tee comes to it: until then the file may have another name
+  "$@" 2> >(tee -a /dev/fd/4 >&2) 4>&- &
   child=$!
+  exec 4>&-
   wait "$child"
   local status=$?
   while kill -0 "$child" 2> /dev/null; do # it was the trap that ended the wait

