@@ -3,8 +3,8 @@
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
 #                                         loss, decoders and weights an hour, feedback another, muon and layers half
-#                                         of one each, data 45 minutes, deep six hours, natural 50 minutes, published
-#                                         27, inversion 20
+#                                         of one each, data 45 minutes, deep six and a half hours, natural 50 minutes,
+#                                         published 27, inversion 20
 #   bash evidence.sh loss layers          some of them
 #   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep, natural and published have one, 42;
 #                                         inversion none)
@@ -81,8 +81,8 @@ decoders() { # block1 and MSE, a minute and a half each
 }
 
 muon() { # the same three decoders by Muon
-  train muon/tconv "3e-3 1e-2" $fast $mse --passes 20 --optimizer muon
-  train muon/residual "7e-4 2e-3" $best --decoder residual --passes 6 --optimizer muon
+  train muon/tconv "1e-3 3e-3 1e-2" $fast $mse --passes 20 --optimizer muon
+  train muon/residual "3.5e-4 7e-4 2e-3" $best --decoder residual --passes 6 --optimizer muon
   train muon/feedback 1.4e-3 $best --passes 4 --optimizer muon
   compare muon muon/{tconv,residual,feedback}
   compare muon/tconv loss/mse muon/tconv

@@ -83,7 +83,7 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     }
     by_muon = {args.out for args in trained if args.optimizer == "muon"}
     assert by_muon == {out for out in made if re.search("/muon/|/feedback/block|/natural/", out)}
-    assert len(by_muon) == (4 + 9) + (12 + 12) + 15 + 2
+    assert len(by_muon) == (6 + 9) + (12 + 12) + 15 + 2
     inverted = [parse_invert(flags) for program, flags in calls if program == "invert.py"]
     assert len({args.out for args in inverted}) == len(inverted) == 8 + 8
     for args in inverted:
