@@ -148,6 +148,9 @@ if [[ ! -f $runs/baselines.json ]]; then
   log=/dev/null
   run python evaluate.py --baselines --out "$runs" ${data[@]+"${data[@]}"} ${evaluation[@]+"${evaluation[@]}"}
   check baselines $?
+else
+  of=$(sed -n 's/^ *"data": "\(.*\)",*$/\1/p' "$runs/baselines.json")
+  echo "=== baselines: done, of ${of:-?} (rm $runs/baselines.json to measure them again)"
 fi
 python evaluate.py --report "$runs" || exit
 exit $failed

@@ -1,6 +1,7 @@
 """run_all.sh and what it reports; reconstructing one's own pictures."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -136,6 +137,9 @@ if [ "$2" = --baselines ]; then exit {status}; fi
     assert calls()[:2] == (0, ["--config", "--ckpt", "--report"])
     (runs / "01_vgg16_block1_tconv" / "metrics.json").write_text("{}")  # what is done is not done again
     assert calls()[:2] == (0, ["--report"])
+    (runs / "baselines.json").write_text(json.dumps({"data": "my photos", "images": 3}, indent=2))
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert "=== baselines: done, of my photos (rm " in done.stdout
 
 
 def test_seeds_have_folders_of_their_own(tmp_path):
