@@ -178,7 +178,7 @@ def train_parser(doc=None):
     add("--epochs", type=positive_int, default=30, help="at most; validation follows each")
     add("--passes", type=positive_int, default=1, help="through the training images, in an epoch")
     add("--batch-size", type=positive_int, default=4, help="images a step, per process")
-    both = "adam, or muon, which learns more in the same time, most in shallow layers (muon.py)"
+    both = "adam, or muon, which learns more in the same time in shallow layers (muon.py)"
     add("--optimizer", choices=["adam", "muon"], default="adam", help=both)
     add("--lr", type=positive_float, default=1e-4, help="learning rate; onecycle: the highest")
     add("--schedule", choices=["plateau", "onecycle"], default="plateau", help="of the learning rate")
