@@ -281,9 +281,14 @@ def key_twice(node):
     """A key that a mapping of a YAML file, or one in it, has more than once; None if there is none."""
     if not isinstance(node, yaml.MappingNode):
         return None
-    keys = [key.value for key, _ in node.value]
-    twice = [key for key in keys if keys.count(key) > 1]
-    return twice[0] if twice else next(filter(None, (key_twice(value) for _, value in node.value)), None)
+    seen = set()
+    for key, value in node.value:
+        if key.value in seen:
+            return key.value
+        seen.add(key.value)
+        if inside := key_twice(value):
+            return inside
+    return None
 
 
 def flags_of(values, written, parser):
