@@ -63,7 +63,7 @@ from timing import by_turns, child_gib, kernels, link_photographs, make_photogra
 STUDY = {"psnr": 27.92, "ssim": 0.862, "lpips": 0.0236}
 FAST = ("--config", "configs/fast.yaml")
 TRIALS = 9  # of its number of epochs, from one on
-FUSED = {  # encoders.py's, which FlopCounterMode does not know
+FUSED = {  # trunk.py's, which FlopCounterMode does not know
     torch.ops.aten.cudnn_convolution_relu: lambda x, w, *_, out_shape, **__: conv_flop_count(x, w, out_shape)
 }
 ATTENTION = """

@@ -110,9 +110,9 @@ def add_input_flags(add):
 
 
 def check_weights(args):
-    """Set args.weights to `own` where a user's own function gives them; raise UserError for what can't be.
+    """Set args.weights to `own` where a user's own function gives them.
 
-    Of --std, too.
+    Raises UserError for weights that can't be had, and for a --std that is not positive.
     """
     own = [".py:" in name for name in args.encoder.split("+")]
     if any(own) and args.weights == "random":
@@ -257,38 +257,31 @@ def read_config(path, parser, fast=False):
         with open(path, encoding="utf-8") as file:
             text = file.read()
         values = yaml.safe_load(text)
-        written = yaml.load(text, yaml.BaseLoader)  # each value as the text that stands there
-        twice = key_twice(yaml.compose(text))
     except (yaml.YAMLError, OSError, RecursionError, ValueError) as error:
         raise UserError(f"--config {path}: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"--config {path}: is {type(values).__name__}, should be lines of `key: value`")
-    if twice:
-        raise UserError(f"--config {path}: has the key {twice} twice")
     tuned = values.pop("fast", {})
     if not isinstance(tuned, dict) or fast and not tuned:
         raise UserError(f"--config {path}: has no lines of `key: value` under `fast:`, which --fast takes")
     try:
+        written = texts_of(yaml.compose(text, yaml.SafeLoader))
         flags = flags_of(values, written, parser)
         tuned = flags_of(tuned, written.get("fast") or {}, parser)
         parser.parse_args([*flags, *tuned])
-    except UserError as error:
+    except (UserError, RecursionError) as error:
         raise UserError(f"--config {path}: {error}") from None
     return [*flags, *tuned] if fast else flags
 
 
-def key_twice(node):
-    """A key that a mapping of a YAML file, or one in it, has more than once; None if there is none."""
-    if not isinstance(node, yaml.MappingNode):
-        return None
-    seen = set()
-    for key, value in node.value:
-        if key.value in seen:
-            return key.value
-        seen.add(key.value)
-        if inside := key_twice(value):
-            return inside
-    return None
+def texts_of(mapping):
+    """{key: its value's text, or of a mapping the same} of a YAML node. Raises UserError for a key twice."""
+    texts = {}
+    for key, value in mapping.value:
+        if key.value in texts:
+            raise UserError(f"has the key {key.value} twice")
+        texts[key.value] = texts_of(value) if isinstance(value, yaml.MappingNode) else value.value
+    return texts
 
 
 def flags_of(values, written, parser):

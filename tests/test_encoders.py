@@ -14,6 +14,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import encoders
 import models
 import networks
+import trunk
 from decoders import Fused
 from encoders import Encoder, build_encoder
 from study import IMAGENET_MEAN, IMAGENET_STD
@@ -98,13 +99,13 @@ def test_windows_lie_side_by_side():
     image = torch.rand(2, 12, 12, 5)
     windows = window_partition(image, (3, 3))
     net = nn.ModuleDict({"window": nn.Identity(), "grid_of_windows": nn.Identity()})
-    layout = encoders.layout_of(windows, "window", net, {})
-    assert torch.equal(encoders.as_map(windows, layout), image.permute(0, 3, 1, 2))
+    layout = trunk.layout_of(windows, "window", net, {})
+    assert torch.equal(trunk.as_map(windows, layout), image.permute(0, 3, 1, 2))
     tokens = windows.flatten(1, 2)
-    layout = encoders.layout_of(tokens, "window", net, {})
-    assert torch.equal(encoders.as_map(tokens, layout), image.permute(0, 3, 1, 2))
+    layout = trunk.layout_of(tokens, "window", net, {})
+    assert torch.equal(trunk.as_map(tokens, layout), image.permute(0, 3, 1, 2))
     with pytest.raises(UserError, match="no map"):  # every third pixel, not what lies together
-        encoders.layout_of(tokens, "grid_of_windows", net, {})
+        trunk.layout_of(tokens, "grid_of_windows", net, {})
 
 
 def test_nothing_behind_the_layer_runs_or_changes_it(own, image):
@@ -146,12 +147,12 @@ def test_an_image_of_another_size_is_refused():
 def test_heads_become_channels_and_their_weights_are_refused():
     net = nn.ModuleDict({"block": nn.ModuleDict({"norm": nn.Identity()}), "stage": nn.Identity()})
     heads = torch.rand(2, 4, 10, 8)  # two images, four heads, a class token and 3×3 positions
-    x = encoders.as_map(heads, encoders.layout_of(heads, "block.norm", net, {"block": 10}))
+    x = trunk.as_map(heads, trunk.layout_of(heads, "block.norm", net, {"block": 10}))
     assert torch.equal(x[1, :, 2, 1], heads[1, :, 1 + 7].flatten())
     weights = torch.rand(2, 4, 10, 10)
     with pytest.raises(UserError, match="weights between tokens"):
-        encoders.layout_of(weights, "block.norm", net, {"block": 10})
-    assert encoders.layout_of(weights, "stage", net, {"block": 10}) == ("map",)  # no tokens there
+        trunk.layout_of(weights, "block.norm", net, {"block": 10})
+    assert trunk.layout_of(weights, "stage", net, {"block": 10}) == ("map",)  # no tokens there
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_a_convolution_and_its_relu_are_one_but_where_the_layer_lies_between(ima
     """The networks' own features either way: features.10, before ReLU, has what features.11 sets to 0."""
     before, behind = (Encoder("torchvision/alexnet", f"features.{place}") for place in (10, 11))
     kinds = [[type(module) for module in encoder.trunk.net.features] for encoder in (before, behind)]
-    assert [row.count(encoders.ConvReLU) for row in kinds] == [4, 5]
+    assert [row.count(trunk.ConvReLU) for row in kinds] == [4, 5]
     assert kinds[0][10] is nn.Conv2d and nn.ReLU not in kinds[0] + kinds[1]
     assert before(image).min() < 0 and torch.equal(before(image).relu(), behind(image))
     net = torchvision.models.alexnet()
