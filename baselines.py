@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import data
 from metrics import LPIPS, measure, summary, summary_table, target
-from study import DOCUMENTED, METRICS
+from study import DOCUMENTED, IMAGE_SIZE, METRICS
 from utils import make_folder, refuse_other_results, write_csv, write_text
 
 
@@ -76,8 +76,8 @@ def write_baselines(source, out, protocol, device, batch_size=4, cache=None, bar
     path = make_folder(out) / "baselines.json"
     images = data.load_split(source, "test", cache, protocol, bars)
     found = measure_baselines(images, device, batch_size, bars, protocol)
-    about |= {"images": len(images.names)}
-    print(f"Baselines, protocol {protocol.name}; {len(images.names)} test images of {source}")
+    about |= {"images": len(images), "size": IMAGE_SIZE}
+    print(f"Baselines, protocol {protocol.name}; {len(images)} test images of {source}")
     summaries = {}
     for name, values in found.items():
         summaries[name] = {metric: summary(value) for metric, value in values.items()}

@@ -97,11 +97,11 @@ class Ours:
         plan = [part[: self.config["batch_size"]] for part in plan]
         return data.crops(self.images, *plan, self.config["crop"]).to(self.device)
 
-    def step(self, batch, features=None):
+    def step(self, batch):
         """One step; the loss."""
         options = (self.loss, self.optimizer, self.config["clip_grad"], self.compute)
         with tf32(self.config["tf32"]):
-            terms = train.train_step(self.inverter.train(), batch, features, *options)
+            terms = train.train_step(self.inverter.train(), batch, None, *options)
         return terms["loss"].mean()
 
     def epoch(self):
@@ -277,7 +277,7 @@ def bench_quality(folder, device, show):
 
 def mean_metrics(inverter, images):
     """{metric: mean over Images}."""
-    values = evaluate_model(inverter, images[:], bars=True).values
+    values = evaluate_model(inverter, images, bars=True).values
     return {name: float(value.mean()) for name, value in values.items()}
 
 

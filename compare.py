@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
 from pictures import save_figure
-from study import IMAGE_SIZE, METRICS
-from utils import UserError, make_folder, same_data, seed_folders, write_csv
+from study import METRICS
+from utils import UNREADABLE, UserError, make_folder, same_data, seed_folders, write_csv
 
-FILES = ("compare.csv", "compare.png")
 RESAMPLES = 9999
 SAME = ("data", "protocol", "images", "size")  # of two runs, or their difference says nothing
 LOWER = ("lpips",)  # is better
@@ -45,7 +44,9 @@ def compare(folders, out):
             a, b = first.values[metric], run.values[metric]
             row = {"run": run.name, "against": first.name, "metric": metric, "seeds": f"{len(b)}, {len(a)}"}
             rows.append(row | difference(a, b, metric in LOWER))
-    table, figure = (make_folder(out) / name for name in FILES)
+    out = make_folder(out)
+    table = out / "compare.csv"
+    figure = out / "compare.png"
     write_csv(table, list(rows[0]), [row.values() for row in rows])
     draw(rows, figure)
     print_table(rows)
@@ -64,8 +65,7 @@ def read_runs(folder):
 def read_run(folder):
     """The Measured of one evaluation, of one seed. Raises UserError for a folder that holds none."""
     try:
-        about = {"size": IMAGE_SIZE}  # of older ones, which do not say it
-        about |= json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        about = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         with open(folder / "per_image.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         values = {name: np.array([[float(row[name]) for row in rows]]) for name in METRICS}
@@ -76,7 +76,7 @@ def read_run(folder):
         raise UserError(
             f"--compare {folder}: has no {Path(error.filename).name}; evaluate it first"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"--compare {folder}: not results of this program ({error})") from None
 
 

@@ -178,13 +178,10 @@ def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None, size=IMA
         return sample_tiles(split, side)
     folder = folder_of(data, split)
     files = image_files(folder)
-    if len(files) < (1 if split == "test" else 2):
-        few = (
-            "at least 1 is needed"
-            if split == "test"
-            else "at least 2 are needed, for training and validation"
-        )
-        raise UserError(f"{folder}: {len(files)} images ({' '.join(sorted(EXTENSIONS))}); {few}")
+    least = 1 if split == "test" else 2  # training and validation share a folder
+    if len(files) < least:
+        kinds = " ".join(sorted(EXTENSIONS))
+        raise UserError(f"{folder}: {len(files)} images ({kinds}); at least {least} needed")
     order = np.arange(len(files))
     if split != "test":
         order = np.random.RandomState(42).permutation(len(files))
@@ -243,7 +240,7 @@ def decode(path, protocol=DOCUMENTED, side=RESIZE):
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
 
 
-def cached_images(folder, files, cache=None, protocol=DOCUMENTED, bars=None, side=RESIZE):
+def cached_images(folder, files, cache, protocol, bars, side):
     """Images of `decode` of `files`, all under `folder`, each decoded once and kept in `cache`, in shards.
 
     A shard is NAME.u8, its pixels, and NAME.json, written after it, the manifest that it is trusted by; NAME
@@ -340,7 +337,7 @@ def squares(pixels, names):
     return Images(names, torch.full((count, 2), side), [pixels.reshape(-1)], places, key, side)
 
 
-def even_steps(length, side=RESIZE):
+def even_steps(length, side):
     """Offsets of the fewest tiles of `side` pixels that cover `length` pixels, evenly spaced."""
     return [int(offset) for offset in np.linspace(0, length - side, math.ceil(length / side))]
 

@@ -1,6 +1,6 @@
-"""The study's four trained decoders: features (B, C, H, W) → images (B, 3, 224, 224) in [0, 1] (paper 3.2).
+"""The study's four trained decoders: features (B, C, H, W) → images (B, 3, size, size) in [0, 1] (paper 3.2).
 
-Each is built for the features of 224×224 images, and takes those of others too: forward's `size` is theirs.
+Each is built for the features of size×size images, and takes those of others too: forward's `size` is theirs.
 """
 
 import math
@@ -164,17 +164,6 @@ class ImageHead(nn.Module):
         return torch.sigmoid(self.to_rgb(x))
 
 
-class FrequencyFusion(nn.Module):
-    """Which band and which place matter (paper 3.2.2): low and high (B, C/2, H, W) each → (B, C, H, W)."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.attend = nn.Sequential(ChannelAttention(channels), SpatialAttention())
-
-    def forward(self, low, high):
-        return self.attend(torch.cat([low, high], 1))
-
-
 class SpatialChannelAttention(nn.Module):
     """Both attentions and a 1×1 convolution beside a shortcut (paper 3.2.2): (B, C, H, W) → (B, C, H, W)."""
 
@@ -203,7 +192,7 @@ class FrequencyDecoder(nn.Module):
         self.project = conv_block(channels, width, 1)
         self.low = nn.Sequential(*(conv_block(*layer) for layer in layers))
         self.high = nn.Sequential(*(conv_block(*layer) for layer in layers))
-        self.fusion = FrequencyFusion(2 * half)
+        self.fusion = nn.Sequential(ChannelAttention(2 * half), SpatialAttention())  # which band, which place
         self.attention = nn.Sequential(SpatialChannelAttention(2 * half), SpatialChannelAttention(2 * half))
         self.head = ImageHead(2 * half, max(width // 32, 8), height, size)
 
@@ -212,7 +201,7 @@ class FrequencyDecoder(nn.Module):
         smooth = F.avg_pool2d(x, 2, ceil_mode=True)  # low frequencies need no more, at a quarter of the cost
         low = resize(self.low(smooth), x.shape[2:])  # (B, width/2, H, W)
         high = self.high(x - resize(smooth, x.shape[2:]))  # (B, width/2, H, W)
-        return self.head(self.attention(self.fusion(low, high)), size)
+        return self.head(self.attention(self.fusion(torch.cat([low, high], 1))), size)
 
 
 class BandFusion(ResidualBlock):

@@ -41,14 +41,14 @@ class Encoder(nn.Module):
         std=None,
     ):
         super().__init__()
-        names = [full_names(encoder, part, protocol) for part in layer.split("+")]
-        name = names[0][0]
+        name = ENCODERS.get(encoder, encoder)
+        paths = [path_of(encoder, part, protocol) for part in layer.split("+")]
         own = own_input(name)
         self.input_size = input_size or own["input_size"]
         self.programs = programs_of(name)
         self.weights_sha256 = None
         with torch.random.fork_rng(devices=[]):
-            course = course_of(name, [path for _, path in names], self.input_size)
+            course = course_of(name, paths, self.input_size)
             torch.manual_seed(seed)
             if weights == "imagenet" and self.programs:
                 weights = "own"
@@ -93,7 +93,7 @@ class JointEncoder(nn.Module):
         if len(names) != len(layers):
             counts = f"{len(names)} encoders, {len(layers)} layers"
             raise UserError(f"--encoder {encoder} --layer {layer}: {counts}; give as many of each")
-        sources = weights_of_each(names, weights)
+        sources = weights_of_each(len(names), weights)
         wanted = {}  # (encoder, weights): its layers
         for *pair, part in zip(names, sources, layers, strict=True):
             wanted.setdefault(tuple(pair), []).append(part)
@@ -148,14 +148,14 @@ def build_encoder(encoder, layer, *options, **more):
     return kind(encoder, layer, *options, **more)
 
 
-def full_names(encoder, layer, protocol=DOCUMENTED):
-    """The network's name for build_network and the module's path in it, of names that may be short."""
+def path_of(encoder, layer, protocol):
+    """The path in the network of the module that `layer` names, by a short name or by its path."""
     check_layer(encoder, layer)
     path = LAYERS.get(encoder, {}).get(layer, layer)
     if encoder == "vit_small" and protocol.vit_shift:
         paths = list(LAYERS[encoder].values())
         path = paths[(paths.index(path) + protocol.vit_shift) % len(paths)]
-    return ENCODERS.get(encoder, encoder), path
+    return path
 
 
 def layers_of(encoder, input_size=None):

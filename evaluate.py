@@ -77,7 +77,7 @@ class Evaluation(NamedTuple):
 
     values: dict  # {"psnr" (dB), "ssim", "lpips": (N,)}
     iterates: list  # the same and "feature_error", of what was there after each iteration; empty without any
-    pictures: dict  # {number of an image: (what the metrics saw, its reconstruction), uint8 (H, W, 3)}
+    pictures: dict  # {number of an image: [what the metrics saw, its reconstruction], uint8 (H, W, 3)}
 
 
 def evaluate(args):
@@ -121,8 +121,6 @@ def evaluate(args):
     scale = None
     if iterations_of(inverter):
         about["iterations"] = iterations_of(inverter)
-        if len(images.names) < 2:
-            raise UserError(f"{source}: one test image; feature errors are divided by the distance of two")
         scale = mean_pairwise_distance(inverter.encoder, images)
     refuse_other_results(out, RESULTS, about)
     if len(images) < world:
@@ -134,7 +132,7 @@ def evaluate(args):
     if world > 1:
         found = gather(found, len(images))
     if rank == 0:
-        milliseconds = time_inference(inverter, images[:1])
+        milliseconds = time_inference(inverter, images)
         write_evaluation(found, images.names, inverter, checkpoint, source, milliseconds, out)
 
 
@@ -162,7 +160,7 @@ def evaluate_model(
     waiting = []  # of those, the ones whose SSIM the CPU may still compute
     most = 1 if inverter.device.type == "cpu" else SSIM_WAITS
     drawn = set(evenly_spaced(len(images), pictures))
-    pictures = {}
+    kept = {}
     inverter.eval()
     with tqdm(None, "Evaluating", len(images), unit="image", disable=bars) as bar:
         for first in range(0, len(images), batch_size):
@@ -186,7 +184,7 @@ def evaluate_model(
             pairs = zip(to_pixels(wanted), to_pixels(output), strict=True)
             for number, pair in enumerate(pairs, first):
                 if number in drawn:
-                    pictures[number] = [pixels.clone() for pixels in pair]  # without the rest of the batch
+                    kept[number] = [pixels.clone() for pixels in pair]  # without the rest of the batch
             bar.update(len(batch))
     await_ssim(waiting)
     iterates = []
@@ -194,7 +192,7 @@ def evaluate_model(
         iterates.append({name: np.concatenate([values[name] for values in same]) for name in same[0]})
     values = {name: iterates[-1][name] for name in METRICS}
     iterates = iterates if scale else []
-    return Evaluation(values, iterates, pictures)
+    return Evaluation(values, iterates, kept)
 
 
 def await_ssim(waiting):

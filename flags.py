@@ -9,10 +9,10 @@ import yaml
 from study import DECODERS, FEEDBACK_OPTIONS, INPUT, ITERATIONS, LAYERS, PROTOCOLS
 from utils import UserError
 
-TRACKERS = ["tensorboard", "wandb", "none"]
 # Flags that say how to run, not what: they are no part of a run's configuration.
 NOT_CONFIG = ("config", "fast", "resume", "overwrite", "download", "cache", "graphs", "tracker")
 NOT_CONFIG += ("quiet", "bars")
+MAY_DIFFER = ("out", "device", "tf32")  # between a run and its resumption, or another of its seeds
 NO_KEYS = ("help", "config", "fast")  # flags that a YAML file has no values for
 LARGEST = 2**31 - 1  # of a whole number; seeds go to 2**32 - 1
 
@@ -119,17 +119,17 @@ def check_weights(args):
         raise UserError("--weights random: a FILE.py's function decides that; leave it out, or give a file")
     if all(own) and args.weights == "imagenet":
         args.weights = "own"
-    sources = weights_of_each(own, args.weights)
+    sources = weights_of_each(len(own), args.weights)
     if any(source == "own" and not mine for source, mine in zip(sources, own, strict=True)):
         raise UserError("--weights own: what a FILE.py's function gives; here imagenet, random or a file")
     if args.std and min(args.std) <= 0:
         raise UserError(f"--std {args.std}: images are divided by it; give three numbers above 0")
 
 
-def weights_of_each(encoders, weights):
-    """The `--weights` of each of several encoders: one word for all, or as many with `+` between them."""
+def weights_of_each(count, weights):
+    """The `--weights` of each of `count` encoders: one word for all, or as many with `+` between them."""
     sources = weights.split("+")
-    return sources if len(sources) == len(encoders) else [weights] * len(encoders)
+    return sources if len(sources) == count else [weights] * count
 
 
 def three_numbers(text):
@@ -210,7 +210,8 @@ def train_parser(doc=None):
     add("--compile", action=switch, default=False, help="torch.compile them first; for long runs")
     graphs = "on CUDA record a step's kernels and launch them at once; one process only, equal results"
     add("--graphs", action=switch, default=True, help=graphs)
-    add("--tracker", choices=TRACKERS, default="tensorboard", help="live curves; wandb: install it")
+    trackers = ["tensorboard", "wandb", "none"]
+    add("--tracker", choices=trackers, default="tensorboard", help="live curves; wandb: install it")
     add_running_flags(add)
     return parser
 
@@ -404,12 +405,13 @@ def parse_invert(argv=None, doc=None):
     if args.encoder and args.ckpt:
         raise UserError("--encoder with --ckpt: the checkpoint knows its own; give one of them")
     if args.encoder:
-        if not args.layer and args.encoder not in LAYERS:
+        if args.encoder in LAYERS:
+            args.layer = args.layer or list(LAYERS[args.encoder])[0]
+        check_layer(args.encoder, args.layer)
+        if not args.layer:
             raise UserError(f"--encoder {args.encoder}: give a --layer; python models.py lists them")
-        args.layer = args.layer or list(LAYERS[args.encoder])[0]
         args.weights = args.weights or "imagenet"
         check_weights(args)
-        check_layer(args.encoder, args.layer)
     for name in ("layer", "weights", *INPUT):
         if getattr(args, name) and not args.encoder:
             raise UserError(f"--{name.replace('_', '-')}: only with --encoder")

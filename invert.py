@@ -36,6 +36,7 @@ from pictures import draw_grid, from_worst_to_best, save_figure, to_picture, to_
 from study import FIGURES, INPUT
 from utils import (
     INVERSION,
+    UNREADABLE,
     UserError,
     disable_bars,
     evenly_spaced,
@@ -49,7 +50,6 @@ from utils import (
 )
 
 REDUCTIONS = (1, 2, 8, 32)  # of an image's height and width, from level to level
-COURSE = "course.png"
 WATCHED = 31  # moments of an inversion, at which its PSNR is measured
 
 
@@ -57,7 +57,7 @@ def main(args):
     """Do what `args` (a Namespace of the flags) ask for. Raises UserError."""
     if args.course:
         courses = [read_course(folder) for folder in args.course]
-        draw_courses(courses, make_folder(args.out or "runs") / COURSE)
+        draw_courses(courses, make_folder(args.out or "runs") / "course.png")
         return
     keep_freed_memory()
     _, world, device = start_processes(select_device(args.device))
@@ -70,16 +70,15 @@ def main(args):
         encoder, decode, about, out = from_checkpoint(args, device)
     about["split"] = args.split
     if args.split == "val":
-        out = Path(args.out or out / "val")
+        out = out / "val"
+    out = Path(args.out or out)
     if encoder.input_size < SMALLEST:
         raise UserError(f"--input-size {encoder.input_size}: LPIPS wants at least {SMALLEST} pixels")
     encoder.to(device)
     refuse_other_results(out, INVERSION, about)
     make_folder(out)  # or an error, before anything is computed
     images = data.load_split(about["data"], args.split, args.cache, bars=bars, size=encoder.input_size)
-    if len(images.names) < 2:
-        raise UserError(f"{about['data']}: one {args.split} image; errors are divided by the distance of two")
-    chosen = evenly_spaced(len(images.names), args.count)
+    chosen = evenly_spaced(len(images), args.count)
     scale = mean_pairwise_distance(encoder, images)
     prior = prior_weight(encoder, decode) if args.tv_weight is None else args.tv_weight
     rate = args.lr or learning_rate(encoder, decode)
@@ -105,7 +104,7 @@ def from_noise(args):
     name = f"noise_{re.sub('[/:]', '_', args.encoder)}_{args.layer}"
     if args.weights != "imagenet":
         name += f"_{Path(args.weights).stem}"
-    return encoder, None, about, Path(args.out or Path("runs", name))
+    return encoder, None, about, Path("runs", name)
 
 
 def from_checkpoint(args, device):
@@ -120,7 +119,7 @@ def from_checkpoint(args, device):
     source, out = data.of_checkpoint(args.data, config["data"], args.ckpt)
     about = {name: config[name] for name in ("encoder", "layer", "weights")}
     about |= {"start": config["decoder"], "data": source, "ckpt": args.ckpt}
-    return inverter.encoder, inverter.decode, about, Path(args.out or out)
+    return inverter.encoder, inverter.decode, about, out
 
 
 # --- The optimisation ------------------------------------------------------------------------------------
@@ -262,7 +261,7 @@ def read_course(folder):
         return f"{content['encoder']} {content['layer']} from {content['start']}", content["course"]
     except FileNotFoundError:
         raise UserError(f"--course {folder}: has no {file.name}; python invert.py writes one") from None
-    except (ValueError, KeyError, TypeError):
+    except UNREADABLE:
         raise UserError(f"{file}: not a result of this invert.py; invert again") from None
 
 

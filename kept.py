@@ -60,17 +60,12 @@ def keep_crops(images, inverter, config, cache=None, bars=None):
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = user_cache(cache) / f"{name}.features"
     size_on_disk = math.prod(shape) * np.dtype(DTYPE).itemsize
-    if not is_whole(path, size_on_disk):
+    if not path.exists():  # it is written whole or not at all
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):  # another process waits, then finds it
-            if not is_whole(path, size_on_disk):
+            if not path.exists():
                 write_features(path, images, inverter, places, size, size_on_disk, bars)
     return KeptCrops(np.memmap(path, DTYPE, "r", shape=shape), places)
-
-
-def is_whole(path, size):
-    """Whether the file at `path`, which is written whole or not at all, is there."""
-    return path.exists() and path.stat().st_size == size
 
 
 def write_features(path, images, inverter, places, size, size_on_disk, bars):

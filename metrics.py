@@ -14,6 +14,7 @@ from torch import nn
 
 from data import center_crops
 from study import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD, METRICS
+from utils import UserError
 from weights import imagenet_weights
 
 SMALLEST = 31  # pixels, that LPIPS takes
@@ -79,13 +80,17 @@ def feature_error(encoder, images, features, scale):
 def mean_pairwise_distance(encoder, images, batch_size=4):
     """Mean Euclidean distance of two images' features, by which Mahendran & Vedaldi normalise.
 
-    images: data.Images or uint8 (N, 256, 256, 3), at least two, of which the first 100 count.
+    images: data.Images or uint8 (N, 256, 256, 3), of which the first 100 count. Raises UserError where no two
+    of them have different features.
     """
     device = next(encoder.buffers()).device
     features = []
     for part in images[:100].split(batch_size):  # more would take memory, not precision
         features.append(encoder(center_crops(part, encoder.input_size).to(device)).flatten(1))
-    return F.pdist(torch.cat(features)).mean().item()
+    distance = F.pdist(torch.cat(features)).mean().item()  # NaN of one image
+    if not distance > 0:
+        raise UserError("no two different images: feature errors are divided by the distance of two")
+    return distance
 
 
 class LPIPS(nn.Module):
@@ -93,7 +98,7 @@ class LPIPS(nn.Module):
 
     Takes images (B, 3, H, W) in [0, 1], H and W at least SMALLEST. Its scaling of [-1, 1] images is ImageNet
     normalisation of [0, 1] ones. Written out, because training wants the target's features without
-    autograd and once, and a gradient that is finite where a feature vector is exactly zero.
+    autograd, and a gradient that is finite where a feature vector is exactly zero.
     """
 
     def __init__(self):
@@ -127,12 +132,11 @@ class LPIPS(nn.Module):
         return maps
 
     def forward(self, images, target):
-        """Distances (B,) of `images` from `target`: images, or what `features` gave for them."""
-        if torch.is_tensor(target):
-            with torch.no_grad():
-                target = self.features(target)
+        """Distances (B,) of `images` from `target`, which has no gradient."""
+        with torch.no_grad():
+            wanted = self.features(target)
         distance = 0
-        for i, (a, b) in enumerate(zip(self.features(images), target, strict=True)):
+        for i, (a, b) in enumerate(zip(self.features(images), wanted, strict=True)):
             distance = distance + F.conv2d((a - b).square(), getattr(self, f"linear{i}")).mean((1, 2, 3))
         return distance
 

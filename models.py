@@ -170,12 +170,10 @@ def build_inverter(
 
 def inverter_of(config):
     """The Inverter that a run's configuration, {flag: value}, asks for. Raises UserError, and KeyError."""
-    names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp")
+    names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp", *FEEDBACK_OPTIONS, *INPUT)
     values = {name: config[name] for name in names}
-    values |= {name: config.get(name) for name in (*FEEDBACK_OPTIONS, *INPUT)}  # older checkpoints have none
-    if config.get("fusion"):
-        values["fusion"] = config["fusion"]
-    return build_inverter(**values, protocol=PROTOCOLS[config["protocol"]])
+    fusion = config["fusion"] or "concat"
+    return build_inverter(**values, fusion=fusion, protocol=PROTOCOLS[config["protocol"]])
 
 
 def load_inverter(path):
@@ -187,13 +185,14 @@ def load_inverter(path):
     that the decoder was trained with.
     """
     checkpoint = load(path)
-    wanted = {"decoder", "config", "shape", "weights_sha256", "epoch", "val_loss"}
+    wanted = {"decoder", "config", "shape", "weights_sha256", "encoder_sha256", "programs"}
+    wanted |= {"epoch", "val_loss"}
     missing = wanted - set(checkpoint if type(checkpoint) is dict else ())
     if missing:
         raise UserError(f"{path}: not a best.pt of this train.py (it has no {', '.join(sorted(missing))})")
     try:
         found = programs_of(checkpoint["config"]["encoder"])
-        if found and found != checkpoint.get("programs"):
+        if found and found != checkpoint["programs"]:
             raise UserError(f"{path}: {', '.join(found)}: not what it was trained with; it was not run")
         inverter = inverter_of(checkpoint["config"] | {"amp": False})
         inverter.decoder.load_state_dict(checkpoint["decoder"])
@@ -207,8 +206,7 @@ def load_inverter(path):
         raise UserError(
             f"{file}: SHA-256 is {found}, the decoder was trained with {checkpoint['weights_sha256']}"
         )
-    expected = checkpoint.get("encoder_sha256")  # older checkpoints have none
-    if expected and expected != weights_key(inverter.encoder):
+    if checkpoint["encoder_sha256"] != weights_key(inverter.encoder):
         names = "{encoder}'s {weights} weights".format(**checkpoint["config"])
         raise UserError(
             f"{path}: was trained with other {names} up to its layer, or another mean and deviation of its "

@@ -5,7 +5,6 @@ import torch
 MOMENTUM = 0.95
 BETAS = (0.9, 0.999)  # Adam's
 QUINTIC = (3.4445, -4.775, 2.0315)  # Jordan's: all singular values between 0.7 and 1.2 after five iterations
-ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
@@ -61,7 +60,7 @@ def orthogonal(matrix):
     """About U Vᵀ of a matrix U S Vᵀ, by Newton and Schulz's iteration."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = wide / (wide.norm() + 1e-7)
-    for _ in range(ITERATIONS):
+    for _ in range(5):
         a, b, c = QUINTIC
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x

@@ -103,10 +103,8 @@ class Plain:
         """PSNR, SSIM and LPIPS of each file: one image at a time, metrics in sequence."""
         self.decoder.eval()
         values = []
-        transform = T.Compose([T.Resize((256, 256)), T.CenterCrop(224), T.ToTensor()])
-        for file in files:
-            with Image.open(file) as picture:
-                image = transform(ImageOps.exif_transpose(picture).convert("RGB"))[None].to(self.device)
+        for image in PlainImages(files, training=False):
+            image = image[None].to(self.device)
             output = self.decoder(self.encoder(self.normalize(image))).clamp(0, 1)
             x, y = (picture[0].permute(1, 2, 0).cpu().numpy() for picture in (output, image))
             psnr = peak_signal_noise_ratio(y, x, data_range=1)

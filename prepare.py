@@ -16,7 +16,6 @@ from muon import Muon
 from utils import UserError, disable_bars, keep_freed_memory, out_of_memory
 
 MEASURED = 64  # crops, from which the deviation of features is taken
-ENCODED = 4  # of them at a time
 
 
 def set_up(deterministic=True):
@@ -92,7 +91,7 @@ def check_crop(inverter, config, images, world):
 def measure_features(inverter, images, config):
     """Tell the decoder the mean and deviation of each channel of the features, over the first crops."""
     plan = data.epoch_plan(images.sizes, config["seed"], 0, config["crop"], images.side)
-    parts = zip(*(part[:MEASURED].split(ENCODED) for part in plan), strict=True)
+    parts = zip(*(part[:MEASURED].split(4) for part in plan), strict=True)
     features = [
         inverter.encode(data.crops(images, *part, config["crop"]).to(inverter.device)) for part in parts
     ]

@@ -151,10 +151,7 @@ def pad_to_multiple(image, stride):
 
 def reflected(length, stride):
     """Numbers 0 … length − 1, and on by reflection to a multiple of `stride`."""
-    number = torch.arange(-(-length // stride) * stride)
-    period = max(2 * (length - 1), 1)
-    number = number % period
-    return torch.minimum(number, period - number).clamp(max=length - 1)
+    return torch.from_numpy(np.pad(np.arange(length), (0, -length % stride), "reflect"))
 
 
 def reach(inverter):

@@ -16,7 +16,7 @@ from baselines import COLOURS
 from pictures import draw_grid, save_figure
 from results import is_experiment, joined, read_history, result_rows
 from study import DIGITS, IMAGE_SIZE, METRICS
-from utils import UserError, evenly_spaced, seed_folders, write_csv, write_text
+from utils import UNREADABLE, UserError, evenly_spaced, seed_folders, write_csv, write_text
 
 PAGE = Path(__file__).with_name("report.html")
 
@@ -149,7 +149,7 @@ def test_images(runs, rows):
             for name, original, run in reconstructions(path):
                 image = {"name": name, "data": source, "original": original, "runs": {}}
                 images.setdefault((source, name), image)["runs"][row["experiment"]] = run
-        except (zipfile.BadZipFile, KeyError, ValueError, IndexError, TypeError, OSError) as error:
+        except UNREADABLE as error:
             damage = f"{path.name}: damaged, or not per_image.csv's ({error}); evaluate again"
             row["note"] = joined(row["note"], damage)
     return list(images.values())

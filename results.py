@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from baselines import BASELINES, thumbnail_name
-from flags import parse_train
+from flags import MAY_DIFFER, config_of, parse_train
 from study import (
     DEFINING,
-    FEEDBACK_OPTIONS,
     IMAGE_SIZE,
-    INPUT,
     ITERATIONS,
     METRICS,
     PROTOCOLS,
@@ -22,19 +20,9 @@ from study import (
     PUBLISHED_INFERENCE,
     Published,
 )
-from utils import same_data, seed_folders, seeds_of
+from utils import UNREADABLE, same_data, seed_folders, seeds_of
 
 CONFIGS = Path(__file__).with_name("configs")
-UNREADABLE = (  # what reading a file that is not as it should be can raise
-    ValueError,
-    KeyError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-    OSError,
-)
 
 
 class Damaged(Exception):
@@ -47,7 +35,9 @@ def result_rows(runs):
     The published numbers are those of the experiment that has the run's configuration, whatever its folder is
     called. `note` says what is special about a run, or why there are no measurements. Baselines come last.
     """
-    experiments = {name: defining_of_file(CONFIGS / f"{name}.yaml") for name in PUBLISHED}
+    experiments = {}
+    for name in PUBLISHED:
+        experiments[name] = defining(vars(parse_train(["--config", str(CONFIGS / f"{name}.yaml")])))
     found = [path.parent for path in (*runs.glob("metrics.json"), *runs.glob("*/metrics.json"))]
     found += [path.parent.parent for path in runs.glob("*/seed[0-9]*/metrics.json")]
     others = {str(folder.relative_to(runs)) for folder in found} - PUBLISHED.keys()  # `.` is `runs` itself
@@ -103,7 +93,7 @@ def refuse_another(results, others, folder):
     """Raise Damaged where metrics.json in `folder` is not that of another seed of the same."""
     for name in results["config"]:
         a, b = (found["config"].get(name) for found in (results, others))
-        if a != b and name not in ("seed", "out", "device", "tf32"):  # older runs know nothing of the last
+        if a != b and name not in ("seed", *MAY_DIFFER):
             raise Damaged(f"{folder.name}: {name} is {b}, of another seed {a}")
     for name, same in (("data", same_data), ("protocol", operator.eq), ("iterations", operator.eq)):
         a, b = results.get(name), others.get(name)  # of the test images
@@ -132,12 +122,8 @@ def is_experiment(row):
     return "published_psnr" in row
 
 
-def defining_of_file(path):
-    """What makes an experiment, {flag: value}, of the YAML file at `path`."""
-    return defining(vars(parse_train(["--config", str(path)])))
-
-
 def defining(config):
+    """What of a configuration, {flag: value}, makes an experiment."""
     return {key: config[key] for key in DEFINING}
 
 
@@ -168,7 +154,8 @@ def read_results(folder):
     try:
         results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
         numbers = [results[name][kind] for name in METRICS for kind in ("mean", "std")]
-        numbers += [results[name] for name in ("parameters", "inference_ms", "epoch")] + results["shape"]
+        numbers += [results[name] for name in ("parameters", "inference_ms", "epoch", "size")]
+        numbers += results["shape"]
         if len(results["shape"]) != 3 or not all(math.isfinite(number) for number in numbers):
             raise ValueError(f"a number in it is not finite, or the shape {results['shape']} is none")
         if not all(type(results[name]) is str for name in ("data", "protocol", "weights")):
@@ -188,7 +175,7 @@ def measured(results, folder):
     }
     row |= {key: results["config"].get(key) for key in ("encoder", "decoder", "seed")}
     row["resolution"] = results["shape"][1]
-    row["size"] = results.get("size", IMAGE_SIZE)  # older ones do not say it
+    row["size"] = results["size"]
     history, damage = read_history(folder)
     seconds = history.get("seconds", []) + history.get("val_seconds", [])
     row["minutes"] = sum(filter(None, seconds)) / 60 if seconds else None
@@ -203,26 +190,9 @@ def measured(results, folder):
 
 def optimisation(config):
     """How a run's optimisation and its images differ from the study's, or ""."""
-    study = vars(parse_train([])) | {"crop": IMAGE_SIZE}
-    keys = (
-        "epochs",
-        "passes",
-        "batch_size",
-        "crop",
-        "kept_crops",
-        "optimizer",
-        "lr",
-        "schedule",
-        "freeze_bn",
-        "clip_grad",
-        "patience",
-        "amp",
-        "train_images",
-        "val_images",
-        *FEEDBACK_OPTIONS,
-        *INPUT,
-        "fusion",
-    )
+    study = config_of(parse_train([])) | {"crop": IMAGE_SIZE}
+    elsewhere = (*DEFINING, *MAY_DIFFER, "weights", "data", "protocol", "seed", "deterministic", "compile")
+    keys = [key for key in study if key not in elsewhere]
     return ", ".join(f"{key} {config[key]}" for key in keys if config.get(key, study[key]) != study[key])
 
 
@@ -281,7 +251,7 @@ def read_history(folder):
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         return {key: [finite(row[key]) for row in rows] for key in rows[0]}, ""
-    except (*UNREADABLE, csv.Error) as error:
+    except UNREADABLE as error:
         return {}, f"history.csv is not that of train.py ({error}); train again"
 
 

@@ -13,9 +13,8 @@ from filelock import FileLock, Timeout
 from encoders import weights_key
 from metrics import Meter
 from tracker import EVENTS
-from utils import INVERSION, RESULTS, UserError, leftovers, load, make_folder, save
+from utils import INVERSION, RESULTS, UserError, leftovers, load, make_folder, out_of_memory, save
 
-OLDER = {"optimizer": "adam"}  # what every run had before there was a flag for it
 FILES = ("best.pt", "last.pt", "config.yaml", "history.csv", "curves.png")
 
 
@@ -62,7 +61,7 @@ def resume(state, same, out, rank, world):
         return False
     try:
         for key, value in same.items():
-            found = content["about"].get(key, OLDER.get(key))
+            found = content["about"].get(key)
             if found != value:
                 raise UserError(
                     f"--resume: {key} is {reprlib.repr(value)}, the run in {out} has "
@@ -75,6 +74,8 @@ def resume(state, same, out, rank, world):
         state.meter.restart(content["sums"] if rank == 0 else None)
         torch.set_rng_state(content["rng"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         raise UserError(f"{out / 'last.pt'}: not the last.pt of such a run ({error})") from None
     return True
 

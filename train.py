@@ -10,7 +10,7 @@ or hosts: torchrun --nproc_per_node=N train.py … Watch: tensorboard --logdir r
 --help
 """
 
-from flags import config_of, parse_train
+from flags import MAY_DIFFER, config_of, parse_train
 from utils import run
 
 if __name__ == "__main__":
@@ -61,7 +61,6 @@ from utils import (
     write_text,
 )
 
-MAY_DIFFER = ("out", "device", "tf32")  # between a run and its resumption
 VALIDATED = 4  # images at a time
 KEPT_FEATURES = 2**28  # bytes of validation features that are computed once; shallow layers' are larger
 SHOWN = 6  # validation images, to the tracker

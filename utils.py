@@ -26,6 +26,17 @@ RESULTS = (  # files of an evaluation; the first says what was measured, and is 
     "iterations.png",  # of decoders that iterate
 )
 INVERSION = ("inversion.json", "inversion.csv", "inversion.png")  # files of invert.py, likewise
+UNREADABLE = (  # what reading a file that is not as it should be can raise
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,  # also of nesting that is too deep, and of a zip's unknown compression
+    OSError,
+    csv.Error,
+    zipfile.BadZipFile,
+)
 
 
 class UserError(Exception):
@@ -39,25 +50,25 @@ def run(main):
     try:
         return main()
     except UserError as error:
-        sys.exit(fail(str(error)))
+        fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # disk full, no permission, a folder where a file should be
         name = f"{error.filename}: " if error.filename else ""
-        sys.exit(fail(f"{name}{error.strerror or error}"))
+        fail(f"{name}{error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            sys.exit(fail(f"--compile: {str(error)[:200]}; leave it out, or install what it wants"))
+            fail(f"--compile: {str(error)[:200]}; leave it out, or install what it wants")
         if not out_of_memory(error):
             raise
         less = "a smaller --batch-size needs less, or in training a smaller --width"
-        sys.exit(fail(f"out of memory; {less} ({str(error)[:80]})"))
+        fail(f"out of memory; {less} ({str(error)[:80]})")
 
 
 def fail(message):
-    """Print `error: message` as one line on stderr and return the exit status for it, 2."""
+    """End the process with `error: message`, one line on stderr, and status 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    sys.exit(2)
 
 
 def out_of_memory(error):
@@ -176,7 +187,7 @@ def refuse_other_results(out, files, about):
         other = [key for key, value in about.items() if content.get(key) != value]
         if "data" in other and same_data(content.get("data"), about["data"]):
             other.remove("data")
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except UNREADABLE:
         raise UserError(f"{out / files[0]}: not a result of this program; {advice}") from None
     if other:
         raise UserError(f"{out / files[0]}: is the result of another {other[0]}; {advice}")
@@ -201,7 +212,7 @@ def save(state, path):
         temporary.write_bytes(buffer.getbuffer())
 
 
-def load(path, what="checkpoint", mmap=False, legacy=False):
+def load(path, what="checkpoint", legacy=False):
     """Load a file that `save` wrote, onto the CPU, running no code from it.
 
     Every byte is checked against the archive's CRC-32; legacy: a file in PyTorch's format before 1.6, which
@@ -216,7 +227,7 @@ def load(path, what="checkpoint", mmap=False, legacy=False):
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{path}: damaged (CRC of {damaged} is wrong)")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what}") from None
     except UserError:

@@ -77,8 +77,9 @@ def weights_from_file(path):
     for wrapped in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapped), dict):
             state = state[wrapped]
-    items = state.items() if isinstance(state, dict) else [(None, None)]
-    if not all(isinstance(name, str) and torch.is_tensor(value) for name, value in items):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()
+    ):
         raise UserError(f"--weights {path}: not a state dict, which maps names to tensors")
     for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # compiled before or after DataParallel
         if state and all(key.startswith(prefix) for key in state):

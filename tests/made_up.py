@@ -57,7 +57,7 @@ def write_runs(folder):
             "weights": "random" if name == CONTROL else "imagenet",
             "parameters": 10 ** (4 + number % 4),
         }
-        metrics |= {"shape": [64, 224 >> (number % 5 + 1), 112], "config": config}
+        metrics |= {"shape": [64, 224 >> (number % 5 + 1), 112], "size": 224, "config": config}
         (folder / name / "metrics.json").write_text(json.dumps(metrics))
         with open(folder / name / "history.csv", "w", newline="") as file:
             writer = csv.writer(file)

@@ -45,10 +45,10 @@ def test_own_photographs(photos, tmp_path):
 def test_step_of_any_batch(own_photos):
     figures = {}
     arguments = (Here(CPU), str(own_photos), CPU)
-    bench.bench_step(*arguments, 2, 1, lambda title, **values: figures.update(values))
-    assert figures["images_per_second ours"] == pytest.approx(2000 / figures["step_ms ours"])
+    bench.bench_step(*arguments, 1, 1, lambda title, **values: figures.update(values))
+    assert figures["images_per_second ours"] == pytest.approx(1000 / figures["step_ms ours"])
     assert figures["step_speedup"] == pytest.approx(figures["step_ms plain"] / figures["step_ms"])
-    assert figures["gflop"] == pytest.approx(38.85 / 2, abs=0.1)
+    assert figures["gflop"] == pytest.approx(38.85 / 4, abs=0.05)
     with pytest.raises(UserError, match="--batch-size 64: 8 photographs train here; more --images"):
         bench.bench_step(*arguments, 64, 1, None)
 

@@ -14,7 +14,7 @@ def write_run(folder, psnr, images=None, **about):
     """A run's results, with these values of PSNR and the others made of them."""
     folder.mkdir(parents=True)
     images = images or [f"{i}.png" for i in range(len(psnr))]
-    content = {"data": "natural", "protocol": "documented", "images": len(psnr)} | about
+    content = {"data": "natural", "protocol": "documented", "images": len(psnr), "size": 224} | about
     (folder / "metrics.json").write_text(json.dumps(content))
     rows = [f"{name},{value},{value / 40},{1 / value}" for name, value in zip(images, psnr, strict=True)]
     (folder / "per_image.csv").write_text("\n".join(["image,psnr,ssim,lpips", *rows]))
@@ -85,3 +85,11 @@ def test_mistakes(tmp_path, run_evaluate, error_line):
     assert "takes two runs or more" in error_line()
     assert run_evaluate("--compare", tmp_path, tmp_path) == 2
     assert "has no metrics.json; evaluate it first" in error_line()
+    good = write_run(tmp_path / "good", [20, 30])
+    bad = write_run(tmp_path / "bad", [20, 30])
+    for name, text in (("metrics.json", "[" * 100_000), ("per_image.csv", "image\n" + "x" * 200_000)):
+        before = (bad / name).read_text()
+        (bad / name).write_text(text)
+        assert run_evaluate("--compare", good, bad, "--out", tmp_path / "out") == 2
+        assert "bad: not results of this program" in error_line()
+        (bad / name).write_text(before)

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, status
 from PIL import Image
 
+from docs import figures
 from docs.figures import DEPTH, INVERTED, PHOTOGRAPHS, RESOLUTION
 from flags import config_of, parse_evaluate, parse_invert, parse_train
 from utils import load
@@ -70,7 +71,7 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     runs = tmp_path / "runs"
     made = {args.out for args in trained}
     measured = {args.out or os.path.dirname(args.ckpt) for args in evaluated}
-    assert len(measured) == len(evaluated) == 3 * (3 + 2 + 3 + 4 + 1 + 8 + 4) + 2 * 22 + 2 * 4 + 1
+    assert len(measured) == len(evaluated) == 3 * (3 + 2 + 3 + 4 + 1 + 8 + 4) + 2 * 22 + 8 * 4 + 1
     tried = {out for out in made if "/rates/" in out}
     assert {os.path.dirname(args.ckpt) for args in evaluated} == made - tried
     for args in compared:
@@ -83,11 +84,16 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     }
     by_muon = {args.out for args in trained if args.optimizer == "muon"}
     assert by_muon == {out for out in made if re.search("/muon/|/feedback/block|/natural/", out)}
-    assert len(by_muon) == (6 + 9) + (12 + 12) + 15 + 2
+    assert len(by_muon) == (6 + 9) + (12 + 12) + 15 + 8
     inverted = [parse_invert(flags) for program, flags in calls if program == "invert.py"]
     assert len({args.out for args in inverted}) == len(inverted) == 8 + 8
     for args in inverted:
         assert args.encoder or Path(REPOSITORY, args.ckpt).exists()
+    drawn = {f"layers/{name}" for name in (*RESOLUTION.values(), *DEPTH.values())}
+    drawn |= {f"inversion/{layer}" for layer in INVERTED}
+    drawn |= {f"inversion/noise_{layer}" for layer in INVERTED}
+    drawn |= {f"data/{count}" for count in PHOTOGRAPHS} | {"published/seed42"}
+    assert drawn <= {str(path.relative_to(runs)) for path in runs.glob("*/*")}  # docs/figures.py finds them
     again, calls = evidence("decoders", "deep", "natural", "inversion")
     assert again.returncode == 0 and not [flags for program, flags in calls if "--ckpt" in flags]
 
@@ -119,14 +125,14 @@ def test_an_unknown_group(evidence):
     assert result.stderr == f"error: losses: is none of {names}\n"
 
 
-def test_figures_of_what_it_measured(tmp_path):
+def test_figures_of_what_it_measured(tmp_path, monkeypatch, error_line):
     runs = tmp_path / "runs"
     names = [f"layers/{name}" for name in (*RESOLUTION.values(), *DEPTH.values())]
     for name in (*names, *(f"data/{count}" for count in PHOTOGRAPHS)):
         for seed in (1, 2):
             run = runs / name / f"seed{seed}"
             run.mkdir(parents=True, exist_ok=True)
-            about = {"data": "natural", "protocol": "documented", "images": 1}
+            about = {"data": "natural", "protocol": "documented", "images": 1, "size": 224}
             (run / "metrics.json").write_text(json.dumps(about))
             (run / "per_image.csv").write_text(f"image,psnr,ssim,lpips\na,{20 + seed},0.5,0.5\n")
 
@@ -136,32 +142,19 @@ def test_figures_of_what_it_measured(tmp_path):
         metrics = {"start": {"psnr": {"mean": 20}}, "inversion": {"psnr": {"mean": 25}}}
         (folder / "inversion.json").write_text(json.dumps({"metrics": metrics}))
 
-    def draw():
-        command = [sys.executable, "docs/figures.py", str(runs), str(tmp_path)]
-        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-
+    monkeypatch.setattr(sys, "argv", ["figures.py", str(runs), str(tmp_path)])
     history = runs / "published" / "seed42" / "history.csv"
-    result = draw()
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith(f"error: {history}: is not there")
+    assert status(figures.main) == 2
+    assert error_line().startswith(f"{history}: is not there")
     history.parent.mkdir(parents=True)
     history.write_text("epoch,val_loss,val_mse,val_lpips\n1,0.7,1.1,0.3\n2,0.5,0.8,0.2\n")
     inversion = runs / "inversion" / INVERTED[0] / "inversion.json"
     hidden = inversion.rename(inversion.with_suffix(".hidden"))
-    assert draw().stderr == f"error: {inversion}: is not there; bash evidence.sh makes it\n"
+    assert status(figures.main) == 2
+    assert error_line() == f"{inversion}: is not there; bash evidence.sh makes it"
     hidden.rename(inversion)
-    result = draw()
-    assert result.returncode == 0, result.stderr
+    assert status(figures.main) == 0
     for name in ("published.png", "answers.png"):
         with Image.open(tmp_path / name) as figure:
             assert figure.width > 1000
             assert len(figure.convert("RGB").getcolors(10**6)) > 50  # lines, points and letters
-
-
-def test_figures_are_of_runs_that_evidence_makes(evidence, tmp_path):
-    evidence("layers", "data", "published", "inversion")
-    made = {str(path.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").glob("*/*")}
-    drawn = {f"layers/{name}" for name in (*RESOLUTION.values(), *DEPTH.values())}
-    drawn |= {f"inversion/{layer}" for layer in INVERTED}
-    drawn |= {f"inversion/noise_{layer}" for layer in INVERTED}
-    assert drawn | {f"data/{count}" for count in PHOTOGRAPHS} | {"published/seed42"} <= made

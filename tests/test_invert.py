@@ -129,6 +129,9 @@ def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, capsys):
     capsys.readouterr()
     assert run_invert("--course", tmp_path) == 2
     assert "has no inversion.json; python invert.py writes one" in error_line()
+    (tmp_path / "inversion.json").write_text("[" * 100_000)
+    assert run_invert("--course", tmp_path) == 2
+    assert "not a result of this invert.py" in error_line()
     assert run_invert("--course", tmp_path / "a", "--encoder", "vgg16") == 2
     assert "--encoder: not with --course" in error_line()
     assert run_invert("--course", tmp_path / "a", "--tv-weight", "0.1") == 2
@@ -171,6 +174,8 @@ def test_from_noise_and_random_weights(photos, tmp_path, run_invert, error_line)
         (["--encoder", "vgg16", "--ckpt", "best.pt"], "give one of them"),
         (["--layer", "block2"], "--layer: only with --encoder"),
         (["--encoder", "vgg16", "--layer", "conv1"], "not a layer of vgg16"),
+        (["--encoder", "vgg19"], "--encoder vgg19: not an encoder"),
+        (["--encoder", "torchvision/vgg19"], "give a --layer"),
         (["--steps", "0"], "--steps: 0 is not positive"),
         (["--images", "a.jpg"], "unrecognized arguments: --images a.jpg"),
     ],
@@ -181,10 +186,16 @@ def test_mistakes(flags, message, run_invert, error_line):
 
 
 def test_one_test_image_or_the_published_protocol(checkpoint, own_photos, tmp_path, run_invert, error_line):
-    for file in sorted((own_photos / "test").iterdir())[1:]:
+    first, *others = sorted((own_photos / "test").iterdir())
+    for file in others:
+        file.write_bytes(first.read_bytes())
+    flags = ("--encoder", "vgg16", "--data", own_photos, "--out", tmp_path, "--quiet")
+    assert run_invert(*flags) == 2
+    assert "no two different images" in error_line()
+    for file in others:
         file.unlink()
-    assert run_invert("--encoder", "vgg16", "--data", own_photos, "--out", tmp_path) == 2
-    assert "one test image" in error_line()
+    assert run_invert(*flags) == 2
+    assert "no two different images" in error_line()
     config = checkpoint["config"] | {"protocol": "published"}
     torch.save(checkpoint | {"config": config}, tmp_path / "best.pt")
     assert run_invert("--ckpt", tmp_path / "best.pt") == 2

@@ -85,7 +85,7 @@ def test_processes_without_torchrun(photos, tmp_path, run_train, error_line, mon
     assert message in error_line()
 
 
-def test_two_gloo_processes(photos, tmp_path):
+def test_two_gloo_processes(photos, tmp_path, run_evaluate):
     """Both end with the same parameters; validation and test measure what one process measures."""
     script = tmp_path / "ranks.py"
     script.write_text(
@@ -130,14 +130,12 @@ def test_two_gloo_processes(photos, tmp_path):
     for name in TERMS:
         assert rows[-1][f"val_{name}"] == pytest.approx(val[name], abs=1e-5)
 
+    flags = ["--ckpt", tmp_path / "run" / "best.pt", "--device", "cpu", "--out"]
+    command = [str(part) for part in [*LAUNCH, "evaluate.py", *flags, tmp_path / "two"]]
+    subprocess.run(command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True, timeout=300)
+    assert run_evaluate(*flags, tmp_path / "one") == 0
     results, originals = [], []
-    for prefix, out in ((LAUNCH, "two"), ([sys.executable], "one")):
-        flags = ["evaluate.py", "--ckpt", tmp_path / "run" / "best.pt", "--out", tmp_path / out]
-        flags += ["--device", "cpu"]
-        command = [str(part) for part in [*prefix, *flags]]
-        subprocess.run(
-            command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True, timeout=300
-        )
+    for out in ("two", "one"):
         results.append(json.loads((tmp_path / out / "metrics.json").read_text()))
         with zipfile.ZipFile(tmp_path / out / "reconstructions.zip") as archive:
             originals.append([archive.read(name) for name in archive.namelist() if "original" in name])

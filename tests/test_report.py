@@ -161,6 +161,18 @@ def test_what_cannot_be_read_is_named_in_its_row(runs, tmp_path, run_evaluate, n
     assert ("psnr" in bad) == (name != "metrics.json") and good["note"] == "" and good["psnr"] > 20
 
 
+def test_zip_of_an_unknown_compression_is_named_in_its_row(runs, tmp_path):
+    copied(runs, tmp_path / NAMES[0])
+    archive = tmp_path / NAMES[0] / "reconstructions.zip"
+    content = bytearray(archive.read_bytes())
+    entry = content.find(b"PK\x01\x02")  # of its directory; ten bytes on is the compression
+    content[entry + 10] = 99
+    archive.write_bytes(content)
+    report.write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "reconstructions.zip: damaged" in page
+
+
 def test_page_has_no_nan(runs, tmp_path):
     copied(runs, tmp_path / NAMES[0])
     (tmp_path / NAMES[0] / "history.csv").write_text("epoch,val_psnr,seconds\n1,nan,2.0\n2,inf,2.0\n")
@@ -247,7 +259,7 @@ def test_what_is_no_part_of_the_studys_recipe_is_said(runs, tmp_path):
     copied(runs, tmp_path / "six", config=config | {"decoder": "feedback"}, iterations=6)
     copied(runs, tmp_path / "three", config=config | {"decoder": "feedback"}, iterations=3)
     notes = {row["experiment"]: row["note"] for row in results.result_rows(tmp_path)}
-    assert notes["few"] == "patience 3, train_images 80"
+    assert notes["few"] == "train_images 80, patience 3"
     assert (notes["six"], notes["three"]) == ("asked for 6 iterations", "")
 
 
