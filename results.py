@@ -44,7 +44,7 @@ def result_rows(runs):
     rows = []
     for name in [*PUBLISHED, *sorted(others)]:
         row = {}
-        experiment = name
+        experiment = name if name in PUBLISHED else None
         folder, *more = seed_folders(runs / name)
         try:
             if (folder / "metrics.json").exists():

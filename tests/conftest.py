@@ -1,16 +1,16 @@
 """Small real photographs, and a way to run a script in this process as its command line would."""
 
-import json
 import os
-import re
 import shutil
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two tests run at a time
 
+import lpips
 import pytest
 import torch
-from made_up import write_runs
+from made_up import page_content, write_runs
 from PIL import Image
 
 import data
@@ -18,6 +18,7 @@ import evaluate
 import invert
 import train
 import utils
+import weights
 from flags import parse_evaluate, parse_invert, parse_train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -48,6 +49,26 @@ def photos(tmp_path_factory):
             tile = pixels[i * len(pixels) // count]
             Image.fromarray(tile.numpy()).save(root / split / f"{i:02}.{suffix}")
     return root
+
+
+@pytest.fixture(scope="session")
+def image():
+    """Noise, (1, 3, 224, 224) in [0, 1]."""
+    return torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def reference_lpips():
+    """The lpips package's own network, with the trunk weights that it would download."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    state = weights.imagenet_weights("alexnet")
+    trunk = {key.split(".", 1)[1]: key for key in net.net.state_dict()}  # "0.weight" → "slice1.0.weight"
+    net.net.load_state_dict(
+        {trunk[key.removeprefix("features.")]: state[key] for key in state if "features" in key}
+    )
+    return net
 
 
 @pytest.fixture
@@ -138,7 +159,4 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def content(runs):
     """The data that the page carries."""
-    page = (runs / "report.html").read_text(encoding="utf-8")
-    return json.loads(
-        re.search(r'<script id="content" type="application/json">(.*?)</script>', page, re.S)[1]
-    )
+    return page_content(runs)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -68,6 +69,13 @@ def write_runs(folder):
             for epoch in range(1, 11):
                 writer.writerow([epoch, *(1 / epoch for _ in columns), 1e-4, 5.0, 1.0])
     report.write_report(folder)
+
+
+def page_content(folder, **options):
+    """The data that the page in `folder` carries; options: of json.loads."""
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    text = re.search(r'<script id="content" type="application/json">(.*?)</script>', page, re.S)[1]
+    return json.loads(text, **options)
 
 
 def copied(runs, folder, name=NAMES[0], **changes):

@@ -1,5 +1,7 @@
 """The plain loop that ours is timed against does the same training."""
 
+from functools import partial
+
 import pytest
 import torch
 from training import CPU, parse
@@ -8,7 +10,7 @@ import bench
 import plain
 import timing
 import train
-from utils import UserError
+from utils import UserError, timed
 
 
 class Here(plain.Plain):
@@ -42,13 +44,17 @@ def test_own_photographs(photos, tmp_path):
         bench.bench(bench.make_parser().parse_args(["--images", "5"]))
 
 
-def test_step_of_any_batch(own_photos):
+def test_step_of_any_batch(own_photos, monkeypatch):
+    for module in (bench, timing):
+        monkeypatch.setattr(module, "timed", partial(timed, repeats=1))
     figures = {}
     arguments = (Here(CPU), str(own_photos), CPU)
     bench.bench_step(*arguments, 1, 1, lambda title, **values: figures.update(values))
     assert figures["images_per_second ours"] == pytest.approx(1000 / figures["step_ms ours"])
     assert figures["step_speedup"] == pytest.approx(figures["step_ms plain"] / figures["step_ms"])
     assert figures["gflop"] == pytest.approx(38.85 / 4, abs=0.05)
+    assert set(figures["parts_ms"]) == {"data", "encoder", "decoder", "lpips", "optimiser"}
+    assert min(figures["parts_ms"].values()) > 0
     with pytest.raises(UserError, match="--batch-size 64: 8 photographs train here; more --images"):
         bench.bench_step(*arguments, 64, 1, None)
 
@@ -63,21 +69,38 @@ def test_every_part_is_timed(own_photos):
     assert figures["kept_crops_speedup"] > 1
     bench.bench_best(str(own_photos), CPU, 1, lambda title, **values: figures.update(values))
     assert set(figures["best_step_ms"]) == {"muon", "adam"} and min(figures["best_step_ms"].values()) > 0
-    ours = bench.Ours(str(own_photos), CPU)
-    parts = bench.step_parts(ours, ours.batch())
-    assert set(parts) == {"data", "encoder", "decoder", "lpips", "optimiser"} and min(parts.values()) > 0
     exec(bench.ATTENTION.replace("112", "14"), {})
 
 
-def test_time_to_quality_of_a_decoder_that_is_good_at_once(own_photos, monkeypatch):
-    """Plain and ours in this process, and with loaders that start none."""
-
+@pytest.fixture
+def loader_of_one_process(monkeypatch):
+    """DataLoader, which here starts no others."""
     loader = torch.utils.data.DataLoader
 
     def single(images, batch_size, shuffle=False, **_):
         return loader(images, batch_size, shuffle)
 
     monkeypatch.setattr(torch.utils.data, "DataLoader", single)
+
+
+def test_evaluation_measures_what_plain_does_and_epochs_are_timed(own_photos, loader_of_one_process):
+    """It raises where the metrics of scikit-image and of the lpips package are not ours."""
+    for path in sorted((own_photos / "train").iterdir())[5:]:
+        path.unlink()
+    figures = {}
+    ours = bench.Ours(str(own_photos), CPU)
+    arguments = (Here(CPU), ours, str(own_photos), lambda title, **values: figures.update(values))
+    bench.bench_evaluation(*arguments)
+    ratio = figures["eval_images_per_second"] / figures["plain_eval_images_per_second"]
+    assert figures["eval_speedup"] == pytest.approx(ratio)
+    assert set(figures["eval_parts_ms"]) == {"encoder and decoder", "lpips", "ssim, psnr and lpips"}
+    bench.bench_epoch(*arguments)
+    ratio = figures["plain_epoch_step_ms"] / figures["epoch_step_ms"]
+    assert figures["epoch_speedup"] == pytest.approx(ratio)
+
+
+def test_time_to_quality_of_a_decoder_that_is_good_at_once(own_photos, monkeypatch, loader_of_one_process):
+    """Plain and ours in this process."""
     monkeypatch.setattr(bench, "Elsewhere", Here)
     monkeypatch.setattr(bench, "child_gib", lambda script, *flags: train.train(parse(*flags)))
     monkeypatch.setattr(bench, "STUDY", {"psnr": 0, "ssim": -1, "lpips": 9})

@@ -26,7 +26,9 @@ def draws():
     return np.random.default_rng(1)
 
 
-def test_interval_is_that_of_a_paired_t_test(draws, tmp_path):
+def test_interval_is_that_of_a_paired_t_test(draws, tmp_path, monkeypatch):
+    real, figures = compare.save_figure, []
+    monkeypatch.setattr(compare, "save_figure", lambda *args: figures.append(args[0]) or real(*args))
     base = draws.normal(25, 5, 100)
     gain = draws.normal(0.3, 1, 100)
     a = write_run(tmp_path / "a", base)
@@ -42,7 +44,10 @@ def test_interval_is_that_of_a_paired_t_test(draws, tmp_path):
     assert float(found["high"]) == pytest.approx(high, abs=0.03)
     assert float(found["won"]) == (gain > 0).mean() == float(rows["lpips"]["won"])  # where lower is better
     assert float(rows["lpips"]["difference"]) == pytest.approx((1 / (base + gain) - 1 / base).mean())
-    assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
+    point, _, (bar,) = figures[0].axes[0].containers[0]
+    assert point.get_xdata() == pytest.approx([mean])
+    assert bar.get_segments()[0][:, 0] == pytest.approx([float(found["low"]), float(found["high"])])
+    assert (tmp_path / "out" / "compare.png").exists()
 
 
 def test_seeds_widen_the_interval(draws):

@@ -1,11 +1,15 @@
 """What the Markdown files link to is there."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
 
+from flags import parse_evaluate, parse_invert, parse_train
+
+PARSERS = {"train.py": parse_train, "evaluate.py": parse_evaluate, "invert.py": parse_invert}
 PAGES = sorted(path for folder in ("", "docs", "pretrained") for path in (REPOSITORY / folder).glob("*.md"))
 
 
@@ -26,6 +30,18 @@ def test_links_lead_somewhere(page):
         there = page.parent / name if name else page
         assert there.exists(), link
         assert not anchor or anchor in anchors(there), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_understood(page, monkeypatch):
+    """Those without a shell's variables or patterns."""
+    monkeypatch.chdir(REPOSITORY)
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    text = "".join(blocks).replace("\\\n", " ")
+    for command in re.findall(r"\bpython ((?:train|evaluate|invert)\.py [^\n&|;]*)", text):
+        if not set(command) & set("$*{"):
+            script, *flags = shlex.split(command, comments=True)
+            PARSERS[script](flags)
 
 
 def test_files_of_the_readme_are_there():

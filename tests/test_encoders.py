@@ -1,8 +1,10 @@
 """Any network up to any layer: against torchvision's and timm's own features, and what cannot be one."""
 
 import hashlib
+import math
 
 import families
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -10,20 +12,17 @@ import torch
 import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
+from training import batches_of, parts_of
 
 import encoders
 import models
 import networks
+import prepare
 import trunk
 from decoders import Fused
 from encoders import Encoder, build_encoder
 from study import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError
-
-
-@pytest.fixture(scope="module")
-def image():
-    return torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
 
 def normalised(encoder, image):
@@ -267,6 +266,8 @@ def test_encoders_may_have_weights_of_their_own(image):
     joint = build_encoder("alexnet+vgg16+alexnet", "conv2+block2+conv2", "imagenet+random+random")
     z = joint(image)
     assert z.shape == (1, 192 + 128 + 192, 56, 56) and not torch.equal(z[:, :192], z[:, 320:])
+    alone = nn.functional.interpolate(Encoder("alexnet", "conv2")(image), (56, 56), mode="bilinear")
+    torch.testing.assert_close(z[:, :192], alone)
     with pytest.raises(UserError, match="2 encoders, 1 layers"):
         build_encoder("vgg16+alexnet", "block1", "random")
     with pytest.raises(UserError, match="a layer of vgg16 twice"):
@@ -287,20 +288,34 @@ def test_sources_are_weighed(fusion):
     fused = Fused(Same(), [2, 3], fusion)
     fused.deviation.copy_(torch.tensor([2.0, 4.0]))
     parts = z[:, :2] / 2, z[:, 2:] / 4
+    if fusion == "weighted":
+        fused.logits.data[0, 1] = math.log(3)  # shares of 1 and 3 in four, of two sources
+        parts = parts[0] / 2, 3 * parts[1] / 2
     if fusion == "attention":
         share = fused.weigh(torch.cat(parts, 1)).softmax(1)
         assert share.shape == (2, 2, 4, 4) and share.std() > 0
         expected = torch.cat([2 * share[:, :1] * parts[0], 2 * share[:, 1:] * parts[1]], 1)
     else:
-        expected = torch.cat(parts, 1)  # untrained weights are 1
+        expected = torch.cat(parts, 1)
     torch.testing.assert_close(fused(z), expected)
     assert len(list(fused.parameters())) == {"concat": 0, "weighted": 1, "attention": 2}[fusion]
+
+
+def test_each_source_is_divided_by_its_own_deviation(photos):
+    parts = parts_of(photos, "--encoder", "vgg16+vgg16", "--layer", "block2+block1", "--crop", 32)
+    prepare.measure_features(parts.inverter, parts.train, parts.config)
+    features = parts.inverter.encode(torch.cat([batch for batch, _ in batches_of(parts)])).numpy()
+    deviation = parts.inverter.decoder.deviation.numpy()
+    np.testing.assert_allclose(deviation, [features[:, :128].std(), features[:, 128:].std()], rtol=1e-4)
+    assert deviation[0] != pytest.approx(deviation[1], rel=0.01)
 
 
 @pytest.mark.parametrize("decoder", ["tconv", "residual", "feedback"])
 def test_several_are_trained_resumed_and_measured(decoder, photos, tmp_path, run_train, run_evaluate):
     names = ("--encoder", "vgg16+vgg16", "--layer", "block3+block2", "--fusion", "weighted")
-    options = ("--data", photos, "--decoder", decoder, "--crop", 32, "--out", tmp_path, "--quiet")
+    options = ["--data", photos, "--decoder", decoder, "--crop", 32, "--out", tmp_path, "--quiet"]
+    if decoder == "feedback":
+        options += ["--iterations", 1]
     assert run_train(*names, *options, "--kept-crops", 1, "--epochs", 1) == 0
     assert run_train(*names, *options, "--kept-crops", 1, "--epochs", 1, "--resume") == 0
     assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0

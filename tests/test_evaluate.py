@@ -7,10 +7,8 @@ import pickle
 import re
 import shutil
 import sys
-import warnings
 import zipfile
 
-import lpips as lpips_package
 import numpy as np
 import pytest
 import torch
@@ -23,8 +21,8 @@ import baselines
 import data
 import evaluate
 import metrics
+import pictures
 from models import load_inverter
-from weights import imagenet_weights
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +79,10 @@ def test_ssim_is_wang_2004(measured, pairs):
     assert measured[0]["ssim"] == pytest.approx(skimage, abs=1e-5)
 
 
-def test_lpips_is_the_packages(measured, pairs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        net = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    state, places = imagenet_weights("alexnet"), {key.split(".", 1)[1]: key for key in net.net.state_dict()}
-    net.net.load_state_dict({places[key[9:]]: state[key] for key in state if key.startswith("features.")})
+def test_lpips_is_the_packages(measured, pairs, reference_lpips):
     with torch.no_grad():
         x, y = (torch.tensor(np.stack(part)).permute(0, 3, 1, 2).float() for part in zip(*pairs, strict=True))
-        expected = net(x, y, normalize=True).flatten().tolist()
+        expected = reference_lpips(x, y, normalize=True).flatten().tolist()
     assert measured[0]["lpips"] == pytest.approx(expected, abs=1e-5)
 
 
@@ -221,17 +214,22 @@ def test_python_of_the_readme():
     assert names["features"].shape == (4, 64, 112, 112)
     assert names["output"].shape == names["batch"].shape == (4, 3, 224, 224)
     assert len(names["values"]["psnr"]) == 4
-    again = metrics.psnr(names["output"].clamp(0, 1), names["batch"])
-    assert names["values"]["psnr"] == pytest.approx(again.tolist(), abs=1e-3)
+    pairs = zip(names["batch"].numpy(), names["output"].clamp(0, 1).detach().numpy(), strict=True)
+    expected = [peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]
+    assert names["values"]["psnr"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_other_data_and_folder(trained, photos, own_photos, tmp_path, run_evaluate):
-    (own_photos / "test" / "00.jpg").unlink()
-    assert (
-        run_evaluate("--ckpt", trained / "best.pt", "--data", own_photos, "--out", tmp_path / "results") == 0
-    )
-    metrics = json.loads((tmp_path / "results" / "metrics.json").read_text())
-    assert (metrics["images"], metrics["data"]) == (2, str(own_photos))
+def test_pictures_are_from_worst_to_best_above_five_times_the_difference(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(pictures, "draw_grid", lambda rows, path: drawn.append(rows))
+    grey = torch.full((8, 8, 3), 100, dtype=torch.uint8)
+    pairs = {number: (grey, grey + step) for number, step in enumerate((3, 60, 20))}
+    psnr = np.array([38.6, 12.6, 22.1])
+    pictures.draw_reconstructions(pairs, ["a", "b", "c"], psnr, tmp_path / "x.png")
+    (rows,) = drawn
+    assert [caption for _, caption in rows["original"]] == ["b", "c", "a"]
+    assert [caption for _, caption in rows["reconstruction"]] == ["12.60 dB", "22.10 dB", "38.60 dB"]
+    assert [picture.getpixel((0, 0))[0] for picture, _ in rows["5 × difference"]] == [255, 100, 15]
 
 
 def test_interrupted_evaluation_leaves_no_old_numbers(trained, tmp_path, run_evaluate, monkeypatch):
@@ -268,7 +266,8 @@ def test_results_of_other_data_have_a_folder_of_their_own(
     (own_photos / "test" / "00.jpg").unlink()
     assert run_evaluate("--ckpt", run / "best.pt", "--data", own_photos, "--quiet") == 0
     assert (run / "metrics.json").read_bytes() == before
-    assert json.loads((run / "own_photos" / "metrics.json").read_text())["images"] == 2
+    found = json.loads((run / "own_photos" / "metrics.json").read_text())
+    assert (found["images"], found["data"]) == (2, str(own_photos))
     assert run_evaluate("--ckpt", run / "best.pt", "--data", f"{photos}/../{photos.name}", "--quiet") == 0
     assert json.loads((run / "metrics.json").read_text())["data"] == str(
         photos

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 from conftest import REPOSITORY
@@ -108,15 +107,14 @@ def test_bad_yaml(tmp_path, text, message):
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
-def test_mistake_on_the_command_line_is_one_line_at_once(flags, message):
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "train.py", *flags], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
-    )
+def test_mistake_on_the_command_line_is_one_line_at_once(flags, message, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch is imported')")  # found before the real one
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    options = {"cwd": REPOSITORY, "env": environment, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run([sys.executable, "train.py", *flags], **options)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert message in done.stderr
-    assert time.perf_counter() - start < 5  # torch was not imported
 
 
 def test_help_names_every_layer_and_default():

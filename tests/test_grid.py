@@ -17,7 +17,7 @@ from PIL import Image
 
 from baselines import BASELINES
 from flags import parse_train
-from study import PUBLISHED
+from study import DEFINING, INPUT, PUBLISHED
 
 FLAGS = ["--weights", "random", "--epochs", "1", "--batch-size", "1", "--quiet"]
 
@@ -48,35 +48,58 @@ def grid(photos, tmp_path):
     return start
 
 
+@pytest.fixture
+def stubbed(tmp_path):
+    """Start run_all.sh on experiment 1 with a shell script in the place of python."""
+
+    def start(script, *flags, **environment):
+        (tmp_path / "python").write_text(f"#!/bin/sh\n{script}")
+        (tmp_path / "python").chmod(0o755)
+        environment = {"RUNS": str(tmp_path / "runs"), "ONLY": "vgg16_block1_tconv"} | environment
+        environment = os.environ | environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return subprocess.Popen(
+            ["bash", "run_all.sh", *flags],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored, behind nohup
+        )
+
+    return start
+
+
 def results(tmp_path):
     with open(tmp_path / "runs" / "results.csv", newline="") as file:
         return {row["experiment"]: row for row in csv.DictReader(file)}
 
 
-def test_grid_goes_on_past_a_failure_and_says_so(grid, tmp_path):
-    blocker = tmp_path / "runs" / "02_vgg16_block2_tconv" / "last.pt"
+def test_grid_goes_on_past_a_failure_and_says_so(grid, tmp_path, run_evaluate):
+    runs = tmp_path / "runs"
+    blocker = runs / "01_vgg16_block1_tconv" / "last.pt"
     blocker.parent.mkdir(parents=True)
     blocker.write_text("not a checkpoint")
+    assert run_evaluate("--baselines", "--data", tmp_path / "few", "--out", runs, "--quiet") == 0
     process = grid("vgg16_block[12]_tconv")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
     rows = results(tmp_path)
     assert len(rows) == 15 + len(BASELINES) and rows["mean colour"]["data"] == "few"
-    good, bad = rows["01_vgg16_block1_tconv"], rows["02_vgg16_block2_tconv"]
-    assert (
-        float(good["published_psnr"]) == 17.35
-        and 5 < float(good["psnr"]) < 40
-        and good["parameters"] == "33731"
-    )
+    bad, good = rows["01_vgg16_block1_tconv"], rows["02_vgg16_block2_tconv"]
+    by_hand = (128 * 64 * 16 + 64) + 2 * 64 + (64 * 32 * 16 + 32) + 2 * 32 + (32 * 3 * 9 + 3)
+    assert float(good["published_psnr"]) == 16.89 and 5 < float(good["psnr"]) < 40
+    assert good["parameters"] == str(by_hand)
     assert float(good["minutes"]) > 0 and "random weights" in good["note"]
     below = float(good["psnr"]) < float(rows["mean colour"]["psnr"])
     assert ("below mean colour" in good["note"]) == below
     assert bad["psnr"] == "" and "last.pt: not a checkpoint" in bad["note"]
     assert rows["03_vgg16_block3_tconv"]["note"] == "not run"
     table = (tmp_path / "runs" / "results.md").read_text()
-    assert f"17.35 → {float(good['psnr']):.2f}" in table and "protocol documented" in table
+    assert f"16.89 → {float(good['psnr']):.2f}" in table and "protocol documented" in table
     assert "| few |" in table and str(tmp_path / "few") not in table
-    assert "02_vgg16_block2_tconv: failed" in output and table.splitlines()[-1] in output
+    assert "01_vgg16_block1_tconv: failed" in output and table.splitlines()[-1] in output
+    assert "=== baselines: done, of " in output
     assert "02_vgg16_block2_tconv (experiment 2 of 2, about " in output and " min left for all)" in output
     page = (tmp_path / "runs" / "report.html").read_text()
     assert '"note": "random weights (control)' in page and "last.pt: not a checkpoint" in page
@@ -108,28 +131,26 @@ def test_array_task_killed_half_way_goes_on(grid, tmp_path):
 
 
 @pytest.mark.parametrize("status", [0, 3, 143])
-def test_grid_does_what_is_missing(tmp_path, status):
+def test_grid_does_what_is_missing(stubbed, tmp_path, status):
     """Baselines too, once, on the same data; their failure does not hide the report, a signal ends all."""
-    stub = tmp_path / "python"  # notes its arguments; the baselines end with `status`
-    stub.write_text(f'''#!/bin/sh
-echo "$@" >> "{tmp_path}/calls"
-if [ "$2" = --baselines ]; then exit {status}; fi
-''')
-    stub.chmod(0o755)
     runs = tmp_path / "runs"
-    environment = os.environ | {"RUNS": str(runs), "ONLY": "vgg16_block1_tconv"}
-    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    notes = f'echo "$@" >> "{tmp_path}/calls"\n'  # of its arguments
+    stub = notes + f'if [ "$2" = --baselines ]; then exit {status}; fi\n'
     flags = ["--data", "my photos", "--epochs=1", "--protocol=published", "--device", "cpu", "--quiet"]
-    command = ["bash", "run_all.sh", *flags]
 
     def calls():
-        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True)
+        process = stubbed(stub, *flags)
+        process.communicate()
         lines = (tmp_path / "calls").read_text().splitlines()
         (tmp_path / "calls").unlink()
-        return done.returncode, [line.split()[1] for line in lines], lines
+        return process.returncode, [line.split()[1] for line in lines], lines
 
     code, kinds, lines = calls()
     assert kinds[:3] == ["--config", "--ckpt", "--baselines"]
+    run = f"{runs}/01_vgg16_block1_tconv"
+    config = "configs/01_vgg16_block1_tconv.yaml"
+    assert lines[0] == f"train.py --config {config} --out {run} --resume {' '.join(flags)}"
+    assert lines[1] == f"evaluate.py --ckpt {run}/best.pt --device cpu --quiet"
     wanted = f"--out {runs} --data my photos --protocol=published --device cpu --quiet"
     assert lines[2] == f"evaluate.py --baselines {wanted}"
     assert (code, kinds[3:]) == {0: (0, ["--report"]), 3: (1, ["--report"]), 143: (143, [])}[status]
@@ -138,26 +159,23 @@ if [ "$2" = --baselines ]; then exit {status}; fi
     (runs / "01_vgg16_block1_tconv" / "metrics.json").write_text("{}")  # what is done is not done again
     assert calls()[:2] == (0, ["--report"])
     (runs / "baselines.json").write_text(json.dumps({"data": "my photos", "images": 3}, indent=2))
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert "=== baselines: done, of my photos (rm " in done.stdout
+    assert "=== baselines: done, of my photos (rm " in stubbed(stub, *flags).communicate()[0]
 
 
-def test_seeds_have_folders_of_their_own(tmp_path):
-    stub = tmp_path / "python"  # notes its arguments
-    stub.write_text(f'#!/bin/sh\necho "$@" >> "{tmp_path}/calls"\n')
-    stub.chmod(0o755)
-    environment = os.environ | {"RUNS": str(tmp_path), "ONLY": "vgg16_block1_tconv", "SEEDS": "1 7"}
-    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
-    subprocess.run(["bash", "run_all.sh"], cwd=REPOSITORY, env=environment, check=True)
+def test_seeds_have_folders_of_their_own(stubbed, tmp_path):
+    notes = f'echo "$@" >> "{tmp_path}/calls"\n'  # of its arguments
+    process = stubbed(notes, SEEDS="1 7")
+    process.communicate()
+    assert process.returncode == 0
     lines = (tmp_path / "calls").read_text().splitlines()
     for seed, line, evaluation in zip((1, 7), lines[0:4:2], lines[1:4:2], strict=True):
-        out = f"{tmp_path}/01_vgg16_block1_tconv/seed{seed}"
+        out = f"{tmp_path}/runs/01_vgg16_block1_tconv/seed{seed}"
         file = "configs/01_vgg16_block1_tconv.yaml"
         assert line == f"train.py --config {file} --out {out} --resume --seed {seed}"
         assert evaluation == f"evaluate.py --ckpt {out}/best.pt"
-    refused = ["bash", "run_all.sh", "--seed", "3"]
-    done = subprocess.run(refused, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr == 'error: --seed: SEEDS="1 7" has them already\n'
+    process = stubbed(notes, "--seed", "3", SEEDS="1 7")
+    assert process.communicate()[1] == 'error: --seed: SEEDS="1 7" has them already\n'
+    assert process.returncode == 2
 
 
 def test_array_has_fifteen_tasks(grid):
@@ -165,20 +183,30 @@ def test_array_has_fifteen_tasks(grid):
     assert "is not 1 to 15" in process.communicate(timeout=60)[0] and process.returncode == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
-def test_signal_to_the_shell_alone_is_passed_on(grid, tmp_path, number):
+def test_signal_to_the_shell_alone_is_passed_on(grid, tmp_path):
     """As a batch system sends it: the training saves, and the shell ends with its status."""
     process = grid("vgg16_block1_tconv", "--epochs", "500")
     history = tmp_path / "runs" / "01_vgg16_block1_tconv" / "history.csv"
     while process.poll() is None and not history.exists():
         time.sleep(0.05)
-    process.send_signal(number)
+    process.send_signal(signal.SIGUSR1)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 128 + number and "go on with: python train.py" in output, output
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert "go on with: python train.py" in output
+
+
+def test_interrupt_to_the_shell_alone_is_passed_on(stubbed, tmp_path):
+    script = f"echo $1 >> {tmp_path}/calls\ntrap 'exit 130' INT\ntouch {tmp_path}/ready\n"
+    process = stubbed(f"{script}while :; do sleep 0.1; done\n")
+    while process.poll() is None and not (tmp_path / "ready").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and (tmp_path / "calls").read_text() == "train.py\n"
 
 
 @pytest.mark.parametrize(
-    "flag", ["--layer", "--encoder=alexnet", "--width", "--mse-weight=1", "--lpips-weight"]
+    "flag", ["--encoder=alexnet", *(f"--{name.replace('_', '-')}" for name in (*DEFINING, *INPUT, "fusion"))]
 )
 def test_flags_that_make_an_experiment_are_refused(grid, tmp_path, flag):
     process = grid("*", flag, "8")
@@ -308,50 +336,39 @@ def test_bad_picture_is_named(trained, tmp_path, run_evaluate, error_line, kind)
     assert not list(tmp_path.glob("out/images/*"))
 
 
-def test_a_run_that_goes_on_or_was_stopped_has_not_failed(tmp_path):
+def test_a_run_that_goes_on_or_was_stopped_has_not_failed(stubbed, tmp_path):
     """Its standard error is in error.txt once it has failed, and only then."""
-    stub = tmp_path / "python"
     runs = tmp_path / "runs"
-    stub.write_text(f"""#!/bin/sh
-if [ "$1" = evaluate.py ]; then exit 0; fi
+    script = f"""if [ "$1" = evaluate.py ]; then exit 0; fi
 echo "error: what $STATUS says" >&2
 sleep 0.5
 ls {runs}/*/ >> {tmp_path}/seen
 exit $STATUS
-""")
-    stub.chmod(0o755)
-    environment = os.environ | {"RUNS": str(runs), "ONLY": "vgg16_block1_tconv"}
-    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+"""
     found = {}
     for status in (3, 143, 0):
-        options = {"cwd": REPOSITORY, "env": environment | {"STATUS": str(status)}, "capture_output": True}
-        assert subprocess.run(["bash", "run_all.sh"], **options).returncode == (1 if status == 3 else status)
+        process = stubbed(script, STATUS=str(status))
+        process.communicate()
+        assert process.returncode == (1 if status == 3 else status)
         files = list((runs / "01_vgg16_block1_tconv").iterdir())
         found[status] = {file.name: file.read_text() for file in files}
     assert (tmp_path / "seen").read_text() == ""
     assert found == {3: {"error.txt": "error: what 3 says\n"}, 143: {}, 0: {}}
 
 
-def test_seeds_want_a_folder_without_a_run(tmp_path):
+def test_seeds_want_a_folder_without_a_run(stubbed, tmp_path):
     """What lies in RUNS/NAME itself would be shown in their place; nor is a run put before them."""
-    (tmp_path / "01_vgg16_block1_tconv").mkdir()
-    (tmp_path / "01_vgg16_block1_tconv" / "metrics.json").write_text("{}")
-    (tmp_path / "02_vgg16_block2_tconv" / "seed1").mkdir(parents=True)
-    (tmp_path / "02_vgg16_block2_tconv" / "seed1" / "metrics.json").write_text("{}")
-    (tmp_path / "python").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "python").chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
+    for run in ("01_vgg16_block1_tconv", "02_vgg16_block2_tconv/seed1"):
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        (tmp_path / "runs" / run / "metrics.json").write_text("{}")
     for number, seeds, message in ((1, "1 2", "holds a run without SEEDS"), (2, "", "holds runs of SEEDS")):
-        more = {"RUNS": str(tmp_path), "SEEDS": seeds, "ONLY": f"vgg16_block{number}_tconv", "PATH": path}
-        options = {"cwd": REPOSITORY, "env": os.environ | more, "capture_output": True, "text": True}
-        done = subprocess.run(["bash", "run_all.sh"], **options)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-        assert message in done.stderr
+        process = stubbed("exit 1\n", SEEDS=seeds, ONLY=f"vgg16_block{number}_tconv")
+        (line,) = process.communicate()[1].splitlines()
+        assert process.returncode == 2 and message in line
 
 
-def test_help_is_help(tmp_path):
-    environment = os.environ | {"RUNS": str(tmp_path / "runs")}
-    options = {"cwd": REPOSITORY, "env": environment, "capture_output": True, "text": True}
-    done = subprocess.run(["bash", "run_all.sh", "--help"], **options)
-    assert done.returncode == 0 and 'SEEDS="1 2 3" bash run_all.sh' in done.stdout
-    assert not done.stdout.count("#") and not (tmp_path / "runs").exists()
+def test_help_is_help(stubbed, tmp_path):
+    process = stubbed("exit 1\n", "--help")
+    shown = process.communicate()[0]
+    assert process.returncode == 0 and 'SEEDS="1 2 3" bash run_all.sh' in shown
+    assert not shown.count("#") and not (tmp_path / "runs").exists()

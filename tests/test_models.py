@@ -3,11 +3,9 @@
 import io
 import os
 import pickle
-import subprocess
-import sys
-import warnings
+import re
+from concurrent.futures import ThreadPoolExecutor
 
-import lpips as lpips_package
 import numpy as np
 import pytest
 import timm
@@ -42,11 +40,6 @@ def vgg_features():
     own = {key.removeprefix("features."): state[key] for key in state if key.startswith("features.")}
     net.load_state_dict(own, assign=True)
     return net
-
-
-@pytest.fixture(scope="module")
-def image():
-    return torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("layer", VGG_SHAPES)
@@ -101,6 +94,13 @@ def test_tconv_at_block1_has_33731_parameters():
     assert count_parameters(build_decoder("tconv", (64, 112, 112))) == by_hand == 33_731
 
 
+def test_transposed_convolutions_begin_within_their_bound():
+    weight = build_decoder("tconv", (64, 112, 112)).upsample[0].weight
+    bound = 1 / (16 * 64) ** 0.5
+    assert 0.99 * bound < weight.abs().max().item() <= bound
+    assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)  # uniform
+
+
 @pytest.mark.parametrize("shape", VGG_SHAPES.values())
 def test_tconv_gives_images_at_every_block(shape):
     decoder = build_decoder("tconv", shape)
@@ -118,20 +118,6 @@ def test_decoder_initialisation_is_seeded_and_leaves_the_generator_alone():
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not torch.equal(a["to_rgb.weight"], c["to_rgb.weight"])
     assert not torch.equal(a["upsample.0.weight"], c["upsample.0.weight"])
-
-
-@pytest.fixture(scope="module")
-def reference_lpips():
-    """The lpips package's own network, with the trunk weights that it would download."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        net = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    state = weights.imagenet_weights("alexnet")
-    trunk = {key.split(".", 1)[1]: key for key in net.net.state_dict()}  # "0.weight" → "slice1.0.weight"
-    net.net.load_state_dict(
-        {trunk[key.removeprefix("features.")]: state[key] for key in state if "features" in key}
-    )
-    return net
 
 
 @pytest.mark.parametrize("size", [31, 64, 224])
@@ -178,15 +164,6 @@ def test_unknown_names_list_the_valid_ones(encoder, layer, decoder, names):
 
 
 # --- weights -------------------------------------------------------------------------------------------
-
-
-def test_weights_from_a_file(tmp_path):
-    net = torch.nn.Sequential()
-    net.features = torchvision.models.vgg.make_layers([64, 64, "M", 128, 128, "M"])
-    torch.save(net.state_dict(), tmp_path / "vgg.pth")
-    encoder = Encoder("vgg16", "block2", str(tmp_path / "vgg.pth"))
-    assert torch.equal(encoder.trunk.net.features[5].weight, net.features[5].weight)
-    assert feature_shape(encoder) == (128, 56, 56)
 
 
 @pytest.mark.parametrize(
@@ -308,14 +285,16 @@ def test_weights_of_old_files_are_read(random_networks, image, tmp_path):
         Encoder("resnet34", "layer1", str(tmp_path / "tensor.pth"))
 
 
-def test_two_first_runs_fetch_weights_together(tmp_path):
-    """With an empty cache and whatever this machine can reach: both get them, and the file is whole."""
-    code = "import weights; print(weights.imagenet_weights('alexnet')['features.0.weight'].sum().item())"
-    environment = os.environ | {"TORCH_HOME": str(tmp_path)}
-    options = {"cwd": REPOSITORY, "env": environment, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", code], **options) for _ in range(2)]
-    sums = {float(process.communicate(timeout=300)[0].split()[-1]) for process in processes}
-    assert sums == {weights.imagenet_weights("alexnet")["features.0.weight"].sum().item()}
+def test_two_first_runs_fetch_weights_together(tmp_path, monkeypatch):
+    """With an empty cache and whatever this machine can reach: one fetches them, the other waits for it."""
+    expected = weights.imagenet_weights("alexnet")["features.0.weight"]
+    real, asked = weights.official_from_network, []
+    monkeypatch.setattr(weights, "official_from_network", lambda name: asked.append(name) or real(name))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(weights.imagenet_weights, 2 * ["alexnet"]))
+    assert asked == ["alexnet"]
+    assert all(torch.equal(state["features.0.weight"], expected) for state in found)
 
 
 @pytest.mark.parametrize(("layer", "module"), [*zip(LAYERS["alexnet"], (2, 5, 7, 9, 12), strict=True)])
@@ -369,6 +348,12 @@ def test_inverter_encodes_without_and_inverts_with_a_gradient(image):
     assert inverter.decoder.training and not inverter.encoder.training
 
 
+def test_a_run_with_amp_is_measured_in_float32(checkpoint, tmp_path):
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"amp": True}}, tmp_path / "best.pt")
+    inverter, _ = load_inverter(tmp_path / "best.pt")
+    assert inverter.encode(torch.rand(1, 3, 32, 32)).dtype == torch.float32
+
+
 def test_checkpoint_needs_no_trial_pass(trained, monkeypatch):
     monkeypatch.setattr(Encoder, "forward", None)  # calling it would fail
     inverter, checkpoint = load_inverter(trained / "best.pt")
@@ -415,6 +400,14 @@ def test_table_lists_every_encoder_layer_and_decoder(capsys, monkeypatch):
     encoder = (3 * 64 + 64 * 64) * 9 * 224**2
     decoder = 64 * 32 * 16 * 112**2 + 32 * 3 * 9 * 224**2
     assert lines[2][7] == f"{encoder / 1e9:.2f}" and lines[2][9] == f"{(encoder + decoder) / 1e9:.2f}"
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    said = re.findall(r"^\| `\w+` \| ([\d.,]+M?) \| ([\d.]+) \|", readme, re.M)
+    found = []
+    for parameters, cost in zip(lines[2][8::2], lines[2][9::2], strict=True):
+        count, cost = int(parameters.replace(",", "")), float(cost)
+        large = f"{count / 1e6:.1f}M" if count >= 1e6 else parameters
+        found.append((large, f"{cost:.1f}" if cost < 100 else f"{cost:.0f}"))
+    assert found == said
 
 
 def test_other_weights_of_the_encoder_are_refused(checkpoint, tmp_path, run_evaluate, error_line):

@@ -42,8 +42,9 @@ def test_the_readmes_own_network(
     found = torch.load("runs/mynet/best.pt", weights_only=True)
     assert found["config"]["input_size"] == 96 and found["weights_sha256"]
     torch.save(networks.own_network("mynet.py", "build").state_dict(), "mynet.pth")
-    assert run_evaluate("--ckpt", "runs/mynet/best.pt") == 2  # another's weights
     capsys.readouterr()
+    assert run_evaluate("--ckpt", "runs/mynet/best.pt") == 2
+    assert "mynet.pth: SHA-256 is" in error_line()
     Path("mynet.py").write_text(program + "\nopen('ran', 'w')\n")
     assert run_evaluate("--ckpt", "runs/mynet/best.pt") == 2
     assert "mynet.py: not what it was trained with; it was not run" in error_line()

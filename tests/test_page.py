@@ -1,5 +1,6 @@
 """How the page that compares the experiments behaves in a browser."""
 
+import base64
 import io
 import re
 import shutil
@@ -139,7 +140,7 @@ def test_difference_is_five_times_the_difference(page, content):
         seen = np.asarray(shot.convert("RGB"))[4:-4, 4:-4] / 255
         images = content["images"][-1]
         pair = [
-            np.asarray(Image.open(io.BytesIO(report.base64.b64decode(text))).resize(shot.size)) / 255
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).resize(shot.size)) / 255
             for text in (images["original"], images["runs"][NAMES[0]]["picture"])
         ]
     expected = (5 * np.abs(pair[0] - pair[1])).clip(0, 1)[4:-4, 4:-4]

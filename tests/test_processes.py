@@ -2,12 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import zipfile
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import REPOSITORY
 from training import batches_of, parts_of, validate
 
@@ -33,20 +37,24 @@ def one_step(photos, rank, world, parallel):
     return parts.inverter.decoder.state_dict()
 
 
+def in_a_group(photos, folder, rank):
+    """one_step in a group of two processes; what it gives, to a file in `folder`."""
+    store = dist.FileStore(str(Path(folder, "store")), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    try:
+        state = one_step(photos, rank, 2, torch.nn.parallel.DistributedDataParallel)
+        torch.save(state, Path(folder, f"{rank}.pt"))
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_gradients_of_two_processes_are_those_of_the_joint_batch(photos, tmp_path):
-    script = tmp_path / "gradients.py"
-    script.write_text(
-        "import sys, torch, torch.distributed as dist\n"
-        "from test_processes import one_step\n"
-        "dist.init_process_group('gloo')\n"
-        "rank, world = dist.get_rank(), dist.get_world_size()\n"
-        "state = one_step(sys.argv[1], rank, world, torch.nn.parallel.DistributedDataParallel)\n"
-        "torch.save(state, f'{sys.argv[2]}/{rank}.pt')\n"
-        "dist.barrier()\n"
-        "dist.destroy_process_group()\n"
-    )
-    command = [str(part) for part in [*LAUNCH, script, photos, tmp_path]]
-    subprocess.run(command, cwd=REPOSITORY, env=environment(), check=True, timeout=300)
+    """This process is the first of the two."""
+    code = f"from test_processes import in_a_group; in_a_group({str(photos)!r}, {str(tmp_path)!r}, 1)"
+    second = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environment())
+    in_a_group(photos, tmp_path, 0)
+    assert second.wait(timeout=60) == 0
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     joint = one_step(photos, 0, 1, lambda model: model)
     before = parts_of(photos, "--width", 8).inverter.decoder.state_dict()
@@ -86,29 +94,32 @@ def test_processes_without_torchrun(photos, tmp_path, run_train, error_line, mon
 
 
 def test_two_gloo_processes(photos, tmp_path, run_evaluate):
-    """Both end with the same parameters; validation and test measure what one process measures."""
+    """Interrupted and resumed, both end with the same parameters; they measure what one process measures."""
     script = tmp_path / "ranks.py"
     script.write_text(
-        "import os, sys, torch, train\n"
+        "import os, signal, sys, torch, torch.distributed as dist\n"
+        "import data, train\n"
         "from flags import parse_train\n"
-        "state = train.train(parse_train(sys.argv[1:]))\n"
+        "real, calls, leave = data.crops, [], dist.destroy_process_group\n"
+        "def crops(*rest):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 6 and os.environ['RANK'] == '1':  # in epoch 2, of one process\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return real(*rest)\n"
+        "data.crops = crops\n"
+        "dist.destroy_process_group = lambda: None  # they go on in the same group\n"
+        "try:\n"
+        "    train.train(parse_train(sys.argv[1:]))\n"
+        "except SystemExit as stopped:\n"
+        "    status = stopped.code\n"
+        "train.start_processes = lambda device: (dist.get_rank(), 2, device)\n"
+        "state = train.train(parse_train([*sys.argv[1:], '--resume']))\n"
         f"path = '{tmp_path}/rank' + os.environ['RANK'] + '.pt'\n"
-        "torch.save([state.decoder.state_dict(), state.history], path)\n"
+        "torch.save([state.decoder.state_dict(), state.history, status], path)\n"
+        "leave()\n"
     )
-    flags = [
-        "--data",
-        photos,
-        "--out",
-        tmp_path / "run",
-        "--epochs",
-        2,
-        "--batch-size",
-        2,
-        "--lr",
-        1e-3,
-        "--width",
-        8,
-    ]
+    flags = ["--data", photos, "--out", tmp_path / "run", "--epochs", 2, "--batch-size", 2]
+    flags += ["--lr", 1e-3, "--width", 8]
     flags += ["--crop", 64, "--passes", 2, "--kept-crops", 1, "--freeze-bn", 3]  # of four steps an epoch
     flags += ["--device", "cpu"]
     command = [str(part) for part in [*LAUNCH, script, *flags]]
@@ -117,9 +128,11 @@ def test_two_gloo_processes(photos, tmp_path, run_evaluate):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/2") == 1  # the first process speaks
-    (a, rows), (b, other_rows) = (
+    assert "go on with: torchrun, as before, " in done.stdout
+    (a, rows, status), (b, other_rows, other_status) = (
         torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)
     )
+    assert status == other_status == 128 + signal.SIGTERM
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in other_rows]
 

@@ -5,6 +5,7 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
+from training import wake
 
 import reconstruct
 from models import build_inverter, load_inverter
@@ -20,9 +21,7 @@ def photograph(height, width):
 @pytest.mark.parametrize("decoder", ["tconv", "residual", "feedback"])
 def test_tiles_are_the_whole_without_seams(decoder):
     inverter = build_inverter(decoder=decoder, width=16).eval()
-    for parameter in inverter.decoder.parameters():
-        if not parameter.any():  # where blocks change nothing at first
-            torch.nn.init.normal_(parameter, std=0.01)
+    wake(inverter.decoder)
     image = photograph(301, 423)  # neither is a multiple of the stride
     with torch.no_grad():
         whole = reconstruct.reconstruct_whole(inverter, image)
@@ -51,15 +50,35 @@ def test_own_pictures_keep_their_size(trained, tmp_path, run_evaluate, capsys):
     Image.fromarray(picture.numpy()).save(tmp_path / "mine.png")
     flags = ("--ckpt", trained / "best.pt", "--images", tmp_path / "mine.png", "--quiet")
     assert run_evaluate(*flags, "--out", tmp_path / "native") == 0
-    assert run_evaluate(*flags, "--out", tmp_path / "small", "--size", "224") == 0
+    wide = to_pixels(photograph(224, 448))[0]
+    Image.fromarray(wide.numpy()).save(tmp_path / "wide.png")
+    square = ("--images", tmp_path / "wide.png", "--size", "224", "--out", tmp_path / "small", "--quiet")
+    assert run_evaluate("--ckpt", trained / "best.pt", *square) == 0
+    small = np.asarray(Image.open(tmp_path / "small" / "images" / "wide.png"))
+    assert small.shape == (224, 3 * 224, 3)
+    np.testing.assert_array_equal(small[:, :224], wide[:, 112:336])
     strip = np.asarray(Image.open(tmp_path / "native" / "images" / "mine.png"))
     assert strip.shape == (133, 3 * 201, 3)
-    assert Image.open(tmp_path / "small" / "images" / "mine.png").size == (3 * 224, 224)
     np.testing.assert_array_equal(strip[:, :201], picture)
     inverter, _ = load_inverter(trained / "best.pt")
     with torch.no_grad():  # without the padded column and row: away from there it is the same
         inner = inverter(photograph(132, 200)).clamp(0, 1)
     np.testing.assert_allclose(strip[:110, 201:380], to_pixels(inner)[0][:110, :179], atol=1)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "layer", "decoder", "native"),
+    [
+        ("vgg16", "block5", "residual", True),
+        ("resnet34", "layer2", "tconv", True),
+        ("alexnet", "conv1", "tconv", False),  # 27 positions of 8 pixels are not 224
+        ("vit_small", "block0", "tconv", False),  # takes 224×224 alone
+        ("vgg16", "block1", "attention", False),
+    ],
+)
+def test_which_take_a_picture_of_any_size(encoder, layer, decoder, native):
+    inverter = build_inverter(encoder, layer, decoder, "random", width=8)
+    assert reconstruct.takes_any_size(inverter, {"decoder": decoder}) is native
 
 
 def test_native_size_wants_a_local_decoder(trained, checkpoint, tmp_path, run_evaluate, error_line):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 
 import fuzz_inputs
 import kill_resume
@@ -22,19 +23,23 @@ import utils
 
 @pytest.fixture(scope="module")
 def whole(photos, tmp_path_factory):
-    """(flags, folder) of four runs of 2 epochs, 3 steps a pass, in one go."""
+    """(flags, folder) of a run of 2 epochs, 3 steps a pass, by its name; trained when first wanted."""
     both = ["--data", photos, "--epochs", 2, "--batch-size", 3, "--lr", 1e-3, "--width", 8, "--quiet"]
-    runs = {}
-    for name, flags in {
+    more = {
         "plateau": [],
         "onecycle": ["--schedule", "onecycle", "--freeze-bn", 2],
         "crops": ["--crop", 64, "--passes", 2, "--kept-crops", 3, "--val-images", 1],
         "feedback": ["--crop", 64, "--decoder", "feedback", "--iterations", 2, "--optimizer", "muon"],
-    }.items():
+    }
+
+    @cache
+    def run(name):
+        flags = [*both, *more[name]]
         out = tmp_path_factory.mktemp(name)
-        train.train(parse(*both, *flags, "--out", out))
-        runs[name] = ([*both, *flags], out)
-    return runs
+        train.train(parse(*flags, "--out", out))
+        return flags, out
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def whole(photos, tmp_path_factory):
 )
 def test_interrupted_and_resumed_is_bit_identical(whole, tmp_path, monkeypatch, capsys, run, moment):
     number, owner, name, call = moment
-    flags, expected = whole[run]
+    flags, expected = whole(run)
     real, calls = getattr(owner, name), []
 
     def interrupting(*args, **kwargs):
@@ -72,21 +77,14 @@ def test_interrupted_and_resumed_is_bit_identical(whole, tmp_path, monkeypatch, 
     assert same(read_run(tmp_path), read_run(expected))
 
 
-def test_signal_saves_and_says_how_to_go_on(photos, tmp_path):
-    command = [
-        sys.executable,
-        "train.py",
-        "--data",
-        photos,
-        "--out",
-        tmp_path,
-        "--epochs",
-        "500",
-        "--width",
-        "8",
-    ]
-    process = subprocess.Popen(map(str, command), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+def test_signal_saves_and_says_how_to_go_on(photos, tmp_path, run_train, error_line):
+    """Before it no other may write there."""
+    flags = ("--data", photos, "--out", tmp_path, "--epochs", 500, "--width", 8)
+    command = [sys.executable, "train.py", *map(str, flags)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     assert any(line.startswith("epoch") for line in process.stdout)
+    assert run_train(*flags, "--resume") == 2
+    assert "another training is writing there" in error_line()
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
@@ -111,7 +109,7 @@ def test_second_signal_ends_at_once():
 
 
 def test_resuming_a_finished_run_changes_nothing(whole, capsys):
-    flags, out = whole["plateau"]
+    flags, out = whole("plateau")
     before = {name: (out / name).read_bytes() for name in ("best.pt", "last.pt", "history.csv")}
     train.train(parse(*flags, "--out", out, "--resume"))
     assert "finished after epoch 2" in capsys.readouterr().out
@@ -119,7 +117,7 @@ def test_resuming_a_finished_run_changes_nothing(whole, capsys):
 
 
 def test_resume_with_another_configuration_names_the_key(whole, run_train, error_line):
-    flags, out = whole["plateau"]
+    flags, out = whole("plateau")
     assert run_train(*flags, "--out", out, "--resume", "--lr", 2e-3) == 2
     assert "lr is 0.002" in (line := error_line()) and "0.001" in line
 
@@ -128,7 +126,7 @@ def test_too_little_memory_is_not_blamed_on_the_run(whole, run_train, error_line
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 bytes")
 
-    flags, out = whole["plateau"]
+    flags, out = whole("plateau")
     monkeypatch.setattr(torch.optim.Adam, "load_state_dict", full)
     assert run_train(*flags, "--out", out, "--resume") == 2
     assert error_line().startswith("out of memory")
@@ -156,14 +154,9 @@ def test_overwrite_replaces_a_run(trained, photos, tmp_path, run_train):
     assert torch.load(tmp_path / "best.pt", weights_only=True)["config"]["width"] == 8
 
 
-def test_resume_without_a_run_starts_one(photos, tmp_path, run_train):
-    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--resume") == 0
-    assert (tmp_path / "best.pt").exists()
-
-
 @pytest.mark.parametrize("damage", ["truncated", "other"])
 def test_damaged_last_is_an_error(whole, tmp_path, run_train, error_line, damage):
-    flags, out = whole["plateau"]
+    flags, out = whole("plateau")
     content = (out / "last.pt").read_bytes()
     if damage == "truncated":
         (tmp_path / "last.pt").write_bytes(content[: len(content) // 2])
@@ -181,7 +174,7 @@ def test_mutated_inputs():
     assert fuzz_inputs.check(count=50) == 0
 
 
-# --- what a training must not replace, and locks -----------------------------------------------------------
+# --- what a training must not replace ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -199,40 +192,14 @@ def test_files_of_no_run_are_not_replaced(photos, tmp_path, run_train, error_lin
     assert not (tmp_path / "last.pt").exists()
 
 
-def test_only_its_own_temporary_files_are_removed(photos, tmp_path, run_train):
+def test_only_its_own_temporary_files_are_removed(tmp_path):
     for name in (".best.pt.123.tmp.pt", ".notes.tmp", ".best.pt.old.tmp.pt"):
         (tmp_path / name).write_text("")
-    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet") == 0
+    train.claim(tmp_path, resume=False, overwrite=False).release()
     assert sorted(path.name for path in tmp_path.glob(".*.tmp*")) == [".best.pt.old.tmp.pt", ".notes.tmp"]
 
 
-# --- locks and full disks --------------------------------------------------------------------------------
-
-
-def test_two_runs_in_one_folder_are_refused_and_a_killed_one_does_not_block(photos, tmp_path):
-    command = [
-        sys.executable,
-        "train.py",
-        "--data",
-        photos,
-        "--out",
-        tmp_path,
-        "--epochs",
-        "500",
-        "--width",
-        "8",
-    ]
-    command = [str(part) for part in command]
-    first = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    assert any(line.startswith("epoch") for line in first.stdout)
-    second = subprocess.run(
-        [*command, "--resume"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60
-    )
-    assert second.returncode == 2 and "another training is writing there" in second.stderr
-    first.kill()
-    first.wait()
-    lock = train.claim(tmp_path, resume=True, overwrite=False)
-    lock.release()
+# --- full disks ------------------------------------------------------------------------------------------
 
 
 def test_two_processes_build_one_cache(own_photos, tmp_path):
@@ -262,8 +229,9 @@ def small_files():
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_full_disk_is_an_error_that_leaves_the_run_good(whole, tmp_path, small_files, run_train, error_line):
-    flags, out = whole["plateau"]
+def test_full_disk_is_an_error_that_leaves_the_run_good(whole, tmp_path, request, run_train, error_line):
+    flags, out = whole("plateau")
+    request.getfixturevalue("small_files")  # now that there is such a run
     assert run_train(*flags, "--out", tmp_path) == 2
     assert "last.pt" in (line := error_line()) and "File too large" in line
     assert [path.name for path in tmp_path.iterdir() if path.suffix not in (".lock", ".yaml")] == [".lock"]

@@ -49,7 +49,9 @@ def test_early_stop_plateau_and_best_epoch_on_made_up_losses(photos, tmp_path, m
 
     monkeypatch.setattr(train, "train_epoch", made_up_epoch)
     monkeypatch.setattr(train, "validate", made_up_validation)
-    train.train(parse("--data", photos, "--out", tmp_path, "--epochs", 40, "--quiet"))
+    monkeypatch.setattr(train, "draw_curves", lambda *_: None)  # eighteen times
+    flags = ("--data", photos, "--out", tmp_path, "--epochs", 40, "--tracker", "none", "--quiet")
+    train.train(parse(*flags))
     rows = history(tmp_path)
     assert len(rows) == 3 + 15
     best = torch.load(tmp_path / "best.pt", weights_only=True)
@@ -188,6 +190,7 @@ def test_averages_are_over_images_not_batches():
 def test_validation_shows_what_the_metrics_see(photos):
     """Targets and outputs for the tracker are those that were measured, the protocol's too."""
     parts = parts_of(photos, "--protocol", "published", "--width", 8)
+    assert parts.state.scheduler.min_lrs == [1e-6]
     averages, targets, outputs = validate(parts)
     expected = [
         peak_signal_noise_ratio(*pair, data_range=1)
@@ -198,6 +201,15 @@ def test_validation_shows_what_the_metrics_see(photos):
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     seen = ((crop.permute(1, 2, 0) - mean) / std).clamp(0, 1).permute(2, 0, 1)
     torch.testing.assert_close(targets[1], seen)
+
+
+def test_six_of_many_validation_images_are_shown(photos):
+    parts = parts_of(photos, "--width", 8, "--mse-weight", 1, "--lpips-weight", 0)
+    options = (parts.loss, {}, 1, parts.signals, True)
+    _, targets, outputs = train.validate(parts.inverter, parts.val, 5 * [0, 1], *options)
+    crops = data.center_crops(parts.val[:])
+    assert torch.equal(targets, crops[[0, 0, 0, 1, 1, 1]])  # numbers 0, 2, 4, 5, 7 and 9 of ten
+    assert len(outputs) == 6
 
 
 def test_validation_shows_pictures_whatever_the_decoder_gives(photos):
@@ -232,6 +244,7 @@ def test_files_of_a_run(trained, checkpoint, photos):
     assert names >= {"best.pt", "last.pt", "config.yaml", "history.csv", "curves.png"}
     assert (trained / "best.pt").stat().st_size < 200_000
     assert checkpoint["config"]["data"] == str(photos) and checkpoint["config"]["lr"] == 2e-3
+    assert "cache" not in checkpoint["config"]
     assert set(checkpoint["decoder"]) == set(
         parts_of(photos).inverter.decoder.state_dict()
     )  # nothing of the encoder
@@ -258,15 +271,18 @@ def test_epoch_line_has_everything(photos, tmp_path, run_train, capsys):
     assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--lpips-weight", 0) == 0
     out, err = capsys.readouterr()
     (line,) = [line for line in out.splitlines() if line.startswith("epoch")]
-    for part in ("train loss", "val loss", "mse", "lpips –", "psnr", "lr 1.0e-04", "images/s"):
-        assert part in line
+    row = history(tmp_path)[0]
+    for split in ("train", "val"):
+        loss, mse, psnr = (float(row[f"{split}_{name}"]) for name in ("loss", "mse", "psnr"))
+        assert f"{split} loss {loss:.4f} mse {mse:.4f} lpips – psnr {psnr:.2f}" in line
+    assert "lr 1.0e-04" in line and "images/s" in line
     assert (
         "33,731 trainable parameters" in out
         and "64 × 112 × 112" in out
         and "8 training and 2 validation" in out
     )
     assert err == ""  # no bar where there is no terminal
-    assert history(tmp_path)[0]["train_lpips"] == ""
+    assert row["train_lpips"] == ""
 
 
 def test_short_training_on_the_sample_gains_6_db(tmp_path, run_train):

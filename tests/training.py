@@ -37,6 +37,13 @@ def parts_of(photos, *flags):
     return parts
 
 
+def wake(net, std=0.01):
+    """Give the weights that are 0 at first others, so that every block changes something."""
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=std)
+
+
 def batches_of(parts, rank=0, world=1, kept=None):
     """The (crops, features) of the rest of the epoch of parts.state, of one of `world` processes."""
     steps = parts.steps // world
