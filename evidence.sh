@@ -3,8 +3,8 @@
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
 #                                         loss, decoders and weights an hour, feedback another, muon and layers half
-#                                         of one each, data 45 minutes, deep six and a half hours, natural 50 minutes,
-#                                         published 27, inversion 20
+#                                         of one each, data 45 minutes, deep seven hours, natural two and a half,
+#                                         published 27 minutes, inversion 20
 #   bash evidence.sh loss layers          some of them
 #   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep, natural and published have one, 42;
 #                                         inversion none)
@@ -174,7 +174,10 @@ deep() { # by Adam and by Muon, and what is better there: MSE, wide's photograph
   train deep/muon/vgg16_block5 2e-3 $kept --layer block5
   train deep/muon/alexnet_conv2 2e-3 $kept --encoder alexnet --layer conv2
   train deep/muon/alexnet_conv4 2e-3 $kept --encoder alexnet --layer conv4
+  train deep/muon/vgg16_block5_128 2e-3 $feedback --decoder residual --layer block5 --crop 192 --kept-crops 4 \
+    --width 128 --batch-size 16 --passes 2 --epochs 5
   on imagenet deep/muon/{vgg16_block5,alexnet_conv2,alexnet_conv4}
+  versus deep/vgg16_block5_128 deep/muon/vgg16_block5{,_128}
   versus deep/vgg16_block2_residual deep/muon/vgg16_block2{,_residual}
   versus deep/vgg16_block3_residual deep/muon/vgg16_block3{,_residual}
   versus deep/alexnet_conv1_residual deep/muon/alexnet_conv1{,_residual}
