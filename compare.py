@@ -76,8 +76,12 @@ def read_run(folder):
         raise UserError(
             f"--compare {folder}: has no {Path(error.filename).name}; evaluate it first"
         ) from None
+    except OSError:  # which names the file
+        raise
     except UNREADABLE as error:
-        raise UserError(f"--compare {folder}: not results of this program ({error})") from None
+        raise UserError(
+            f"--compare {folder}: not results of this program ({error!r}); evaluate again"
+        ) from None
 
 
 def refuse_other_images(a, b):

@@ -10,8 +10,8 @@
 #                                         inversion none)
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence
 #
-# It wants natural/ and wide/ in this folder, deep and natural imagenet/ too: docs/natural.txt, wide.txt and imagenet.txt name
-# their photographs. What was interrupted goes on where it stopped.
+# It wants natural/ and wide/ in this folder, deep and natural imagenet/ too: docs/natural.txt, wide.txt and
+# imagenet.txt name their photographs. What was interrupted goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 seeds=${SEEDS:-1 2 3}

@@ -261,6 +261,8 @@ def read_course(folder):
         return f"{content['encoder']} {content['layer']} from {content['start']}", content["course"]
     except FileNotFoundError:
         raise UserError(f"--course {folder}: has no {file.name}; python invert.py writes one") from None
+    except OSError:  # which names the file
+        raise
     except UNREADABLE:
         raise UserError(f"{file}: not a result of this invert.py; invert again") from None
 

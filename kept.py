@@ -60,12 +60,17 @@ def keep_crops(images, inverter, config, cache=None, bars=None):
     name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     path = user_cache(cache) / f"{name}.features"
     size_on_disk = math.prod(shape) * np.dtype(DTYPE).itemsize
-    if not path.exists():  # it is written whole or not at all
+    if not is_whole(path, size_on_disk):
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):  # another process waits, then finds it
-            if not path.exists():
+            if not is_whole(path, size_on_disk):
                 write_features(path, images, inverter, places, size, size_on_disk, bars)
     return KeptCrops(np.memmap(path, DTYPE, "r", shape=shape), places)
+
+
+def is_whole(path, size):
+    """Whether the file at `path` is there with all of its bytes: it may be a copy that was cut short."""
+    return path.exists() and path.stat().st_size == size
 
 
 def write_features(path, images, inverter, places, size, size_on_disk, bars):

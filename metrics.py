@@ -89,7 +89,8 @@ def mean_pairwise_distance(encoder, images, batch_size=4):
         features.append(encoder(center_crops(part, encoder.input_size).to(device)).flatten(1))
     distance = F.pdist(torch.cat(features)).mean().item()  # NaN of one image
     if not distance > 0:
-        raise UserError("no two different images: feature errors are divided by the distance of two")
+        few = f"{len(images)} images, of which no two have different features"
+        raise UserError(f"{few}: errors are divided by the distance of two; give other --data")
     return distance
 
 

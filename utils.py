@@ -187,6 +187,8 @@ def refuse_other_results(out, files, about):
         other = [key for key, value in about.items() if content.get(key) != value]
         if "data" in other and same_data(content.get("data"), about["data"]):
             other.remove("data")
+    except OSError:  # which names the file
+        raise
     except UNREADABLE:
         raise UserError(f"{out / files[0]}: not a result of this program; {advice}") from None
     if other:

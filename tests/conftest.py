@@ -1,4 +1,4 @@
-"""Small real photographs, and a way to run a script in this process as its command line would."""
+"""Small real photographs and networks, and ways to run a script in this process as its command line would."""
 
 import os
 import shutil

@@ -189,8 +189,12 @@ def test_kept_crops_are_encoded_once(photos, tmp_path, run_train, encoded, capsy
     encoded.clear()
     assert run_train(*flags, "--out", tmp_path / "second") == 0
     assert [count for count, _, _ in encoded] == [2] and "encoding" not in capsys.readouterr().err
-    first, second = (read_run(tmp_path / name)[0]["decoder"] for name in ("first", "second"))
-    assert all(torch.equal(first[key], second[key]) for key in first)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])  # a copy that was cut short
+    assert run_train(*flags, "--out", tmp_path / "third") == 0
+    assert file.read_bytes() == whole
+    first, *others = (read_run(tmp_path / name)[0]["decoder"] for name in ("first", "second", "third"))
+    assert all(torch.equal(first[key], other[key]) for other in others for key in first)
 
 
 def test_key_of_kept_crops(photos, own_photos, tmp_path):

@@ -127,6 +127,7 @@ def test_lpips_is_the_packages(reference_lpips, size):
     with torch.no_grad():
         theirs = reference_lpips(a, b, normalize=True).flatten()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert LPIPS()(a, a).abs().max() == 0
 
 
 def test_lpips_gradient_is_the_packages(reference_lpips):
