@@ -72,6 +72,24 @@ def reference_lpips():
 
 
 @pytest.fixture
+def figures_of(monkeypatch):
+    """Give the list to which the figures that a module saves from now on are added."""
+
+    def watch(module):
+        figures = []
+        real = module.save_figure
+
+        def save(figure, path):
+            figures.append(figure)
+            real(figure, path)
+
+        monkeypatch.setattr(module, "save_figure", save)
+        return figures
+
+    return watch
+
+
+@pytest.fixture
 def own_photos(photos, tmp_path):
     """A copy of `photos` that a test may change."""
     return Path(shutil.copytree(photos, tmp_path / "own_photos"))

@@ -26,9 +26,8 @@ def draws():
     return np.random.default_rng(1)
 
 
-def test_interval_is_that_of_a_paired_t_test(draws, tmp_path, monkeypatch):
-    real, figures = compare.save_figure, []
-    monkeypatch.setattr(compare, "save_figure", lambda *args: figures.append(args[0]) or real(*args))
+def test_interval_is_that_of_a_paired_t_test(draws, tmp_path, figures_of):
+    figures = figures_of(compare)
     base = draws.normal(25, 5, 100)
     gain = draws.normal(0.3, 1, 100)
     a = write_run(tmp_path / "a", base)

@@ -19,7 +19,7 @@ SHAPES = [  # every distinct feature shape of every encoder's layers
 ]
 
 
-HEAD = 64 * 12 * 9 + 12  # parameters from 64 channels to 2×2 pixels
+HEAD = 64 * 12 * 9 + 12  # parameters of a head, from 64 channels to 2×2 pixels
 
 
 def photographs(*names, size):

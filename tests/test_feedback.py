@@ -75,14 +75,13 @@ def test_iterations_bring_the_features_closer(feedback, photos):
     assert len(images) == 3 and errors[2] < errors[0]
 
 
-def test_metrics_of_each_iteration(feedback, run_evaluate, monkeypatch):
+def test_metrics_of_each_iteration(feedback, run_evaluate, figures_of):
     found = json.loads((feedback / "metrics.json").read_text())
     assert found["iterations"] == 2 and len(found["iterates"]) == 3
     for name in ("psnr", "ssim", "lpips"):
         assert found["iterates"][2][name] == found[name]
     assert (feedback / "iterations.png").exists()
-    real, figures = pictures.save_figure, []
-    monkeypatch.setattr(pictures, "save_figure", lambda *args: figures.append(args[0]) or real(*args))
+    figures = figures_of(pictures)
     assert run_evaluate("--ckpt", feedback / "best.pt", "--iterations", 1, "--quiet") == 0
     fewer = json.loads((feedback / "iterations-1" / "metrics.json").read_text())
     assert fewer["iterates"] == found["iterates"][:2] and fewer["psnr"] == found["iterates"][1]["psnr"]

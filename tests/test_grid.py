@@ -22,6 +22,19 @@ from study import DEFINING, INPUT, PUBLISHED
 FLAGS = ["--weights", "random", "--epochs", "1", "--batch-size", "1", "--quiet"]
 
 
+def run_all(flags, environment, path, stderr):
+    """The started run_all.sh; environment: more variables; path: the folder whose python it takes."""
+    return subprocess.Popen(
+        ["bash", "run_all.sh", *flags],
+        cwd=REPOSITORY,
+        env=os.environ | environment | {"PATH": f"{path}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored, behind nohup
+    )
+
+
 @pytest.fixture
 def grid(photos, tmp_path):
     """Start run_all.sh on two training photographs, with a folder of results of its own."""
@@ -32,18 +45,9 @@ def grid(photos, tmp_path):
             shutil.copy(photos / split / name, folder / split)
 
     def start(only, *flags, **environment):
-        environment = os.environ | {"RUNS": str(tmp_path / "runs"), "ONLY": only} | environment
-        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        command = ["bash", "run_all.sh", "--data", str(folder), *FLAGS, *flags]
-        return subprocess.Popen(
-            command,
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored, behind nohup
-        )
+        environment = {"RUNS": str(tmp_path / "runs"), "ONLY": only} | environment
+        flags = ["--data", str(folder), *FLAGS, *flags]
+        return run_all(flags, environment, Path(sys.executable).parent, subprocess.STDOUT)
 
     return start
 
@@ -56,16 +60,7 @@ def stubbed(tmp_path):
         (tmp_path / "python").write_text(f"#!/bin/sh\n{script}")
         (tmp_path / "python").chmod(0o755)
         environment = {"RUNS": str(tmp_path / "runs"), "ONLY": "vgg16_block1_tconv"} | environment
-        environment = os.environ | environment | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        return subprocess.Popen(
-            ["bash", "run_all.sh", *flags],
-            cwd=REPOSITORY,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored, behind nohup
-        )
+        return run_all(flags, environment, tmp_path, subprocess.PIPE)
 
     return start
 

@@ -116,7 +116,7 @@ def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_invert, en
     assert "invert again" in results.inversion(tmp_path, metrics)
 
 
-def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, capsys, monkeypatch):
+def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, capsys, figures_of):
     flags = ("--ckpt", trained / "best.pt", "--count", 2, "--steps", 4, "--quiet", "--out", tmp_path / "a")
     assert run_invert(*flags) == 0
     found = json.loads((tmp_path / "a" / "inversion.json").read_text())
@@ -124,8 +124,7 @@ def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, capsys, mo
     assert course["step"] == [0, 1, 2, 3, 4] and course["seconds"] == sorted(course["seconds"])
     for moment, kind in ((0, "start"), (-1, "inversion")):
         assert course["psnr"][moment] == pytest.approx(found["metrics"][kind]["psnr"]["mean"], abs=1e-3)
-    real, figures = invert.save_figure, []
-    monkeypatch.setattr(invert, "save_figure", lambda *args: figures.append(args[0]) or real(*args))
+    figures = figures_of(invert)
     assert run_invert("--course", tmp_path / "a", "--out", tmp_path) == 0
     (line,) = figures[0].axes[0].lines
     assert list(line.get_xdata()) == course["seconds"] and list(line.get_ydata()) == course["psnr"]
