@@ -220,7 +220,7 @@ invert() { # NAME FLAGS…: pixels whose features are those of four test images,
 inversion() { # from what pretrained/ makes of the features, and from noise
   local layer rate
   for layer in vgg16_block{1,2,3,4,5} alexnet_conv{1,3,5}; do
-    rate="--lr 0.02" # by validation images (docs/conclusions.md), but for block5's
+    rate="--lr 0.02" # by validation images (docs/inversion.md), but for block5's
     if [[ $layer == vgg16_block1 ]]; then rate="--lr 0.002 --tv-weight 0.01"; fi
     if [[ $layer == *[345] ]]; then rate="--lr 0.005"; fi
     invert "$layer" --ckpt "pretrained/$layer.pt" $rate

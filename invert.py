@@ -141,7 +141,7 @@ def learning_rate(encoder, decode):
     """Adam's: from noise 0.1, or 0.03 from stride 4 on; from a decoder's output 0.02, or 0.005 from 8 on.
 
     What a large rate undoes of a decoder's output, the features of deep layers do not bring back. Chosen on
-    validation images, at strides from 2 to 37 (docs/conclusions.md); AlexNet's conv1, at 8.3, is better with
+    validation images, at strides from 2 to 37 (docs/inversion.md); AlexNet's conv1, at 8.3, is better with
     0.02, and VGG16's block5 was not tried.
     """
     if decode:
@@ -153,7 +153,7 @@ def prior_weight(encoder, decode):
     """The weight of the total variation, at first: (stride / 2)², at most 256; 0.3 of it behind a decoder.
 
     The coarser the features, the less of the detail is theirs. Chosen on validation images, from noise at
-    strides from 2 to 37, from a decoder's output at 2 (docs/conclusions.md, README).
+    strides from 2 to 37, from a decoder's output at 2 (docs/inversion.md).
     """
     weight = min((stride_of(encoder) / 2) ** 2, 256.0)
     return 0.3 * weight if decode else weight
