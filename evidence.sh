@@ -197,11 +197,17 @@ natural() { # by Muon, on natural's 640 photographs as many steps as deep, which
   train natural/alexnet_conv3_residual 2e-3 $residual --encoder alexnet --layer conv3 --crop 160
   train natural/alexnet_conv4 2e-3 $kept --encoder alexnet --layer conv4
   train natural/alexnet_conv5 2e-3 $kept --encoder alexnet --layer conv5
+  # as many crops as on wide, too
+  train natural/alexnet_conv5_20 2e-3 $residual --crop 192 --kept-crops 20 --encoder alexnet --layer conv5
   for name in vgg16_block{3_residual,4_crops,5} alexnet_conv{1,2,3_residual,4,5}; do
     for data in natural imagenet; do
       on $data {deep/muon,natural}/$name
       compare natural/$name/$data/compare {deep/muon,natural}/$name/$data
     done
+  done
+  for data in natural imagenet; do
+    on $data natural/alexnet_conv5_20
+    compare natural/alexnet_conv5_20/$data/compare natural/alexnet_conv5{_20,}/$data deep/muon/alexnet_conv5/$data
   done
 }
 
