@@ -37,8 +37,8 @@ def thumbnail_name(side):
 # Of the maps of the study's layers, from the deepest on: VGG16's, ResNet34's, ViT's and AlexNet's.
 SIDES = (6, 7, 13, 14, 27, 28, 56, 112)
 # By name, what makes images of targets, (B, 3, H, W) in [0, 1] both, and of all, their mean colour.
-COLOURS = {"constant colour": constant_colour, "mean colour": mean_colour}
-BASELINES = COLOURS | {thumbnail_name(side): partial(thumbnail, side) for side in SIDES}
+BASELINES = {"constant colour": constant_colour, "mean colour": mean_colour}
+BASELINES |= {thumbnail_name(side): partial(thumbnail, side) for side in SIDES}
 
 
 @torch.no_grad()

@@ -167,10 +167,7 @@ def bench_step(plain, folder, device, batch_size, rounds, show):
         for net in (nchw.inverter, nchw.loss):
             net.to(memory_format=torch.contiguous_format)
         functions["ours, NCHW"] = lambda: nchw.step(planes)
-    for function in functions.values():  # until graphs are recorded
-        for _ in range(5):
-            function()
-    seconds = by_turns(device, functions, rounds)
+    seconds = by_turns(device, functions, rounds, before=5)
     for name, value in seconds.items():
         show(
             f"training step, {name}",
@@ -207,11 +204,7 @@ def bench_best(folder, device, rounds, show):
     for optimizer in ("muon", "adam"):
         ours = Ours(folder, device, "--config", "configs/best.yaml", "--optimizer", optimizer)
         functions[optimizer] = partial(ours.step, ours.batch())
-    if device.type == "cuda":
-        for function in functions.values():
-            for _ in range(30):  # until graphs are recorded
-                function()
-    seconds = by_turns(device, functions, rounds)
+    seconds = by_turns(device, functions, rounds, before=30 if device.type == "cuda" else 0)
     show("a step of best.yaml, ms", best_step_ms={name: 1000 * value for name, value in seconds.items()})
 
 
@@ -228,11 +221,7 @@ def bench_cheap_epochs(folder, device, rounds, show):
         ours = Ours(folder, device, *flags)
         images[name] = len(ours.images)
         functions[name] = ours.epoch
-    if device.type == "cuda":
-        for function in functions.values():
-            for _ in range(4):  # until graphs are recorded
-                function()
-    seconds = by_turns(device, functions, rounds, times=2)
+    seconds = by_turns(device, functions, rounds, times=2, before=4 if device.type == "cuda" else 0)
     costs = {name: 1000 * value / images[name] for name, value in seconds.items()}
     show("an image of an epoch, ms", image_ms=costs)
     show("speedup by small crops", crop_speedup=costs["block1"] / costs["block1, crop 64"])

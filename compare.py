@@ -17,7 +17,6 @@ from utils import UNREADABLE, UserError, make_folder, same_data, seed_folders, w
 
 RESAMPLES = 9999
 SAME = ("data", "protocol", "images", "size")  # of two runs, or their difference says nothing
-LOWER = ("lpips",)  # is better
 
 
 class Measured(NamedTuple):
@@ -43,7 +42,7 @@ def compare(folders, out):
         for metric in METRICS:
             a, b = first.values[metric], run.values[metric]
             row = {"run": run.name, "against": first.name, "metric": metric, "seeds": f"{len(b)}, {len(a)}"}
-            rows.append(row | difference(a, b, metric in LOWER))
+            rows.append(row | difference(a, b, METRICS[metric].endswith("↓")))
     out = make_folder(out)
     table = out / "compare.csv"
     figure = out / "compare.png"

@@ -66,20 +66,10 @@ def fetch(url, path, md5, size=None, attempts=5, bars=None):
                 total = have + int(response.headers["Content-Length"])
                 if size and total != size:
                     raise UserError(f"{url}: {total} bytes there, {size} expected")
+                bar = {"desc": path.name, "initial": have, "disable": bars}
                 with open(part, "ab" if have else "wb") as file:
-                    with tqdm(
-                        None,
-                        path.name,
-                        total,
-                        initial=have,
-                        unit="B",
-                        unit_scale=True,
-                        unit_divisor=1024,
-                        disable=bars,
-                    ) as bar:
-                        while chunk := response.read(1 << 20):
-                            file.write(chunk)
-                            bar.update(len(chunk))
+                    with tqdm.wrapattr(file, "write", total, **bar) as shown:
+                        shutil.copyfileobj(response, shown, 1 << 20)
             if part.stat().st_size == total:
                 break
             reason = f"connection closed after {part.stat().st_size} of {total} bytes"

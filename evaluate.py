@@ -127,10 +127,10 @@ def evaluate(args):
         raise UserError(f"{source}: {len(images)} test images for {world} processes; start no more than that")
     if rank == 0:
         make_folder(out)  # or an error, before anything is computed
-    part = data.subset(images, list(range(rank, len(images), world)))
+    part = data.subset(images, np.array_split(np.arange(len(images)), world)[rank])
     found = evaluate_model(inverter, part, args.batch_size, bars, protocol, scale, PICTURES // world)
     if world > 1:
-        found = gather(found, len(images))
+        found = gather(found)
     if rank == 0:
         milliseconds = time_inference(inverter, images)
         write_evaluation(found, images.names, inverter, checkpoint, source, milliseconds, out)
@@ -187,9 +187,7 @@ def evaluate_model(
                     kept[number] = [pixels.clone() for pixels in pair]  # without the rest of the batch
             bar.update(len(batch))
     await_ssim(waiting)
-    iterates = []
-    for same in zip(*parts, strict=True):  # batches after as many iterations
-        iterates.append({name: np.concatenate([values[name] for values in same]) for name in same[0]})
+    iterates = [joined(same) for same in zip(*parts, strict=True)]  # batches after as many iterations
     values = {name: iterates[-1][name] for name in METRICS}
     iterates = iterates if scale else []
     return Evaluation(values, iterates, kept)
@@ -210,26 +208,22 @@ def time_inference(inverter, pixels, repeats=5):
     return 1000 * timed(inverter.device, lambda: inverter(image), repeats)
 
 
-def gather(found, count):
-    """Put together what each process measured; process r has images r, r + world, …"""
+def gather(found):
+    """Put together what each process measured of its part of the images."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, found)
-    values = interleave([part.values for part in parts], count)
-    iterates = [interleave(same, count) for same in zip(*(part.iterates for part in parts), strict=True)]
     pictures = {}
-    for rank, part in enumerate(parts):
-        for number, pair in part.pictures.items():
-            pictures[rank + number * len(parts)] = pair
-    return Evaluation(values, iterates, dict(sorted(pictures.items())))
+    first = 0
+    for part in parts:
+        pictures |= {first + number: pair for number, pair in part.pictures.items()}
+        first += len(part.values["psnr"])
+    iterates = [joined(same) for same in zip(*(part.iterates for part in parts), strict=True)]
+    return Evaluation(joined([part.values for part in parts]), iterates, pictures)
 
 
-def interleave(parts, count):
-    """{name: (count,)} of what each process has, {name: (N,)}."""
-    values = {name: np.empty(count) for name in parts[0]}
-    for rank, part in enumerate(parts):
-        for name in values:
-            values[name][rank :: len(parts)] = part[name]
-    return values
+def joined(parts):
+    """{name: (N,)} of such parts, one after the other."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 # --- What it writes --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import argparse
 import reprlib
 import sys
+from functools import partial
 
 import yaml
 
@@ -41,26 +42,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def positive_int(text):
-    return number(int, text, minimum=1)
-
-
-def whole_number(text):
-    return number(int, text, minimum=0)
-
-
-def seed(text):
-    return number(int, text, minimum=0, maximum=2**32 - 1)
-
-
-def positive_float(text):
-    return number(float, text, minimum=5e-324, maximum=sys.float_info.max)
-
-
-def non_negative_float(text):
-    return number(float, text, minimum=0, maximum=sys.float_info.max)
-
-
 def number(kind, text, minimum, maximum=LARGEST):
     """`text` as an int or finite float from `minimum` to `maximum`, else argparse's own error."""
     try:
@@ -74,6 +55,13 @@ def number(kind, text, minimum, maximum=LARGEST):
     if value > maximum:
         raise argparse.ArgumentTypeError(f"{text} is too large; at most {maximum}")
     return value
+
+
+positive_int = partial(number, int, minimum=1)
+whole_number = partial(number, int, minimum=0)
+seed = partial(number, int, minimum=0, maximum=2**32 - 1)
+positive_float = partial(number, float, minimum=5e-324, maximum=sys.float_info.max)
+non_negative_float = partial(number, float, minimum=0, maximum=sys.float_info.max)
 
 
 def check_encoder(name):

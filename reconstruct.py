@@ -144,14 +144,8 @@ def reconstruct_whole(inverter, image, whole=WHOLE, tile=TILE):
 
 def pad_to_multiple(image, stride):
     """The image (1, 3, H, W), its right and lower sides padded by reflection to multiples of `stride`."""
-    rows = reflected(image.shape[2], stride).to(image.device)
-    columns = reflected(image.shape[3], stride).to(image.device)
+    rows, columns = (np.pad(np.arange(side), (0, -side % stride), "reflect") for side in image.shape[2:])
     return image[:, :, rows][..., columns]
-
-
-def reflected(length, stride):
-    """Numbers 0 … length − 1, and on by reflection to a multiple of `stride`."""
-    return torch.from_numpy(np.pad(np.arange(length), (0, -length % stride), "reflect"))
 
 
 def reach(inverter):

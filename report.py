@@ -12,7 +12,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from baselines import COLOURS
 from pictures import draw_grid, save_figure
 from results import is_experiment, joined, read_history, result_rows
 from study import DIGITS, IMAGE_SIZE, METRICS
@@ -57,7 +56,8 @@ def results_table(rows):
     ]
     for row in rows:
         cells = [row["experiment"]]
-        for metric, digits in DIGITS.items():
+        for metric in METRICS:
+            digits = DIGITS[metric]
             cells.append(f"{cell(row.get(f'published_{metric}'), digits)} → {cell(row.get(metric), digits)}")
         cells.append(f"{row.get('published_parameters') or '–'} → {cell(row.get('parameters'), 0)}")
         cells.append(f"{cell(row.get('published_minutes'), 0)} → {cell(row.get('minutes'), 1)}")
@@ -79,7 +79,7 @@ def other_weights(row):
 
 def draw_results(rows, path):
     """Published and measured metrics of the experiments as bars, the baselines as dashed lines."""
-    baselines = [row for row in rows if "psnr" in row and row["experiment"] in COLOURS]
+    baselines = [row for row in rows if "psnr" in row and row["experiment"].endswith(" colour")]
     rows = [row for row in rows if is_experiment(row)]
     figure = Figure(figsize=(14, 0.3 * len(rows) + 0.5), layout="constrained")
     places = np.arange(len(rows))

@@ -17,7 +17,6 @@ from study import (
     METRICS,
     PROTOCOLS,
     PUBLISHED,
-    PUBLISHED_INFERENCE,
     Published,
 )
 from utils import UNREADABLE, same_data, seed_folders, seeds_of
@@ -143,10 +142,8 @@ def other_than(config, wanted):
 
 def published(experiment):
     """What the study published of an experiment, as a part of a row; None: of no experiment."""
-    if experiment is None:
-        return {f"published_{name}": None for name in (*Published._fields, "inference")}
-    values = {f"published_{name}": value for name, value in PUBLISHED[experiment]._asdict().items()}
-    return values | {"published_inference": PUBLISHED_INFERENCE}
+    values = PUBLISHED.get(experiment, [None] * len(Published._fields))
+    return {f"published_{name}": value for name, value in zip(Published._fields, values, strict=True)}
 
 
 def read_results(folder):

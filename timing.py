@@ -43,8 +43,14 @@ def link_photographs(source, folder, count):
         Path(folder, "train", f"{number:05}{file.suffix}").symlink_to(file.resolve())
 
 
-def by_turns(device, functions, rounds, times=6):
-    """{name: median seconds} of `functions`, called by turns, `times` in a row without the first."""
+def by_turns(device, functions, rounds, times=6, before=0):
+    """{name: median seconds} of `functions`, called by turns, `times` in a row without the first.
+
+    before: how often each is called beforehand, until its CUDA graphs are recorded.
+    """
+    for function in functions.values():
+        for _ in range(before):
+            function()
     seconds = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():

@@ -156,9 +156,8 @@ def epoch_line(row, epochs, better):
     """The line that an epoch prints."""
     parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
     for split in ("train", "val"):
-        loss, mse, lpips, psnr = (row[f"{split}_{name}"] for name in TERMS)
-        lpips = "–" if math.isnan(lpips) else f"{lpips:.4f}"
-        parts.append(f"{split} loss {loss:.4f} mse {mse:.4f} lpips {lpips} psnr {psnr:.2f}")
+        terms = [f"{name} {row[f'{split}_{name}']:.{2 if name == 'psnr' else 4}f}" for name in TERMS]
+        parts.append(f"{split} {' '.join(terms)}".replace("nan", "–"))
     parts.append(f"lr {row['lr']:.1e}")
     parts.append(f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s")
     if row["epoch"] < epochs:

@@ -13,6 +13,7 @@ import re
 import sys
 import time
 import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -36,6 +37,7 @@ UNREADABLE = (  # what reading a file that is not as it should be can raise
     OSError,
     csv.Error,
     zipfile.BadZipFile,
+    zlib.error,
 )
 
 
