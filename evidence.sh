@@ -3,7 +3,7 @@
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
 #                                         loss, decoders and weights an hour, feedback another, muon and layers half
-#                                         of one each, data 45 minutes, deep seven hours, natural two and a half,
+#                                         of one each, data 45 minutes, deep seven hours, natural four,
 #                                         published 27 minutes, inversion 20
 #   bash evidence.sh loss layers          some of them
 #   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep, natural and published have one, 42;
@@ -185,29 +185,32 @@ deep() { # by Adam and by Muon, and what is better there: MSE, wide's photograph
   versus deep/vgg16_block4_crops deep/muon/vgg16_block4{,_crops}
 }
 
-natural() { # by Muon, on natural's 640 photographs as many steps as deep, which it wants, has on wide's 3,082
+natural() { # by Muon, on natural's 640 photographs as many steps and crops as deep, which it wants, has on wide's 3,082
   local seeds=42 name data all="--config configs/best.yaml --data natural"
   local residual="$all --decoder residual --batch-size 8 --passes 10 --epochs 8"
-  local kept="$residual --crop 192 --kept-crops 4"
+  local alexnet="$residual --encoder alexnet --crop 192"
   train natural/vgg16_block3_residual 2e-3 $residual --layer block3 --crop 96
-  train natural/vgg16_block4_crops 2e-3 $residual --layer block4 --crop 160 --kept-crops 4
-  train natural/vgg16_block5 2e-3 $kept --layer block5
+  train natural/vgg16_block4_crops 2e-3 $residual --layer block4 --crop 160 --kept-crops 20
+  train natural/vgg16_block5 2e-3 $residual --layer block5 --crop 192 --kept-crops 20
   train natural/alexnet_conv1 1.4e-3 $all --encoder alexnet --layer conv1 --crop 160 --passes 5 --epochs 4
-  train natural/alexnet_conv2 2e-3 $kept --encoder alexnet --layer conv2
+  train natural/alexnet_conv2 2e-3 $alexnet --layer conv2 --kept-crops 20
   train natural/alexnet_conv3_residual 2e-3 $residual --encoder alexnet --layer conv3 --crop 160
-  train natural/alexnet_conv4 2e-3 $kept --encoder alexnet --layer conv4
-  train natural/alexnet_conv5 2e-3 $kept --encoder alexnet --layer conv5
-  # as many crops as on wide, too
-  train natural/alexnet_conv5_20 2e-3 $residual --crop 192 --kept-crops 20 --encoder alexnet --layer conv5
-  for name in vgg16_block{3_residual,4_crops,5} alexnet_conv{1,2,3_residual,4,5}; do
-    for data in natural imagenet; do
+  train natural/alexnet_conv4 2e-3 $alexnet --layer conv4 --kept-crops 20
+  train natural/alexnet_conv5 2e-3 $alexnet --layer conv5 --kept-crops 20
+  # and with as many of each photograph as on wide, a fifth
+  train natural/fewer/vgg16_block4_crops 2e-3 $residual --layer block4 --crop 160 --kept-crops 4
+  train natural/fewer/vgg16_block5 2e-3 $residual --layer block5 --crop 192 --kept-crops 4
+  train natural/fewer/alexnet_conv4 2e-3 $alexnet --layer conv4 --kept-crops 4
+  train natural/fewer/alexnet_conv5 2e-3 $alexnet --layer conv5 --kept-crops 4
+  for data in natural imagenet; do
+    for name in vgg16_block{3_residual,4_crops,5} alexnet_conv{1,2,3_residual,4,5}; do
       on $data {deep/muon,natural}/$name
       compare natural/$name/$data/compare {deep/muon,natural}/$name/$data
     done
-  done
-  for data in natural imagenet; do
-    on $data natural/alexnet_conv5_20
-    compare natural/alexnet_conv5_20/$data/compare natural/alexnet_conv5{_20,}/$data deep/muon/alexnet_conv5/$data
+    for name in vgg16_block{4_crops,5} alexnet_conv{4,5}; do
+      on $data natural/fewer/$name
+      compare natural/fewer/$name/$data/compare {natural/fewer,natural,deep/muon}/$name/$data
+    done
   done
 }
 

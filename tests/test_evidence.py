@@ -74,7 +74,7 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     runs = tmp_path / "runs"
     made = {args.out for args in trained}
     measured = {args.out or os.path.dirname(args.ckpt) for args in evaluated}
-    assert len(measured) == len(evaluated) == 3 * (3 + 2 + 3 + 4 + 1 + 8 + 4) + 2 * 23 + 8 * 4 + 3 + 1
+    assert len(measured) == len(evaluated) == 3 * (3 + 2 + 3 + 4 + 1 + 8 + 4) + 2 * 23 + 8 * 4 + 4 * 3 + 1
     tried = {out for out in made if "/rates/" in out}
     assert {os.path.dirname(args.ckpt) for args in evaluated} == made - tried
     for args in compared:
@@ -87,7 +87,7 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     }
     by_muon = {args.out for args in trained if args.optimizer == "muon"}
     assert by_muon == {out for out in made if re.search("/muon/|/feedback/block|/natural/", out)}
-    assert len(by_muon) == (6 + 9) + (12 + 12) + 16 + 9
+    assert len(by_muon) == (6 + 9) + (12 + 12) + 16 + 12
     inverted = [parse_invert(flags) for program, flags in calls if program == "invert.py"]
     assert len({args.out for args in inverted}) == len(inverted) == 8 + 8
     for args in inverted:
