@@ -67,6 +67,7 @@ def fetch(url, path, md5, size=None, attempts=5, bars=None):
                 if size and total != size:
                     raise UserError(f"{url}: {total} bytes there, {size} expected")
                 bar = {"desc": path.name, "initial": have, "disable": bars}
+                bar |= {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
                 with open(part, "ab" if have else "wb") as file:
                     with tqdm.wrapattr(file, "write", total, **bar) as shown:
                         shutil.copyfileobj(response, shown, 1 << 20)

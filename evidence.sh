@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The evidence of docs/conclusions.md, deeper.md and erratum.md: trained, evaluated, compared.
+# The evidence of docs/conclusions.md, deeper.md, inversion.md and erratum.md: trained, evaluated, compared.
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
 #                                         loss, decoders and weights an hour, feedback another, muon and layers half

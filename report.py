@@ -79,7 +79,8 @@ def other_weights(row):
 
 def draw_results(rows, path):
     """Published and measured metrics of the experiments as bars, the baselines as dashed lines."""
-    baselines = [row for row in rows if "psnr" in row and row["experiment"].endswith(" colour")]
+    colours = [row for row in rows if not is_experiment(row) and row["experiment"].endswith(" colour")]
+    baselines = [row for row in colours if "psnr" in row]
     rows = [row for row in rows if is_experiment(row)]
     figure = Figure(figsize=(14, 0.3 * len(rows) + 0.5), layout="constrained")
     places = np.arange(len(rows))
@@ -160,6 +161,8 @@ def reconstructions(path):
     with open(path.with_name("per_image.csv"), newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     with zipfile.ZipFile(path) as archive:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("evaluate.py compresses nothing")
         pictures = {name: base64.b64encode(archive.read(name)).decode() for name in archive.namelist()}
     found = []
     for number in sorted({name.split("-")[0] for name in pictures}):

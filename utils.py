@@ -13,7 +13,6 @@ import re
 import sys
 import time
 import zipfile
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -33,11 +32,11 @@ UNREADABLE = (  # what reading a file that is not as it should be can raise
     TypeError,
     AttributeError,
     OverflowError,
-    RuntimeError,  # also of nesting that is too deep, and of a zip's unknown compression
+    RuntimeError,  # also of nesting that is too deep
     OSError,
+    EOFError,
     csv.Error,
     zipfile.BadZipFile,
-    zlib.error,
 )
 
 

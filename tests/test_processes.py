@@ -1,5 +1,6 @@
 """Several processes, on the CPU, do what one does; and what is no such start is one line."""
 
+import csv
 import json
 import os
 import signal
@@ -147,8 +148,10 @@ def test_two_gloo_processes(photos, tmp_path, run_evaluate):
     command = [str(part) for part in [*LAUNCH, "evaluate.py", *flags, tmp_path / "two"]]
     subprocess.run(command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True, timeout=300)
     assert run_evaluate(*flags, tmp_path / "one") == 0
-    results, originals = [], []
+    results, originals, tables = [], [], []
     for out in ("two", "one"):
+        with open(tmp_path / out / "per_image.csv", newline="") as file:
+            tables.append(list(csv.DictReader(file)))
         results.append(json.loads((tmp_path / out / "metrics.json").read_text()))
         with zipfile.ZipFile(tmp_path / out / "reconstructions.zip") as archive:
             originals.append([archive.read(name) for name in archive.namelist() if "original" in name])
@@ -156,6 +159,8 @@ def test_two_gloo_processes(photos, tmp_path, run_evaluate):
     assert originals[0] == originals[1]
     for name in ("psnr", "ssim", "lpips"):
         assert results[0][name] == pytest.approx(results[1][name], abs=1e-5)
+        for a, b in zip(*tables, strict=True):
+            assert (a["image"], float(a[name])) == (b["image"], pytest.approx(float(b[name]), abs=1e-5))
 
 
 def test_two_processes_and_a_decoder_part_of_which_has_no_gradient(photos, tmp_path):

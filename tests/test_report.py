@@ -160,7 +160,7 @@ def test_what_cannot_be_read_is_named_in_its_row(runs, tmp_path, run_evaluate, n
     assert found[NAMES[1]]["note"] == shown[NAMES[1]] == "" and found[NAMES[1]]["psnr"] > 20
 
 
-@pytest.mark.parametrize("compression", [8, 99])  # not that of these files; none
+@pytest.mark.parametrize("compression", [8, 14, 99])  # deflate and LZMA, which these files have not; none
 def test_zip_of_another_compression_is_named_in_its_row(compression, runs, tmp_path):
     copied(runs, tmp_path / NAMES[0])
     archive = tmp_path / NAMES[0] / "reconstructions.zip"
