@@ -3,14 +3,14 @@
 #
 #   bash evidence.sh                      what is not done yet; on two CPU cores:
 #                                         loss, decoders and weights an hour, feedback another, muon and layers half
-#                                         of one each, data 45 minutes, deep seven hours, natural four,
-#                                         published 27 minutes, inversion 20
+#                                         of one each, data 45 minutes, deep seven hours, natural four, lite0 one
+#                                         and a quarter, published 27 minutes, inversion 20
 #   bash evidence.sh loss layers          some of them
-#   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep, natural and published have one, 42;
-#                                         inversion none)
+#   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep, natural, lite0 and published have one,
+#                                         42; inversion none)
 #   RUNS=folder bash evidence.sh          another folder than runs/evidence
 #
-# It wants natural/ and wide/ in this folder, deep and natural imagenet/ too: docs/natural.txt, wide.txt and
+# It wants natural/ and wide/ in this folder, deep, natural and lite0 imagenet/ too: docs/natural.txt, wide.txt and
 # imagenet.txt name their photographs. What was interrupted goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -214,7 +214,7 @@ natural() { # by Muon, on natural's 640 photographs as many steps and crops as d
   done
 }
 
-lite0() { # in place of VGG16's block2 to block5, as deep trains those, which it wants: as many positions
+lite0() { # in place of VGG16's block2 to block5, as deep, which it wants, trains those: as many positions
   local seeds=42 weights=$root/lite0.safetensors
   local lite=(--encoder timm/tf_efficientnet_lite0 --weights "$weights")
   lite+=(--config configs/best.yaml --data wide --val-images 160)
