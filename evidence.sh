@@ -246,17 +246,13 @@ invert() { # NAME FLAGS…: pixels whose features are those of four test images,
 }
 
 inversion() { # from what pretrained/ makes of the features, and from noise
-  local layer rate
+  local layer start noise
   for layer in vgg16_block{1,2,3,4,5} alexnet_conv{1,3,5}; do
-    rate="--lr 0.02" # by validation images (docs/inversion.md), but for block5's
-    if [[ $layer == vgg16_block1 ]]; then rate="--lr 0.002 --tv-weight 0.01"; fi
-    if [[ $layer == *[345] ]]; then rate="--lr 0.005"; fi
-    invert "$layer" --ckpt "pretrained/$layer.pt" $rate
-  done
-  for layer in vgg16_block{1,2,3,4,5} alexnet_conv{1,3,5}; do
-    rate="--lr 0.03"
-    if [[ $layer == *1 ]]; then rate="--lr 0.1"; fi
-    invert "noise_$layer" --encoder "${layer%_*}" --layer "${layer#*_}" $rate
+    start="" noise="" # the default rates, which validation images chose (docs/inversion.md)
+    if [[ $layer == vgg16_block1 ]]; then start="--lr 0.002 --tv-weight 0.01"; fi
+    if [[ $layer == alexnet_conv1 ]]; then start="--lr 0.02" noise="--lr 0.1"; fi
+    invert "$layer" --ckpt "pretrained/$layer.pt" $start
+    invert "noise_$layer" --encoder "${layer%_*}" --layer "${layer#*_}" $noise
   done
 }
 

@@ -138,15 +138,18 @@ def stride_of(encoder):
 
 
 def learning_rate(encoder, decode):
-    """Adam's: from noise 0.1, or 0.03 from stride 4 on; from a decoder's output 0.02, or 0.005 from 8 on.
+    """Adam's: from noise 0.1, from stride 4 on 0.03; from a decoder 0.02, from 8 on 0.002, from 16 on 0.001.
 
     What a large rate undoes of a decoder's output, the features of deep layers do not bring back. Chosen on
     validation images, at strides from 2 to 37 (docs/inversion.md); AlexNet's conv1, at 8.3, is better with
-    0.02, and VGG16's block5 was not tried.
+    0.02 from a decoder's output and with 0.1 from noise.
     """
-    if decode:
-        return 0.02 if stride_of(encoder) < 8 else 0.005
-    return 0.1 if stride_of(encoder) < 4 else 0.03
+    stride = stride_of(encoder)
+    if decode is None:
+        return 0.1 if stride < 4 else 0.03
+    if stride < 8:
+        return 0.02
+    return 0.002 if stride < 16 else 0.001
 
 
 def prior_weight(encoder, decode):

@@ -60,7 +60,8 @@ def test_the_prior_leaves_no_blur_in_the_end(encoder, pixels):
         (112, None, 1, 0.1),
         (28, None, 16, 0.03),
         (56, "decode", 1.2, 0.02),
-        (28, "decode", 4.8, 0.005),
+        (28, "decode", 4.8, 0.002),
+        (14, "decode", 19.2, 0.001),
         (6, None, 256, 0.03),
     ],
 )
