@@ -381,7 +381,7 @@ def parse_invert(argv=None, doc=None):
     add = parser.add_argument_group("how").add_argument
     add("--course", nargs="+", metavar="FOLDER", help="instead: draw PSNR against time of inversions there")
     add("--steps", type=positive_int, default=300, help="of Adam")
-    rate = "Adam's (default: 0.1, from stride 4 on 0.03; with --ckpt 0.02, from 8 on 0.002, from 16 on 0.001)"
+    rate = "Adam's rate (default: 0.1, from stride 4 on 0.03; with --ckpt 0.02, from 8 on 0.002, 16 on 0.001)"
     add("--lr", type=positive_float, help=rate)
     prior = "of the total variation, at first (default: (stride / 2)², at most 256; with --ckpt 0.3 of it)"
     add("--tv-weight", type=non_negative_float, help=prior)
