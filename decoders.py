@@ -19,7 +19,25 @@ def upsamplings(height, size):
 
 def resize(x, size):
     """`x` (B, C, H, W) as (B, C, *size), bilinear: for AlexNet's 27, 13 and 6, no power of two below 224."""
-    return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear")
+    if x.shape[2:] == size:
+        return x
+    return resize_by_products(x, size) if x.is_cuda else F.interpolate(x, size, mode="bilinear")
+
+
+def resize_by_products(x, size):
+    """What F.interpolate gives, as matrix products: on a GPU its own gradient is not repeatable, or slow."""
+    height, width = size
+    rows = bilinear_weights(x.shape[2], height, x)
+    columns = bilinear_weights(x.shape[3], width, x)
+    x = columns @ x.permute(0, 2, 3, 1)  # (B, H, width, C), as channels last lies in memory
+    x = rows @ x.flatten(2)  # (B, height, width · C)
+    return x.unflatten(2, (width, -1)).permute(0, 3, 1, 2)
+
+
+def bilinear_weights(old, new, like):
+    """(new, old), with the type and device of `like`: what each of `new` positions takes of each of `old`."""
+    eye = torch.eye(old, device=like.device, dtype=like.dtype)
+    return F.interpolate(eye[None], new, mode="linear")[0].T
 
 
 class TransposedConv(nn.Module):

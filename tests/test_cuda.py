@@ -33,6 +33,7 @@ DECODERS = {
     "muon": ("--decoder", "feedback", "--iterations", 2, "--optimizer", "muon", "--schedule", "onecycle"),
     "gradient": ("--decoder", "feedback", "--feedback", "gradient", "--width", 16),
     "attention": ("--layer", "block3", "--decoder", "attention", "--width", 64, "--amp"),
+    "frequency": ("--decoder", "frequency", "--width", 32),
     "kept": ("--layer", "block4", "--kept-crops", 2),
     "vit": ("--encoder", "vit_small", "--crop", 224, "--weights", "random"),
 }

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from training import wake
 
-from decoders import MultiHeadAttention, TransformerBlock
+from decoders import MultiHeadAttention, TransformerBlock, resize_by_products
 from encoders import Encoder
 from feedback import FeedbackDecoder
 from models import BUILDERS, build_decoder, count_parameters
@@ -75,6 +75,21 @@ def test_parameter_counts(decoder, shape, width, published, tolerance):
     with torch.device("meta"):
         count = count_parameters(build_decoder(decoder, shape, width))
     assert count == pytest.approx(published, rel=tolerance, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((56, 56), (112, 112)), ((27, 27), (224, 224)), ((13, 9), (31, 14)), ((30, 20), (13, 7))]
+)
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_resizing_by_products_is_bilinear(old, new, memory_format):
+    """What a GPU does in place of F.interpolate, and its gradient."""
+    x = torch.randn(2, 5, *old, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+    weights = torch.randn(2, 5, *new, dtype=torch.float64)
+    found = resize_by_products(x, new)
+    expected = F.interpolate(x, new, mode="bilinear")
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad((found * weights).sum(), x)
+    torch.testing.assert_close(gradient, *torch.autograd.grad((expected * weights).sum(), x))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
