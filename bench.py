@@ -10,9 +10,9 @@ Plain: eager, NCHW, 2K PNGs decoded and resized every epoch by four workers, LPI
 which computes the target's features under autograd, and a look at the loss every step. It has a process of
 its own, and both run in one go, the steps by turns, so that what else the machine does slows both: ratios can
 be compared between machines, times cannot. On CUDA the step is timed with CUDA graphs, bfloat16,
-torch.compile and channels last on and off too, and a step of attention at full size; there plain's ratio is
-its CPU's as well, which launches its kernels, and its step copies the batch to the GPU, where ours was cut.
-A step of best.yaml is timed by Muon and by Adam.
+torch.compile and channels last on and off too, and steps of attention and frequency at full size; there
+plain's ratio is its CPU's as well, which launches its kernels, and its step copies the batch to the GPU,
+where ours was cut. A step of best.yaml is timed by Muon and by Adam.
 """
 
 from flags import Parser, config_of, parse_train, positive_int
@@ -187,15 +187,17 @@ def bench_step(plain, folder, device, batch_size, rounds, show):
         print(kernels(lambda: ours.step(batch)))
 
 
-def bench_attention(folder, device, show):
-    """A step of experiment 6 at batch 4, all 12,544 positions, in bfloat16."""
-    ours = Ours(folder, device, "--decoder", "attention", "--amp")
-    batch = ours.batch()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_reserved(device)
-    seconds = timed(device, lambda: ours.step(batch), 10)
-    peak = (torch.cuda.memory_reserved(device) - before) / 2**30
-    show("attention, batch 4, --amp", attention_step_ms=1000 * seconds, attention_cuda_gib=peak)
+def bench_large(folder, device, show):
+    """Steps of experiments 6 and 8 at batch 4, all 12,544 positions, in bfloat16."""
+    for decoder in ("attention", "frequency"):
+        ours = Ours(folder, device, "--decoder", decoder, "--amp")
+        batch = ours.batch()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        seconds = timed(device, partial(ours.step, batch), 10)
+        peak = (torch.cuda.memory_reserved(device) - before) / 2**30
+        figures = {f"{decoder}_step_ms": 1000 * seconds, f"{decoder}_cuda_gib": peak}
+        show(f"{decoder}, batch 4, --amp", **figures)
 
 
 def bench_best(folder, device, rounds, show):
@@ -363,7 +365,7 @@ def bench_speed(args, device, figures, show):
                 return
             ours = Ours(folder, device)
             if device.type == "cuda":
-                bench_attention(folder, device, show)
+                bench_large(folder, device, show)
             bench_best(folder, device, args.rounds, show)
             bench_cheap_epochs(folder, device, args.rounds, show)
             bench_epoch(plain, ours, folder, show)

@@ -21,8 +21,7 @@ MEASURED = 64  # crops, from which the deviation of features is taken
 def set_up(deterministic=True):
     """Repeatable algorithms, where there are, or else the fastest; freed memory kept.
 
-    Where there are none PyTorch warns and goes on: on CUDA the gradient of float32 attention is not
-    repeatable.
+    Where there are none PyTorch warns and goes on: on CUDA the gradient of attention is not repeatable.
     """
     keep_freed_memory()
     if deterministic:
