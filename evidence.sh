@@ -28,12 +28,20 @@ print(Path(min(sys.argv[1:], key=loss)).name)
 END
 }
 
+measured() { # GROUP/NAME: whether it is with every seed
+  local seed
+  for seed in $seeds; do
+    if [[ ! -f $root/$1/seed$seed/metrics.json ]]; then return 1; fi
+  done
+}
+
 # GROUP/NAME "RATES" FLAGS…: trains with each of several rates and the first seed, with the best of them and the other
 # seeds, and evaluates.
 train() {
   local name=$1 rates=$2 rate seed run first=${seeds%% *}
   local tried=$root/rates/$name/seed$first
   shift 2
+  if measured "$name"; then return; fi
   rate=$rates
   if [[ $rates == *" "* ]]; then
     for rate in $rates; do

@@ -103,6 +103,14 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     assert drawn <= {str(path.relative_to(runs)) for path in runs.glob("*/*")}  # docs/figures.py finds them
     again, calls = evidence("decoders", "deep", "natural", "inversion")
     assert again.returncode == 0 and not [flags for program, flags in calls if "--ckpt" in flags]
+    assert not [flags for program, flags in calls if program == "train.py"]  # no rate is tried again, either
+    (runs / "decoders" / "residual" / "seed2" / "metrics.json").unlink()
+    again, calls = evidence("decoders")
+    assert again.returncode == 0
+    repeated = [parse_train(flags) for program, flags in calls if program == "train.py"]
+    assert {(args.out, args.lr) for args in repeated if "/rates/" not in args.out} == {
+        (str(runs / "decoders" / "residual" / "seed2"), 0.002)
+    }
 
 
 def test_the_pretrained_decoders_are_what_it_trains(evidence, tmp_path):
