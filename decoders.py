@@ -18,7 +18,10 @@ def upsamplings(height, size):
 
 
 def resize(x, size):
-    """`x` (B, C, H, W) as (B, C, *size), bilinear: for AlexNet's 27, 13 and 6, no power of two below 224."""
+    """`x` (B, C, H, W) as (B, C, *size), bilinear: maps to each other's size, or to an image's.
+
+    The latter for AlexNet's 27, 13 and 6, which are no power of two below 224.
+    """
     if x.shape[2:] == size:
         return x
     return resize_by_products(x, size) if x.is_cuda else F.interpolate(x, size, mode="bilinear")

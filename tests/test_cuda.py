@@ -16,6 +16,7 @@ from training import batches_of, parse, parts_of
 import data
 import prepare
 import train
+from decoders import resize
 from evaluate import evaluate_model
 from graphs import UNRECORDED, Graphs
 from models import load_inverter
@@ -208,6 +209,19 @@ def test_inversion_and_own_pictures(photos, trained, tmp_path, run_invert, run_e
     pictures = ("--images", photos / "test", "--device", "cuda", "--out", tmp_path / "own")
     assert run_evaluate("--ckpt", trained / "best.pt", *pictures) == 0
     assert len(list((tmp_path / "own" / "images").iterdir())) == 3
+
+
+def test_resizing_is_the_cpus():
+    select_device("cuda")  # float32 is float32
+    results = {}
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(0)
+        x, weights = (torch.randn(2, 5, side, side, generator=generator).to(device) for side in (27, 56))
+        x.requires_grad_()
+        found = resize(x, (56, 56))
+        (gradient,) = torch.autograd.grad((found * weights).sum(), x)
+        results[device] = torch.cat([found.flatten(), gradient.flatten()]).double().cpu().detach()
+    assert difference(results["cuda"], results["cpu"]) < 1e-6
 
 
 def test_muons_step_is_the_cpus():
