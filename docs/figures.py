@@ -26,7 +26,7 @@ FLOOR = 0.776  # the least MSE of any output in [0, 1], on natural's validation 
 RESOLUTION = {55: "conv1_55", 27: "conv1_27", 13: "conv1_13", 6: "conv1_6"}  # positions a side: run
 DEPTH = {1: "conv1_13", 2: "conv2_13", 3: "conv3_13", 4: "conv4_13", 5: "conv5_13"}  # convolutions: run
 PHOTOGRAPHS = (100, 400, 800, 3853)
-INVERTED = [*(f"vgg16_block{n}" for n in (1, 2, 3, 4)), *(f"alexnet_conv{n}" for n in (1, 3, 5))]
+INVERTED = [*(f"vgg16_block{n}" for n in range(1, 6)), *(f"alexnet_conv{n}" for n in (1, 3, 5))]
 
 
 def refuse_missing(path):
