@@ -23,7 +23,7 @@ from models import load_inverter
 from utils import UserError, run
 from weights import imagenet_weights
 
-WANTED = "alexnet conv4 imagenet"
+WANTED = "alexnet conv4 imagenet documented"
 BATCH = 16
 
 
@@ -36,11 +36,12 @@ def undo(features, weight, bias, steps=1000):
     """
     wanted = features - bias[:, None, None]
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(1, weight.shape[1], *features.shape[2:], generator=draw)
+    direction = torch.randn(1, weight.shape[1], *features.shape[2:], generator=draw)
     for _ in range(100):  # power iteration: the largest eigenvalue is the gradient's Lipschitz constant
-        x = conv_transpose2d(conv2d(x / x.norm(), weight, padding=1), weight, padding=1)
-    lipschitz = 1.1 * x.norm()
-    x = torch.zeros(len(features), *x.shape[1:])
+        direction /= direction.norm()
+        direction = conv_transpose2d(conv2d(direction, weight, padding=1), weight, padding=1)
+    lipschitz = 1.1 * direction.norm()  # a little more, because it comes near from below
+    x = torch.zeros(len(features), *direction.shape[1:])
     ahead, momentum = x, 1.0
     for _ in range(steps):
         gradient = conv_transpose2d(conv2d(ahead, weight, padding=1) - wanted, weight, padding=1)
@@ -60,15 +61,15 @@ def main():
     parser.add_argument("--steps", type=positive_int, default=1000, metavar="N", help="of least squares")
     args = parser.parse_args()
     inverter, checkpoint = load_inverter(args.ckpt)
-    names = " ".join(checkpoint["config"][name] for name in ("encoder", "layer", "weights"))
+    names = " ".join(checkpoint["config"][name] for name in ("encoder", "layer", "weights", "protocol"))
     if names != WANTED:
-        raise UserError(f"{args.ckpt}: a decoder of {names} weights, not of {WANTED} weights")
+        raise UserError(f"{args.ckpt}: a decoder of {names}, not of {WANTED}")
     state = imagenet_weights("alexnet")
     weight, bias = state["features.10.weight"], state["features.10.bias"]
     images = data.load_split(args.data, "test")
     errors, own, found = [], [], []
     for first in tqdm(range(0, len(images), BATCH), "Undoing", unit="batch", disable=None):
-        batch = data.center_crops(images[first : first + BATCH])
+        batch = data.center_crops(images[first : first + BATCH], inverter.size)
         features = inverter.encode(batch)
         undone = undo(conv2d(features, weight, bias, padding=1), weight, bias, args.steps)
         distance = (undone - features).flatten(1).norm(dim=1)

@@ -13,7 +13,7 @@ from docs import undone
 
 
 def test_least_squares_are_scipys():
-    """Of a convolution that has fewer outputs than unknowns are zero, so that what is left over is not 0."""
+    """Of features that no such maps have, so that something is left over."""
     torch.manual_seed(0)
     weight, bias = torch.randn(3, 2, 3, 3), torch.randn(3)
     features = torch.randn(2, 3, 4, 5)
@@ -47,5 +47,5 @@ def test_a_decoder_gets_what_it_was_trained_for(photos, run_train, tmp_path, mon
 def test_a_decoder_of_another_layer(trained, monkeypatch, error_line):
     monkeypatch.setattr(sys, "argv", ["undone.py", str(trained / "best.pt")])
     assert status(undone.main) == 2
-    wanted = "a decoder of vgg16 block1 imagenet weights, not of alexnet conv4 imagenet weights"
+    wanted = "a decoder of vgg16 block1 imagenet documented, not of alexnet conv4 imagenet documented"
     assert error_line() == f"{trained / 'best.pt'}: {wanted}"
