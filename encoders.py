@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from contextlib import nullcontext, suppress
+from functools import partial
 
 import torch
 from torch import nn
@@ -10,9 +11,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from decoders import resize
 from flags import check_layer, weights_of_each
-from networks import NoInitialisation, build_network, load_network, own_input, parse
+from networks import NoInitialisation, build_network, load_network, own_input, parse, resampled
 from study import DOCUMENTED, ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LAYERS
-from trunk import Trace, Trunk, as_map, course_of, fuse, layout_of, leave_out, tried
+from trunk import (
+    SPOTS,
+    Trace,
+    Trunk,
+    as_map,
+    find_grid,
+    find_layout,
+    fuse,
+    layouts_of,
+    leave_out,
+    moving_spot,
+    token_orders,
+    tried,
+    unused_modules,
+)
 from utils import UserError, digest
 from weights import imagenet_weights, weights_from_file
 
@@ -48,36 +63,40 @@ class Encoder(nn.Module):
         self.programs = programs_of(name)
         self.weights_sha256 = None
         with torch.random.fork_rng(devices=[]):
-            course = course_of(name, paths, self.input_size)
+            unused = unused_modules(name, paths, self.input_size)
             torch.manual_seed(seed)
             if weights == "imagenet" and self.programs:
                 weights = "own"
             loaded = weights not in ("random", "own")
             with NoInitialisation() if loaded else nullcontext():
-                net = build_network(name).eval()
-        leave_out(net, course.unused)
+                net = build_network(name, self.input_size).eval()
+        orders = token_orders(net)
+        leave_out(net, unused)
         if weights == "imagenet":
             state = imagenet_weights(name.removeprefix("torchvision/"), net.state_dict())
-            load_network(net, state, "--weights imagenet")
+            load_network(net, resampled(net, state), "--weights imagenet")
         elif loaded:
-            load_network(net, weights_from_file(weights), f"--weights {weights}")
+            load_network(net, resampled(net, weights_from_file(weights)), f"--weights {weights}")
             self.weights_sha256 = digest(weights)
-        self.shapes = course.shapes
         if not self.programs:  # torchvision's and timm's run their rows as a whole
-            fuse(net, course.layouts)
-        self.trunk = Trunk(net, course.layouts).to(memory_format=torch.channels_last)
+            fuse(net, paths)
+        self.trunk = Trunk(net, paths).to(memory_format=torch.channels_last)
         if not protocol.own_normalization:
             own = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         self.register_buffer("mean", torch.tensor(mean or own["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std or own["std"]).view(3, 1, 1))
         self.requires_grad_(False)
         self.eval()
+        self.shapes = self.trunk.find_layouts(self.normalize, self.input_size, orders)
 
     def train(self, mode=True):
         return super().train(False)
 
+    def normalize(self, images):
+        return (images - self.mean) / self.std
+
     def forward(self, images):
-        return self.trunk((images - self.mean) / self.std)
+        return self.trunk(self.normalize(images))
 
 
 class JointEncoder(nn.Module):
@@ -158,26 +177,47 @@ def path_of(encoder, layer, protocol):
     return path
 
 
-def layers_of(encoder, input_size=None):
+def layers_of(encoder, input_size=None, check=True):
     """{path: ((C, H, W), multiply-adds up to there)} of the modules that can be a layer, as they run.
 
-    input_size: of the images; the network's own where None. Raises UserError where there is none.
+    input_size: of the images; the network's own where None. check: that a spot that moves in the image moves
+    in the feature maps, with random weights; else shapes decide, and nothing is computed. Raises UserError
+    where there is no layer.
     """
     name = ENCODERS.get(encoder, encoder)
+    size = input_size or own_input(name)["input_size"]
+
+    def trace(net, side, find, cost=lambda: 0):
+        def look(output):
+            return find(output), tuple(output.shape) if torch.is_tensor(output) else None
+
+        images = 4 * moving_spot(side) - 2
+        return Trace(net, images.to(next(net.parameters()).device), look, cost)
 
     def follow(net, images):
+        orders = token_orders(net) if check else []
+
+        def find(output):
+            if check:
+                return find_layout(output, size, orders)
+            return next(iter(layouts_of(output.shape, 1 + len(SPOTS))), None)
+
         with FlopCounterMode(display=False) as counter:
-            trace = Trace(net, images, counter.get_total_flops)
-        runs = Counter(trace.ended)
+            own = trace(net, size, find, counter.get_total_flops)
+        larger = {}
+        if check and any(shape and not layout for layout, shape in own.outputs.values()):
+            with suppress(Exception):  # many networks take no other size
+                larger = trace(net, 2 * size, partial(find_grid, size=2 * size)).outputs
+        runs = Counter(own.ended)
         layers = {}
-        for path, output in trace.outputs.items():
-            if path and runs[path] == 1:
-                with suppress(UserError):
-                    shape = tuple(as_map(output, layout_of(output, path, net, trace.tokens)).shape[1:])
-                    layers[path] = shape, trace.costs[path] / 4  # two images, two operations
+        for path, (layout, shape) in own.outputs.items():
+            layout = layout or larger.get(path, [None])[0]
+            if path and runs[path] == 1 and layout:
+                maps = as_map(torch.empty(shape, device="meta"), layout._replace(order=None))
+                layers[path] = tuple(maps.shape[1:]), own.costs[path] / (2 * (1 + len(SPOTS)))
         return layers
 
-    layers = tried(follow, name, input_size or own_input(name)["input_size"])
+    layers = tried(follow, name, size, ("cpu",) if check else ("meta", "cpu"))
     if not layers:
-        raise UserError(f"--encoder {encoder}: no module in it runs once and gives features")
+        raise UserError(f"--encoder {encoder}: no module in it runs once and gives feature maps")
     return layers

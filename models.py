@@ -288,7 +288,7 @@ def main():
     else:
         layers = {}
         for encoder, names in LAYERS.items():
-            found = layers_of(encoder)
+            found = layers_of(encoder, check=False)
             layers |= {f"{encoder} {layer}": found[path] for layer, path in names.items()}
         describe(layers)
 

@@ -43,13 +43,18 @@ def parse(name):
     return source, rest
 
 
-def build_network(name):
-    """The network `name`, with its own random weights. Raises UserError."""
+def build_network(name, size=None):
+    """The network `name`, with its own random weights. Raises UserError.
+
+    size: of its images; timm builds networks of a fixed size, such as ViTs, for that one.
+    """
     source, rest = parse(name)
     if source == "timm":
         import timm
 
-        return timm.create_model(rest)
+        own = timm.get_pretrained_cfg(rest)
+        fixed = own and own.fixed_input_size and size not in (None, own.input_size[1])
+        return timm.create_model(rest, **({"img_size": size} if fixed else {}))
     if source == "torchvision":
         with warnings.catch_warnings():  # some take long to initialise, and say so
             warnings.simplefilter("ignore", FutureWarning)
@@ -117,6 +122,14 @@ def own_input(name):
             mean = std = (0.5, 0.5, 0.5)
         return {"input_size": own.crop_size[0], "mean": mean, "std": std}
     return {"input_size": IMAGE_SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+def resampled(net, state):
+    """`state` with positions for the image size that `net` was built for, where timm knows how to do that."""
+    convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    own = net.state_dict()
+    fits = all(own[key].shape == state[key].shape for key in own.keys() & state.keys())
+    return state if fits or convert is None else convert(state, net)
 
 
 def load_network(net, state, source):

@@ -1,6 +1,7 @@
 """A network up to a layer: how it runs, what of it is of no use there, and how an output becomes a map."""
 
 import math
+from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from torch import nn
 from networks import build_network, near
 from utils import UserError, first_line
 
+SPOTS = ((0, 1), (1, 4), (2, 2), (3, 0), (4, 3))  # rows and columns of five spots, which are uncorrelated
+
 
 class Reached(Exception):
     """The last layer has run: nothing behind it shall."""
@@ -20,14 +23,14 @@ class Reached(Exception):
 class Trace:
     """A whole pass of `net` over `images`, module by module, by their paths.
 
-    begun, ended: in this order; outputs: {path: its first}; passed: {path: how many had begun then, and
-    ended}; costs: {path: what `cost` said then}; tokens: {path: N} of those that were given rows of N tokens.
+    begun, ended: in this order; outputs: {path: what `look` makes of its first}; passed: {path: how many had
+    begun then, and ended}; costs: {path: what `cost` said then}.
     """
 
-    def __init__(self, net, images, cost=lambda: 0):
+    def __init__(self, net, images, look=lambda output: output, cost=lambda: 0):
         self.begun, self.ended = [], []
-        self.outputs, self.passed, self.costs, self.tokens = {}, {}, {}, {}
-        self.cost = cost
+        self.outputs, self.passed, self.costs = {}, {}, {}
+        self.look, self.cost = look, cost
         handles = []
         for path, module in net.named_modules():
             handles.append(module.register_forward_pre_hook(partial(self.begin, path)))
@@ -39,34 +42,36 @@ class Trace:
 
     def begin(self, path, module, inputs):
         self.begun.append(path)
-        if inputs and torch.is_tensor(inputs[0]) and inputs[0].dim() == 3:
-            self.tokens[path] = inputs[0].shape[1]
 
     def end(self, path, module, inputs, output):
         self.ended.append(path)
         if path not in self.outputs:
-            self.outputs[path] = output
-            self.passed[path] = len(self.begun), len(self.ended)
             self.costs[path] = self.cost()
+            self.outputs[path] = self.look(output)
+            self.passed[path] = len(self.begun), len(self.ended)
 
 
-class Course(NamedTuple):
-    """What is to be known of a network before it runs up to some of its layers."""
+class Layout(NamedTuple):
+    """How the output of a layer, for a batch of images, becomes feature maps (B, C, H, W)."""
 
-    layouts: dict  # {path of a layer: what layout_of says}
-    shapes: list  # (C, H, W) of each
-    unused: list  # paths of modules that can be left out
+    kind: str  # `grid` of positions, `tokens` in a row, or a `vector` of each image
+    axis: int = 0  # of the grid's rows, whose columns are the next; of the tokens
+    side: int = 0  # of the square of positions that tokens are
+    skipped: int = 0  # class and register tokens, before those of positions
+    windows: int = 1  # the image is cut into windows × windows, each an entry of the batch
+    blocks: bool = False  # the windows have an axis of their own, behind the batch
+    order: torch.Tensor | None = None  # of the tokens, row by row, where the network has another
 
 
-def tried(look, name, size):
+def tried(look, name, size, devices=("meta", "cpu")):
     """What `look` finds out of the network `name` and two size×size images of zeros.
 
     On the meta device where that goes: nothing is computed. Raises UserError where the network refuses them.
     """
-    for device in ("meta", "cpu"):  # some networks want to see values
+    for device in devices:  # some networks want to see values
         try:
             with torch.device(device):
-                net = build_network(name).eval()
+                net = build_network(name, size).eval()
                 net.requires_grad_(False)  # FlopCounterMode fails where a parameter goes through a module
                 return look(net, torch.zeros(2, 3, size, size))
         except UserError as error:
@@ -78,10 +83,11 @@ def tried(look, name, size):
     raise refusal
 
 
-def course_of(name, paths, size):
-    """The Course of the network `name` up to the modules at `paths`, of size×size images.
+def unused_modules(name, paths, size):
+    """The paths of modules of the network `name` that the layers at `paths` do not need.
 
-    Raises UserError where there is no such module, and where one does not run once.
+    size: of the images. Raises UserError where there is no such layer, where one does not run once, and where
+    one gives no tensor.
     """
 
     def follow(net, images):
@@ -94,18 +100,19 @@ def course_of(name, paths, size):
             if (runs := trace.ended.count(path)) != 1:
                 how = f"runs {runs} times" if runs else "never runs"
                 raise UserError(f"--layer {path}: {how} for an image; choose one that runs once")
-        outputs = {path: trace.outputs[path] for path in paths}
-        layouts = {path: layout_of(output, path, net, trace.tokens) for path, output in outputs.items()}
-        shapes = [tuple(as_map(outputs[path], layouts[path]).shape[1:]) for path in paths]
+            if not torch.is_tensor(output := trace.outputs[path]):
+                kind = type(output).__name__
+                raise UserError(
+                    f"--layer {path}: gives a {kind}, not one tensor; choose a layer inside or behind it"
+                )
         unused = unused_of(net, trace, paths)
         leave_out(net, unused)
         try:
             with torch.no_grad():
-                maps = Trunk(net, layouts)(images)
-            again = [tuple(x.shape[1:]) for x in (maps if len(paths) > 1 else [maps])]
+                again = [output.shape for output in Trunk(net, paths).outputs(images)]
         except (AttributeError, TypeError, RuntimeError):  # a module needs one that it does not run: keep all
-            again = None
-        return Course(layouts, shapes, unused if again == shapes else [])
+            return []
+        return unused if again == [trace.outputs[path].shape for path in paths] else []
 
     return tried(follow, name, size)
 
@@ -144,68 +151,123 @@ def ancestors(name):
         yield name
 
 
-def layout_of(output, path, net, tokens):
-    """How the output of the layer at `path` for two images becomes (2, C, H, W): a word, numbers for as_map.
+# --- From outputs to feature maps ------------------------------------------------------------------------
 
-    tokens: a Trace's. Raises UserError for an output that is no feature of an image.
+
+def layouts_of(shape, count, orders=()):
+    """Each Layout that a layer's output of this shape for `count` images may have; the likeliest first.
+
+    orders: of tokens, that the network knows.
     """
-    if not torch.is_tensor(output):
-        kind = type(output).__name__
-        raise UserError(f"--layer {path}: gives a {kind}, not one tensor; choose a layer inside or behind it")
-    shape = tuple(output.shape)
-    wrong = UserError(
-        f"--layer {path}: gives {shape} for two images: no map, row of tokens or vector of each"
-    )
-    if not output.is_floating_point() or not 2 <= len(shape) <= 4 or shape[0] % 2:
-        raise wrong
-    around = [path, *ancestors(path)]
-    if len(shape) == 4 and shape[1] != shape[2] and shape[2] in [tokens.get(name) for name in around]:
-        if shape[2] == shape[3]:
-            raise UserError(f"--layer {path}: gives {shape}, weights between tokens, not features of them")
-        if shape[0] > 2:
-            raise wrong
-        return "heads", *tokens_of(shape[2], net, wrong)
-    if shape[0] > 2:  # windows, side by side; other parts of images are in an order of their own
-        names = " ".join([path, *(type(net.get_submodule(name)).__name__ for name in around)]).lower()
-        across = math.isqrt(shape[0] // 2)
-        inside = math.isqrt(math.prod(shape[1:-1]))
-        square = across**2 * 2 == shape[0] and inside**2 == math.prod(shape[1:-1])
-        if not square or "grid" in names or not ("window" in names or "swin" in names):
-            raise wrong
-        return "windows", across, inside
-    if len(shape) == 2:
-        return ("vector",)
-    if len(shape) == 4:
-        return ("channels last",) if shape[1] == shape[2] != shape[3] else ("map",)
-    return "tokens", *tokens_of(shape[1], net, wrong)
+    if shape[0] == count and math.prod(shape[1:]) == max(shape[1:], default=0):
+        return [Layout("vector")]
+    found = []
+    for blocks in (False, True) if len(shape) > 2 and shape[0] == count else (False,):
+        batch, *axes = (shape[0] * shape[1], *shape[2:]) if blocks else shape
+        windows = math.isqrt(batch // count)
+        if windows**2 * count != batch or blocks and windows == 1:
+            continue
+        around = {"windows": windows, "blocks": blocks}
+        for axis, (rows, columns) in enumerate(pairwise(axes), 1):
+            if rows == columns > 1:
+                found.append(Layout("grid", axis, **around))
+        for axis, tokens in enumerate(axes, 1):
+            for order in orders:
+                if len(order) == tokens:
+                    found.append(Layout("tokens", axis, math.isqrt(tokens), order=order))
+            for skipped in range(9 if windows == 1 else 1):
+                side = math.isqrt(max(tokens - skipped, 0))
+                if side > 1 and side**2 == tokens - skipped:
+                    found.append(Layout("tokens", axis, side, skipped, **around))
+    return found
 
 
-def tokens_of(count, net, wrong):
-    """(how many come before those of positions, side of the square of these) of a row of tokens."""
-    for skipped in (getattr(net, "num_prefix_tokens", 0), *range(9)):
-        side = math.isqrt(max(count - skipped, 0))
-        if side and side**2 == count - skipped:
-            return skipped, side
-    raise wrong
+def token_orders(net):
+    """The orders in which tokens become rows of positions, of networks of timm that say so, as Hiera does."""
+    orders = {}
+    if hasattr(net, "reroll"):
+        for number, (_, size) in net.reroll.schedule.items():
+            orders[size[0]] = net.reroll(torch.arange(math.prod(size))[None, :, None], number).flatten()
+    return list(orders.values())
+
+
+def spot_corners(size):
+    """Side of a spot in a size×size image, and the upper left corners of five spots, (5, 2)."""
+    side = max(size // 6, 1)
+    return side, torch.tensor(SPOTS) * (size - side) // (len(SPOTS) - 1)
+
+
+def moving_spot(size):
+    """Images (6, 3, size, size) in [0, 1]: noise, and the same with a white spot at five places."""
+    noise = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0))
+    images = noise.repeat(1 + len(SPOTS), 1, 1, 1)
+    side, corners = spot_corners(size)
+    for image, (top, left) in zip(images[1:], corners.tolist(), strict=True):
+        image[:, top : top + side, left : left + side] = 1
+    return images
+
+
+def follows(change, size):
+    """Whether the centre of `change`, (5, H, W), is where the spots of a size×size image are."""
+    side, corners = spot_corners(size)
+    change = change.double() / change.sum((1, 2), keepdim=True)  # NaN where nothing has changed
+    for along, spots in ((change.sum(2), corners[:, 0]), (change.sum(1), corners[:, 1])):
+        places = (torch.arange(along.shape[1]) + 0.5) / along.shape[1]
+        pair = torch.stack([along @ places.double(), (spots + side / 2) / size])
+        if not (torch.corrcoef(pair)[0, 1] > 0.9 and pair.diff(dim=0).abs().max() < 0.35):
+            return False
+    return True
+
+
+def find_layout(output, size, orders=()):
+    """The Layout by which an output for moving_spot(size)'s images changes where the spot is, or None.
+
+    Of several the one with the most positions. So shapes alone decide nothing: tokens may lie in an order of
+    their own, and channels be as many as rows.
+    """
+    if not torch.is_tensor(output) or not output.is_floating_point() or output.dim() < 2:
+        return None
+    found = {}  # layout: positions
+    for layout in layouts_of(tuple(output.shape), 1 + len(SPOTS), orders):
+        if layout.kind == "vector":
+            return layout
+        maps = as_map(output.detach().float(), layout)
+        change = (maps[1:] - maps[:1]).square().sum(1)
+        windows = F.adaptive_avg_pool2d(change[None], layout.windows)[0]
+        everywhere = change.flatten(1).median(1).values[:, None, None]  # what every position sees a little of
+        moves = follows((change - everywhere).clamp_min(0), size)
+        moves = moves and (layout.windows == 1 or follows(windows, size))  # heads are no windows
+        tiny = layout.kind == "grid" and maps.shape[2:] == (2, 2)  # a spot is nearly everywhere
+        if moves or tiny:
+            found[layout] = change[0].numel()
+    return max(found, key=found.get, default=None)
+
+
+def find_grid(output, size):
+    """find_layout's, if that is a grid, which an image of another size has, too; else None."""
+    layout = find_layout(output, size)
+    return layout if layout and layout.kind == "grid" else None
 
 
 def as_map(x, layout):
     """A layer's output as (B, C, H, W)."""
-    kind, *numbers = layout
-    if kind == "heads":  # (B, heads, N, d)
-        kind = "tokens"
-        x = x.transpose(1, 2).flatten(2)
+    kind, axis, side, skipped, windows, blocks, order = layout
     if kind == "vector":
-        return x[:, :, None, None]
-    if kind == "channels last":
-        return x.permute(0, 3, 1, 2)
-    if kind == "tokens":
-        skipped, side = numbers
-        return x[:, skipped:].transpose(1, 2).unflatten(2, (side, side))
-    if kind == "windows":
-        across, inside = numbers
-        x = x.reshape(-1, across, across, inside, inside, x.shape[-1])  # (B, rows, columns, h, w, C)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        return x.flatten(1)[:, :, None, None]
+    if blocks:
+        x = x.flatten(0, 1)
+    if kind == "grid":
+        x = x.movedim((axis, axis + 1), (-2, -1))
+    else:
+        x = x.movedim(axis, -1)[..., skipped:]
+        if order is not None:
+            x = x[..., order]
+        x = x.unflatten(-1, (side, side))
+    if x.dim() != 4:
+        x = x.flatten(1, -3) if x.dim() > 4 else x[:, None]
+    if windows > 1:
+        x = x.unflatten(0, (-1, windows, windows))  # (B, rows, columns, C, h, w)
+        x = x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
     return x
 
 
@@ -241,32 +303,65 @@ def fuse(net, wanted):
 
 
 class Trunk(nn.Module):
-    """A network that runs up to a layer: normalised images → that layer's output as a map (B, C, H, W).
+    """A network that runs up to a layer: normalised images → that layer's output as maps (B, C, H, W).
 
-    layouts: {path of the layer: what layout_of says}; of several layers the result is a list, in this order.
+    paths: of the layers; of several the result is a list, in this order. find_layouts comes first.
     """
 
-    def __init__(self, net, layouts):
+    def __init__(self, net, paths):
         super().__init__()
         self.net = net
+        self.paths = list(paths)
+        self.layouts = []
         self.found = {}
-        for path, layout in layouts.items():
-            net.get_submodule(path).register_forward_hook(partial(self.keep, path, layout))
-        self.wanted = list(layouts)
+        for path in paths:
+            net.get_submodule(path).register_forward_hook(partial(self.keep, path))
 
-    def keep(self, path, layout, module, inputs, output):
+    def keep(self, path, module, inputs, output):
         """A forward hook. Behind the last layer nothing runs, nor changes it; of those before it, a copy."""
-        last = len(self.found) == len(self.wanted) - 1
-        self.found[path] = as_map(output if last else output.clone(), layout)
+        last = len(self.found) == len(self.paths) - 1
+        self.found[path] = output if last else output.clone()
         if last:
             raise Reached
 
-    def forward(self, x):
+    def outputs(self, x):
+        """What each layer gives."""
         self.found.clear()
         try:
             self.net(x)
         except Reached:
-            maps = [self.found[path] for path in self.wanted]
+            outputs = [self.found[path] for path in self.paths]
             self.found.clear()
-            return maps if len(maps) > 1 else maps[0]
+            return outputs
         raise RuntimeError("a layer did not run")
+
+    @torch.no_grad()
+    def find_layouts(self, normalize, size, orders=()):
+        """Find how the outputs for size×size images become maps; (C, H, W) of each layer.
+
+        normalize: of images in [0, 1]. Where a small map shows nothing, since each position sees the whole
+        image, one of an image twice as large may. Raises UserError for a layer that gives no feature maps.
+        """
+        outputs = self.outputs(normalize(moving_spot(size)))
+        found = [find_layout(output, size, orders) for output in outputs]
+        if None in found:
+            with suppress(Exception):  # many networks take no other size
+                larger = self.outputs(normalize(moving_spot(2 * size)))
+                found = [layout or find_grid(x, 2 * size) for layout, x in zip(found, larger, strict=True)]
+        for number, (path, layout) in enumerate(zip(self.paths, found, strict=True)):
+            if layout is None:
+                raise UserError(
+                    f"--layer {path}: gives {tuple(outputs[number].shape)} for {1 + len(SPOTS)} images, no "
+                    "feature map: it does not change where the image changes; choose a layer around it"
+                )
+            self.register_buffer(f"order{number}", layout.order, persistent=False)
+            self.layouts.append(layout._replace(order=None))
+        return [tuple(as_map(x, layout).shape[1:]) for x, layout in zip(outputs, found, strict=True)]
+
+    def forward(self, x):
+        maps = []
+        for number, (output, layout) in enumerate(zip(self.outputs(x), self.layouts, strict=True)):
+            maps.append(as_map(output, layout._replace(order=getattr(self, f"order{number}"))))
+            if len(maps[-1]) != len(x):
+                raise RuntimeError(f"{self.paths[number]} cuts such images into other windows")
+        return maps if len(maps) > 1 else maps[0]

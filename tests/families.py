@@ -1,5 +1,7 @@
 """Can a network of each family of timm and torchvision be inverted, at a shallow, a middle and a deep layer?
 
+And does a dark square that moves in the image move what changes in the feature map?
+
 python tests/families.py              60 families of timm, drawn with a seed, and all of torchvision
 python tests/families.py --count 5    5 of timm
 
@@ -10,8 +12,10 @@ weights; the layers are a tenth, a half and nine tenths down the list of `models
 import random
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 import torchvision
@@ -59,13 +63,46 @@ def three_of(layers):
 
 
 def picture_of(encoder, layer):
-    """The shape of the features of an image at a layer, and of the image that a decoder makes of them."""
+    """The shape of an image's features at a layer, in which a square moves as in the image."""
     inverter = build_inverter(encoder, layer, "tconv", "random").eval()
     with torch.no_grad():
         features = inverter.encode(torch.rand(1, 3, inverter.size, inverter.size))
         picture = inverter.decode(features)
     assert picture.shape == (1, 3, inverter.size, inverter.size) and picture.std() > 0
+    if features.shape[2] > 2:
+        assert (found := square_follows(inverter, inverter.size)) > 0.85, (
+            f"a square moves otherwise ({found:.2f})"
+        )
     return tuple(features.shape[1:])
+
+
+def square_follows(inverter, size):
+    """The lesser of two correlations, of rows and of columns, of a square's place and the features' change.
+
+    Half of the positions, those that change least, do not count. Where all see the whole image, an image
+    twice as large is looked at, if the network takes it.
+    """
+    places = [(row, column) for row in (0.1, 0.5, 0.9) for column in (0.1, 0.5, 0.9)]
+    image = torch.rand(3, size, size, generator=torch.Generator().manual_seed(1))
+    images = image.repeat(1 + len(places), 1, 1, 1)
+    for other, (row, column) in zip(images[1:], places, strict=True):
+        top, left = (int(place * size - size / 10) for place in (row, column))
+        other[:, top : top + size // 5, left : left + size // 5] = 0
+    with torch.no_grad():
+        features = inverter.encode(images).double().numpy()
+    change = np.abs(features[1:] - features[:1]).sum(1)  # (9, H, W)
+    change = np.maximum(change - np.median(change, (1, 2), keepdims=True), 0)
+    rows, columns = (np.arange(side) for side in change.shape[1:])
+    total = change.sum((1, 2))
+    centres = (change.sum(2) @ rows / total, change.sum(1) @ columns / total)
+    found = min(
+        np.corrcoef(centre, place)[0, 1]
+        for centre, place in zip(centres, zip(*places, strict=True), strict=True)
+    )
+    if found < 0.85 and size == inverter.size:
+        with suppress(Exception):  # it takes no other size
+            return square_follows(inverter, 2 * size)
+    return found
 
 
 def outcome(call, *args):

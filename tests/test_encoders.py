@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -48,6 +49,7 @@ def test_torchvision_features_are_its_own(layer, image):
         ("deit_tiny_distilled_patch16_224", "blocks.0", 0),
         ("swin_tiny_patch4_window7_224", "layers.1", 1),
         ("convnext_atto", "stages.2", 2),
+        ("hiera_tiny_224", "blocks.0", 0),  # tokens in the order of mask units
     ],
 )
 def test_timm_features_are_its_own(name, layer, index, image):
@@ -56,7 +58,7 @@ def test_timm_features_are_its_own(name, layer, index, image):
     net = timm.create_model(name).eval().to(memory_format=torch.channels_last)
     with torch.no_grad():
         x = normalised(encoder, image)
-        (expected,) = net.forward_intermediates(x, [index], intermediates_only=True, norm=False)
+        (expected,) = net.forward_intermediates(x, indices=[index], intermediates_only=True, norm=False)
         assert torch.equal(encoder(image), expected)
     assert encoder.mean.flatten().tolist() == pytest.approx(timm.get_pretrained_cfg(name).mean)
 
@@ -91,20 +93,83 @@ def test_networks_that_normalise_again_get_what_they_make_of_it(name, image):
     assert torch.allclose(again, net._transform_input((image - mean) / std), atol=1e-5)
 
 
+def layout_in(output):
+    return trunk.find_layout(output, 84)
+
+
 def test_windows_lie_side_by_side():
     """As timm cuts them."""
+    from timm.models.maxxvit import grid_partition
     from timm.models.swin_transformer import window_partition
 
-    image = torch.rand(2, 12, 12, 5)
-    windows = window_partition(image, (3, 3))
-    net = nn.ModuleDict({"window": nn.Identity(), "grid_of_windows": nn.Identity()})
-    layout = trunk.layout_of(windows, "window", net, {})
-    assert torch.equal(trunk.as_map(windows, layout), image.permute(0, 3, 1, 2))
-    tokens = windows.flatten(1, 2)
-    layout = trunk.layout_of(tokens, "window", net, {})
-    assert torch.equal(trunk.as_map(tokens, layout), image.permute(0, 3, 1, 2))
-    with pytest.raises(UserError, match="no map"):  # every third pixel, not what lies together
-        trunk.layout_of(tokens, "grid_of_windows", net, {})
+    images = trunk.moving_spot(84).permute(0, 2, 3, 1)
+    for windows in (window_partition(images, (7, 7)), window_partition(images, (7, 7)).flatten(1, 2)):
+        assert torch.equal(trunk.as_map(windows, layout_in(windows)), images.permute(0, 3, 1, 2))
+    assert layout_in(grid_partition(images, (7, 7)).flatten(1, 2)) is None  # every twelfth pixel
+
+
+def test_blocks_of_tokens_lie_side_by_side():
+    """NesT's, as timm puts them together."""
+    from timm.models.nest import deblockify
+
+    torch.manual_seed(0)
+    net = timm.create_model("nest_tiny").eval()
+    encoder = Encoder("timm/nest_tiny", "levels.0.transformer_encoder", "random", seed=0)
+    assert encoder.shapes == [(96, 56, 56)] and encoders.layers_of("timm/nest_tiny")[
+        "levels.0.transformer_encoder"
+    ][0] == (96, 56, 56)
+    found = []
+    net.levels[0].transformer_encoder.register_forward_hook(lambda *args: found.append(args[2]))
+    image = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        net((image - encoder.mean) / encoder.std)
+        expected = deblockify(found[0], 14).permute(0, 3, 1, 2)
+        torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_may_be_as_many_as_rows():
+    """torchvision's Swin, whose features are channels last, at 384 pixels: 96 × 96 × 96."""
+    encoder = Encoder("torchvision/swin_t", "features.1", "random", seed=5, input_size=384)
+    torch.manual_seed(5)
+    net = torchvision.models.swin_t().eval()
+    image = torch.rand(1, 3, 384, 384)
+    with torch.no_grad():
+        expected = net.features[:2](normalised(encoder, image)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("timm/mixer_s32_224", "blocks.0.mlp_tokens.fc1"),  # 512 channels × 256 mixtures of positions
+        ("timm/swin_tiny_patch4_window7_224", "layers.2.blocks.1.attn"),  # windows of a rolled image
+    ],
+)
+def test_what_does_not_move_with_the_image_is_no_map(name, layer):
+    with pytest.raises(UserError, match="it does not change where the image changes"):
+        Encoder(name, layer, "random")
+
+
+def test_tokens_of_other_sizes_are_positions_too():
+    """MobileViT v2's, (B, C, 4 pixels of a patch, 64 patches): a decoder of it is built and small."""
+    inverter = models.build_inverter("timm/mobilevitv2_050", "stages.3.1.transformer", "tconv", "random")
+    assert inverter.shape == (4 * 96, 8, 8)
+    assert inverter.decode(inverter.encode(torch.rand(1, 3, 256, 256))).shape == (1, 3, 256, 256)
+
+
+def test_timm_builds_a_vit_for_another_size(tmp_path):
+    """Positions of 518 pixels, resampled to 224 as timm does it."""
+    whole = timm.create_model("vit_small_patch14_dinov2")
+    state = {key: value for key, value in whole.state_dict().items() if not key.startswith("blocks.")}
+    state |= {key: value for key, value in whole.state_dict().items() if key.startswith("blocks.0.")}
+    from timm.layers import resample_abs_pos_embed
+
+    file = tmp_path / "weights.pth"
+    torch.save(state, file)
+    encoder = Encoder("timm/vit_small_patch14_dinov2", "blocks.0", file, input_size=224)
+    assert encoder.input_size == 224 and encoder.shapes == [(384, 16, 16)]
+    expected = resample_abs_pos_embed(whole.pos_embed, [16, 16], num_prefix_tokens=1)
+    torch.testing.assert_close(encoder.trunk.net.pos_embed.data, expected.data)
 
 
 def test_nothing_behind_the_layer_runs_or_changes_it(own, image):
@@ -139,19 +204,17 @@ def test_what_is_no_feature_is_one_line(own, name, layer, message):
 
 def test_an_image_of_another_size_is_refused():
     with pytest.raises(UserError) as error:
-        Encoder("timm/vit_tiny_patch16_224", "blocks.0", "random", input_size=100)
-    assert "takes no 100×100 images" in str(error.value)
+        Encoder("timm/vit_tiny_patch16_224", "blocks.0", "random", input_size=10)
+    assert "takes no 10×10 images" in str(error.value)
 
 
-def test_heads_become_channels_and_their_weights_are_refused():
-    net = nn.ModuleDict({"block": nn.ModuleDict({"norm": nn.Identity()}), "stage": nn.Identity()})
-    heads = torch.rand(2, 4, 10, 8)  # two images, four heads, a class token and 3×3 positions
-    x = trunk.as_map(heads, trunk.layout_of(heads, "block.norm", net, {"block": 10}))
-    assert torch.equal(x[1, :, 2, 1], heads[1, :, 1 + 7].flatten())
-    weights = torch.rand(2, 4, 10, 10)
-    with pytest.raises(UserError, match="weights between tokens"):
-        trunk.layout_of(weights, "block.norm", net, {"block": 10})
-    assert trunk.layout_of(weights, "stage", net, {"block": 10}) == ("map",)  # no tokens there
+def test_heads_become_channels_and_are_no_windows():
+    positions = F.adaptive_avg_pool2d(trunk.moving_spot(84), 12).flatten(2)  # (6, 3, 144)
+    heads = torch.cat([torch.zeros(6, 3, 1), positions], 2)[:, :, :, None].repeat(1, 1, 1, 9)
+    x = trunk.as_map(heads, layout_in(heads))  # with a class token before the positions
+    assert x.shape == (6, 27, 12, 12) and torch.equal(x[1, 9:18, 2, 1], positions[1, 1, 25].expand(9))
+    folded = heads[:, :, 1:].repeat(1, 3, 1, 1)[:, :4].flatten(0, 1)  # four heads of an image in the batch
+    assert layout_in(folded) is None
 
 
 @pytest.mark.parametrize(
