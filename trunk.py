@@ -162,7 +162,8 @@ def layouts_of(shape, count, orders=()):
     if shape[0] == count and math.prod(shape[1:]) == max(shape[1:], default=0):
         return [Layout("vector")]
     found = []
-    for blocks in (False, True) if len(shape) > 2 and shape[0] == count else (False,):
+    in_blocks = len(shape) > 2 and shape[0] == count and shape[1] != shape[2]  # not weights between N tokens
+    for blocks in (False, True) if in_blocks else (False,):
         batch, *axes = (shape[0] * shape[1], *shape[2:]) if blocks else shape
         windows = math.isqrt(batch // count)
         if windows**2 * count != batch or blocks and windows == 1:
