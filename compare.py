@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import bootstrap
 
-from pictures import save_figure
+from pictures import drawable, save_figure
 from study import METRICS
 from utils import UNREADABLE, UserError, make_folder, same_data, seed_folders, write_csv
 
@@ -146,7 +146,7 @@ def draw(rows, path):
             axis.errorbar(row["difference"], place, xerr=np.abs(spread), fmt="o", color="black", capsize=3)
         axis.axvline(0, color="grey", linewidth=1)
         axis.set(xlabel=f"difference of {label}", yticks=range(len(names)))
-        axis.set_yticklabels(names, parse_math=False)
+        axis.set_yticklabels(map(drawable, names))
     panels[0].invert_yaxis()  # they share it
-    figure.suptitle(f"against {rows[0]['against']}", parse_math=False)
+    figure.suptitle(drawable(f"against {rows[0]['against']}"))
     save_figure(figure, path)

@@ -35,7 +35,7 @@ from baselines import write_baselines
 from metrics import (
     LPIPS,
     feature_error,
-    mean_pairwise_distance,
+    feature_scale,
     measure,
     summary,
     summary_table,
@@ -118,10 +118,10 @@ def evaluate(args):
         out = out / f"iterations-{args.iterations}"
     out = Path(args.out or out)
     about = {"data": source, "config": config}
-    scale = None
+    divisor = scale = None
     if iterations_of(inverter):
         about["iterations"] = iterations_of(inverter)
-        scale = mean_pairwise_distance(inverter.encoder, images)
+        divisor, scale = feature_scale(inverter.encoder, images)
     refuse_other_results(out, RESULTS, about)
     if len(images) < world:
         raise UserError(f"{source}: {len(images)} test images for {world} processes; start no more than that")
@@ -132,8 +132,8 @@ def evaluate(args):
     if world > 1:
         found = gather(found)
     if rank == 0:
-        milliseconds = time_inference(inverter, images)
-        write_evaluation(found, images.names, inverter, checkpoint, source, milliseconds, out)
+        rest = checkpoint, source, time_inference(inverter, images), {divisor: scale}, out
+        write_evaluation(found, images.names, inverter, *rest)
 
 
 def iterations_of(inverter):
@@ -229,10 +229,10 @@ def joined(parts):
 # --- What it writes --------------------------------------------------------------------------------------
 
 
-def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, out):
+def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, scale, out):
     """Print the table of a measured checkpoint and write its files to the folder `out`.
 
-    found: the Evaluation of the test images of `source`, whose names are given.
+    found: the Evaluation of the test images of `source`, whose names are given. scale: {name: number}.
     """
     config = checkpoint["config"]
     protocol = PROTOCOLS[config["protocol"]]
@@ -251,7 +251,7 @@ def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, o
     write_samples(found.pictures, out / "reconstructions.zip")
     if found.iterates:
         draw_iterations(found.iterates, out / "iterations.png", inverter.core.in_a_round)
-        about["iterations"] = len(found.iterates) - 1
+        about |= {"iterations": len(found.iterates) - 1} | scale
         about["iterates"] = [{name: summary(after[name]) for name in FIGURES} for after in found.iterates]
     # last: where it is, the others are
     write_text(out / "metrics.json", json.dumps(metrics | about, indent=2))

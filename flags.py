@@ -375,9 +375,10 @@ def parse_invert(argv=None, doc=None):
     add("--layer", help="of --encoder (default: its first, if it has a short name)")
     add("--weights", help="of --encoder: `imagenet`, `random` or a file (default: imagenet)")
     add_input_flags(add)
+    add("--images", nargs="+", metavar="PATH", help="your own pictures and folders, instead of test images")
     add("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
-    add("--split", choices=["test", "val"], default="test", help="val: to choose --lr and --tv-weight by")
-    add("--count", type=positive_int, default=10, help="images, evenly spaced among all")
+    add("--split", choices=["test", "val"], help="val: to choose --lr and --tv-weight by (default: test)")
+    add("--count", type=positive_int, help="images, evenly spaced among all (default: 10)")
     add = parser.add_argument_group("how").add_argument
     add("--course", nargs="+", metavar="FOLDER", help="instead: draw PSNR against time of inversions there")
     add("--steps", type=positive_int, default=300, help="of Adam")
@@ -389,7 +390,10 @@ def parse_invert(argv=None, doc=None):
     add("--out", help="folder for the results (default: the checkpoint's; from noise: runs/noise_…)")
     add_running_flags(add)
     args = parser.parse_args(argv)
-    refuse_ignored(args, "course", ("ckpt", "encoder", "data", "lr", "tv_weight", "cache"))
+    refuse_ignored(args, "course", ("ckpt", "encoder", "images", "data", "lr", "tv_weight", "cache"))
+    refuse_ignored(args, "images", ("data", "split", "count", "cache"))
+    args.split = args.split or ("own" if args.images else "test")
+    args.count = args.count or (LARGEST if args.images else 10)
     if args.encoder and args.ckpt:
         raise UserError("--encoder with --ckpt: the checkpoint knows its own; give one of them")
     if args.encoder:

@@ -3,11 +3,12 @@
   python invert.py --ckpt runs/best.pt                       from what a decoder made of test images
   python invert.py --encoder vgg16 --layer block3            from noise, without a decoder
   python invert.py --ckpt runs/best.pt --count 4 --steps 100
+  python invert.py --ckpt runs/best.pt --images my.jpg       your own pictures, or folders
   python invert.py --course runs/a runs/b --out FOLDER       PSNR against time, of inversions done before
 
 What is recovered is a lower bound on what the features hold: at shallow layers above the decoder that it
 begins with, from noise often below one.
-Writes inversion.json, .csv and .png beside the checkpoint, or to --out.
+Writes inversion.json, .csv and .png beside the checkpoint (of --images to own/ there), or to --out.
 """
 
 from flags import parse_invert
@@ -30,9 +31,10 @@ from tqdm import tqdm
 import data
 from decoders import resize
 from encoders import build_encoder
-from metrics import LPIPS, SMALLEST, feature_error, mean_pairwise_distance, measure, psnr, summary
+from metrics import LPIPS, SMALLEST, feature_error, feature_scale, measure, psnr, summary
 from models import load_inverter
-from pictures import draw_grid, from_worst_to_best, save_figure, to_picture, to_pixels
+from pictures import draw_grid, drawable, from_worst_to_best, save_figure, to_picture, to_pixels
+from reconstruct import picture_files, read_square
 from study import FIGURES, INPUT
 from utils import (
     INVERSION,
@@ -64,26 +66,32 @@ def main(args):
     if world > 1:
         raise UserError("invert.py works in one process; start it without torchrun")
     bars = disable_bars(args)
+    files = picture_files(args.images or [])
     if args.encoder:
         encoder, decode, about, out = from_noise(args)
     else:
         encoder, decode, about, out = from_checkpoint(args, device)
     about["split"] = args.split
-    if args.split == "val":
-        out = out / "val"
+    if args.split != "test":
+        out = out / args.split
     out = Path(args.out or out)
     if encoder.input_size < SMALLEST:
         raise UserError(f"--input-size {encoder.input_size}: LPIPS wants at least {SMALLEST} pixels")
     encoder.to(device)
+    if files:
+        squares = [np.array(read_square(file, encoder.input_size)) for file in files]
+        images = data.squares(np.stack(squares), list(map(str, files)))
+        about["pictures"] = images.key
     refuse_other_results(out, INVERSION, about)
     make_folder(out)  # or an error, before anything is computed
-    images = data.load_split(about["data"], args.split, args.cache, bars=bars, size=encoder.input_size)
+    if not files:
+        images = data.load_split(about["data"], args.split, args.cache, bars=bars, size=encoder.input_size)
     chosen = evenly_spaced(len(images), args.count)
-    scale = mean_pairwise_distance(encoder, images)
+    divisor, scale = feature_scale(encoder, images)
     prior = prior_weight(encoder, decode) if args.tv_weight is None else args.tv_weight
     rate = args.lr or learning_rate(encoder, decode)
     options = {"steps": args.steps, "lr": rate, "tv_weight": prior}
-    about |= options | {"images": len(chosen), "mean_pairwise_distance": scale}
+    about |= options | {"images": len(chosen), divisor: scale}
     print(
         f"{about['encoder']} {about['layer']} ({about['weights']} weights), {args.steps} steps from "
         f"{about['start']}; {len(chosen)} {args.split} images of {about['data']}"
@@ -100,7 +108,7 @@ def from_noise(args):
     about = {"encoder": args.encoder, "layer": args.layer, "weights": args.weights}
     about |= {name: getattr(args, name) for name in INPUT}
     encoder = build_encoder(**about)
-    about |= {"start": "noise", "data": data.resolve(args.data)}
+    about |= {"start": "noise", "data": " ".join(args.images or [data.resolve(args.data)])}
     name = f"noise_{re.sub('[/:]', '_', args.encoder)}_{args.layer}"
     if args.weights != "imagenet":
         name += f"_{Path(args.weights).stem}"
@@ -116,7 +124,9 @@ def from_checkpoint(args, device):
         raise UserError(
             f"{args.ckpt}: invert.py wants pictures to start from; this one was trained as published"
         )
-    source, out = data.of_checkpoint(args.data, config["data"], args.ckpt)
+    source, out = " ".join(args.images or []), Path(args.ckpt).parent
+    if not source:
+        source, out = data.of_checkpoint(args.data, config["data"], args.ckpt)
     about = {name: config[name] for name in ("encoder", "layer", "weights")}
     about |= {"start": config["decoder"], "data": source, "ckpt": args.ckpt}
     return inverter.encoder, inverter.decode, about, out
@@ -202,10 +212,8 @@ def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=1.0, bars=None
 
 def noise(batch, first):
     """Grey with a little noise, like `batch` (B, 3, H, W), whose first image is number `first` of all."""
-    draws = []
-    for number in range(first, first + len(batch)):
-        generator = torch.Generator().manual_seed(number)
-        draws.append(torch.randn(batch.shape[1:], generator=generator))
+    generators = [torch.Generator().manual_seed(number) for number in range(first, first + len(batch))]
+    draws = [torch.randn(batch.shape[1:], generator=generator) for generator in generators]
     return (0.5 + 0.05 * torch.stack(draws)).clamp(0, 1).to(batch.device)
 
 
@@ -227,8 +235,7 @@ def invert_images(encoder, decode, pixels, scale, batch_size=4, bars=None, **opt
             batch = data.center_crops(part, encoder.input_size).to(device)
             with torch.no_grad():
                 features = encoder(batch)
-            begun = time.perf_counter()
-            with torch.no_grad():
+                begun = time.perf_counter()
                 start = decode(features).clamp(0, 1) if decode else noise(batch, number * batch_size)
 
             def watch(step, images, batch=batch, begun=begun):
@@ -245,9 +252,8 @@ def invert_images(encoder, decode, pixels, scale, batch_size=4, bars=None, **opt
                 pictures[kind].append(to_pixels(images))
             for kind in values:
                 figures = measure(found[kind], batch, lpips)
-                figures["ssim"] = list(figures["ssim"])
                 figures["feature_error"] = feature_error(encoder, found[kind], features, scale).tolist()
-                values[kind].append([figures[name] for name in FIGURES])
+                values[kind].append([list(figures[name]) for name in FIGURES])
             bar.update(len(batch))
     pictures = {kind: torch.cat(parts) for kind, parts in pictures.items()}
     for kind, parts in values.items():
@@ -275,7 +281,7 @@ def draw_courses(courses, path):
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     for label, course in courses:
-        axis.plot(course["seconds"], course["psnr"], marker=".", label=label)
+        axis.plot(course["seconds"], course["psnr"], marker=".", label=drawable(label))
     axis.set(xscale="log", xlabel="seconds an image", ylabel="PSNR (dB) ↑")
     axis.grid(alpha=0.3)
     axis.legend()
@@ -287,17 +293,15 @@ def write_inversion(pictures, values, names, about, out):
     """Print the table and write the files to the folder `out`; about: what inversion.json also says."""
     print(f"{'':<16}" + "".join(f"{label:>20}" for label in FIGURES.values()))
     for kind, columns in values.items():
-        line = f"{about['start'] if kind == 'start' else kind:<16}"
-        for name in FIGURES:
-            line += f"{f'{columns[name].mean():.4f} ± {columns[name].std():.4f}':>20}"
-        print(line)
+        cells = [f"{columns[name].mean():.4f} ± {columns[name].std():.4f}" for name in FIGURES]
+        print(f"{about['start'] if kind == 'start' else kind:<16}" + "".join(f"{cell:>20}" for cell in cells))
     (out / "inversion.json").unlink(missing_ok=True)
     header = ["image", *(f"{kind}_{name}" for kind in values for name in FIGURES)]
     columns = [values[kind][name].tolist() for kind in values for name in FIGURES]
     write_csv(out / "inversion.csv", header, zip(names, *columns, strict=True))
     rows = {"original": [], about["start"]: [], "inversion": []}
     for i in from_worst_to_best(values["inversion"]["psnr"]):
-        rows["original"].append((to_picture(pictures["original"][i]), names[i][:24]))
+        rows["original"].append((to_picture(pictures["original"][i]), names[i]))
         for label, kind in ((about["start"], "start"), ("inversion", "inversion")):
             rows[label].append((to_picture(pictures[kind][i]), f"{values[kind]['psnr'][i]:.2f} dB"))
     draw_grid(rows, out / "inversion.png")

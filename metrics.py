@@ -77,21 +77,26 @@ def feature_error(encoder, images, features, scale):
 
 
 @torch.no_grad()
-def mean_pairwise_distance(encoder, images, batch_size=4):
-    """Mean Euclidean distance of two images' features, by which Mahendran & Vedaldi normalise.
+def feature_scale(encoder, images, batch_size=4):
+    """(name, number) of what feature errors are divided by: `mean_pairwise_distance`, or `feature_norm`.
 
-    images: data.Images or uint8 (N, 256, 256, 3), of which the first 100 count. Raises UserError where no two
-    of them have different features.
+    Mahendran & Vedaldi divide by the mean Euclidean distance of two images' features; where no two of them
+    are different, it is their norm. images: data.Images or uint8 (N, 256, 256, 3), of which the first 100
+    count. Raises UserError where all features are 0 or NaN.
     """
     device = next(encoder.buffers()).device
     features = []
     for part in images[:100].split(batch_size):  # more would take memory, not precision
         features.append(encoder(center_crops(part, encoder.input_size).to(device)).flatten(1))
-    distance = F.pdist(torch.cat(features)).mean().item()  # NaN of one image
-    if not distance > 0:
-        few = f"{len(images)} images, of which no two have different features"
-        raise UserError(f"{few}: errors are divided by the distance of two; give other --data")
-    return distance
+    features = torch.cat(features)
+    norm = features.norm(dim=1).mean().item()
+    distance = F.pdist(features).mean().item()  # NaN of one image
+    if distance > 1e-5 * norm:  # more than rounding
+        return "mean_pairwise_distance", distance
+    if not norm > 0:
+        raise UserError(f"{len(images)} images: their features have norm {norm}, which errors are divided by")
+    print("feature errors are relative to ‖φ‖, because no two images have different features")
+    return "feature_norm", norm
 
 
 class LPIPS(nn.Module):

@@ -3,12 +3,14 @@
 import zipfile
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from PIL import Image
 
 from study import FIGURES, METRICS
 from utils import atomic, evenly_spaced
+
+MADE_BY = "feature-inversion"  # begins the `Software` text of each PNG
 
 
 def to_pixels(images):
@@ -34,7 +36,17 @@ def from_worst_to_best(psnr, count=6):
 def save_figure(figure, path, dpi=100):
     """Write a matplotlib figure to `path`, whole or not at all."""
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=dpi)
+        figure.savefig(temporary, dpi=dpi, metadata={"Software": MADE_BY})
+
+
+def drawable(text, most=60):
+    """`text` for a figure: what the font lacks as its code, U+4E2D; if too long, without its middle."""
+    known = get_font(findfont(FontProperties())).get_charmap()
+    parts = [char if char.isprintable() and ord(char) in known else f"U+{ord(char):04X}" for char in text]
+    while sum(map(len, parts)) > most:
+        middle = len(parts) // 2
+        parts[middle - 1 : middle + 1] = "…"
+    return "".join(parts).replace("$", r"\$")  # which would begin a formula
 
 
 def draw_grid(rows, path):
@@ -43,12 +55,12 @@ def draw_grid(rows, path):
     figure = Figure(figsize=(2.2 * columns + 0.4, 2.4 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (label, cells) in zip(axes, rows.items(), strict=True):
-        line[0].set_ylabel(label, parse_math=False)  # names of files and folders may have a $
+        line[0].set_ylabel(drawable(label, 32))
         for axis, cell in zip(line, cells, strict=True):
             axis.set(xticks=[], yticks=[])
             if cell:
                 axis.imshow(cell[0])
-                axis.set_title(cell[1], fontsize=8, parse_math=False)
+                axis.set_title(drawable(cell[1], 24), fontsize=8)
     save_figure(figure, path)
 
 
@@ -59,11 +71,10 @@ def draw_reconstructions(pictures, names, psnr, path, label="original"):
     images. label: of the row of targets.
     """
     rows = {label: [], "reconstruction": [], "5 × difference": []}
-    numbers = list(pictures)
-    for place in from_worst_to_best(psnr[numbers]):
-        number = numbers[place]
+    numbers = np.array(list(pictures))
+    for number in numbers[from_worst_to_best(psnr[numbers])]:
         target, output = pictures[number]
-        rows[label].append((to_picture(target), names[number][:24]))
+        rows[label].append((to_picture(target), names[number]))
         rows["reconstruction"].append((to_picture(output), f"{psnr[number]:.2f} dB"))
         rows["5 × difference"].append((to_picture(difference(target, output)), ""))
     draw_grid(rows, path)
@@ -99,16 +110,10 @@ def write_samples(pictures, path, count=24):
     The members are N-original.jpg and N-reconstruction.jpg, N being the image's number, its row in
     per_image.csv, from 0 (report.py reads them).
     """
-    numbers = list(pictures)
+    numbers = np.array(list(pictures))
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for place in evenly_spaced(len(numbers), count):
-            number = numbers[place]
+        for number in numbers[evenly_spaced(len(numbers), count)]:
             for kind, pixels in zip(("original", "reconstruction"), pictures[number], strict=True):
                 # with full colour, for 5× differences
                 with archive.open(f"{number:05}-{kind}.jpg", "w") as file:
                     to_picture(pixels).save(file, "JPEG", quality=90, subsampling=0)
-
-
-def strip(target, output):
-    """Target | reconstruction | 5× difference, uint8 (H, W, 3) each, as one PIL image."""
-    return to_picture(torch.cat([target, output, difference(target, output)], 1))

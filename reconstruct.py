@@ -1,5 +1,7 @@
 """Reconstructions of one's own pictures: whole, at their own size, or their central square at 224×224."""
 
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from tqdm import tqdm
 
 import data
 from metrics import psnr, target
-from pictures import strip, to_pixels
+from pictures import MADE_BY, difference, to_picture, to_pixels
 from study import PROTOCOLS
 from utils import UserError, atomic, digest, make_folder, out_of_memory
 
@@ -21,81 +23,92 @@ STRIP = 64  # height of the picture on which the reach of a network is measured
 
 
 def picture_files(paths):
-    """The image files that `paths` name or that lie in the folders among them. Raises UserError."""
+    """The image files of `paths`, and of folders among them but for our own. Raises UserError."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = data.image_files(path)
+            found = [file for file in data.image_files(path) if not mark_of(file).startswith(MADE_BY)]
             if not found:
-                raise UserError(
-                    f"--images {path}: no images in this folder ({' '.join(sorted(data.EXTENSIONS))})"
-                )
+                kinds = " ".join(sorted(data.EXTENSIONS))
+                raise UserError(f"--images {path}: no images of yours in this folder ({kinds})")
             files += found
         elif path.exists():
             data.check_name(path)
             files.append(path)
         else:
             raise UserError(f"--images {path}: no such file or folder")
-    return files
+    return list(dict.fromkeys(files))
+
+
+def read_square(file, size):
+    """The central square of the image file, scaled to size×size pixels, as a PIL image. Raises UserError."""
+    return ImageOps.fit(data.read_image(file), (size, size), Image.Resampling.BILINEAR)
 
 
 def reconstruct_pictures(args, inverter, config, bars=None):
     """Write original | reconstruction | 5× difference of each of args.images to images/ beside the results.
 
-    Of `published`, the original is what its metrics see. Raises UserError for what cannot be read, and for a
-    file that would be overwritten: only a PNG that the same checkpoint made of the same picture ever is.
+    Of `published`, the original is what its metrics see. Raises UserError for a file that would be replaced:
+    only a PNG that the same checkpoint made of the same picture, in the same way, ever is. A picture that
+    cannot be read or written stops no other; UserError names it in the end.
     """
     native = takes_any_size(inverter, config)
     if args.size == "native" and not native:
         names = f"{config['encoder']} {config['layer']} and {config['decoder']}"
         raise UserError(f"--size native: not with {names}, which take {inverter.size}×{inverter.size} pixels")
+    how = f"-{inverter.size}" if native and args.size == "224" else ""
+    how += f"-iterations-{args.iterations}" if args.iterations else ""
     native = native and args.size != "224"
     files = picture_files(args.images)
-    for file in files:
-        data.read_image(file)  # or an error, before anything is written
     out = make_folder(Path(args.out or Path(args.ckpt).parent, "images"))
-    made_by = digest(args.ckpt)
-    paths = strip_paths(files, out)
-    marks = [f"feature-inversion {made_by[:16]} of {digest(file)[:16]}" for file in files]
-    for path, mark in zip(paths, marks, strict=True):
-        if paths.count(path) > 1 or path.exists() and mark_of(path) != mark:
+    made_by = f"{MADE_BY} {digest(args.ckpt)[:16]}{how}"
+    jobs = list(zip(files, strip_paths(files, out, how), strict=True))
+    for file, path in tqdm(jobs, "Checking", unit="image", leave=False, disable=bars):
+        if path.exists() and mark_of(path) != f"{made_by} of {digest(file)[:16]}":
             raise UserError(f"{path}: would be overwritten; give another --out, or rename the picture")
-    jobs = zip(files, paths, marks, strict=True)
-    for file, path, mark in tqdm(jobs, "Reconstructing", len(files), unit="image", disable=bars):
-        picture = data.read_image(file)
-        if not native:
-            picture = ImageOps.fit(picture, (inverter.size, inverter.size), Image.Resampling.BILINEAR)
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].to(inverter.device).float() / 255
-        with torch.no_grad():
-            output = (reconstruct_whole(inverter, image) if native else inverter(image)).clamp(0, 1)
-        wanted = target(image, PROTOCOLS[config["protocol"]]).clamp(0, 1)
-        about = PngImagePlugin.PngInfo()
-        about.add_text("Software", mark)
-        with atomic(path) as temporary:
-            strip(to_pixels(wanted)[0], to_pixels(output)[0]).save(temporary, pnginfo=about)
-        print(f"{file}: {psnr(output, wanted).item():.2f} dB, {path}")
+    failed = []
+    for file, path in tqdm(jobs, "Reconstructing", unit="image", disable=bars):
+        try:
+            picture = data.read_image(file) if native else read_square(file, inverter.size)
+            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+            image = image.to(inverter.device).float() / 255
+            with torch.no_grad():
+                output = (reconstruct_whole(inverter, image) if native else inverter(image)).clamp(0, 1)
+            wanted = target(image, PROTOCOLS[config["protocol"]]).clamp(0, 1)
+            pair = to_pixels(wanted)[0], to_pixels(output)[0]
+            about = PngImagePlugin.PngInfo()
+            about.add_text("Software", f"{made_by} of {digest(file)[:16]}")
+            with atomic(path) as temporary:
+                to_picture(torch.cat([*pair, difference(*pair)], 1)).save(temporary, pnginfo=about)
+            print(f"{file}: {psnr(output, wanted).item():.2f} dB, {path}")
+        except (UserError, OSError) as error:
+            failed.append(str(error))
+            print(error)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(files)} pictures failed: {'; '.join(failed[:3])}")
 
 
-def strip_paths(files, out):
-    """The PNG in folder `out` for each of `files`; those of one name are numbered."""
-    stems = [file.stem for file in files]
+def strip_paths(files, out, how=""):
+    """The PNG in folder `out` for each of `files`; those of one name, whatever its case, are numbered."""
+    most = 235 - len(how)  # of the 255 bytes that a file's name may have
+    stems = [file.stem.encode()[:most].decode(errors="ignore") for file in files]
+    count = Counter(map(str.casefold, stems))
+    taken = {stem for stem in count if count[stem] > 1}
     paths = []
     for number, stem in enumerate(stems, 1):
-        name = f"{stem}-{number}" if stems.count(stem) > 1 else stem
-        paths.append(out / f"{name}.png")
+        while stem.casefold() in taken:
+            stem += f"-{number}"
+        taken.add(stem.casefold())
+        paths.append(out / f"{stem}{how}.png")
     return paths
 
 
 def mark_of(path):
-    """What reconstruct_pictures wrote into the PNG at `path` about its origin.
-
-    None where there is nothing, also where it is no PNG that can be read: such a file is never replaced.
-    """
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            return picture.info.get("Software")
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return None
+    """What this program wrote into the PNG at `path` about its origin; "" where that cannot be read."""
+    with suppress(OSError, SyntaxError, ValueError):
+        with PngImagePlugin.PngImageFile(path) as picture:  # of any size
+            return str(picture.info.get("Software", ""))
+    return ""
 
 
 # --- Any size --------------------------------------------------------------------------------------------

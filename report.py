@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pictures import draw_grid, save_figure
+from pictures import draw_grid, drawable, save_figure
 from results import is_experiment, joined, read_history, result_rows
 from study import DIGITS, IMAGE_SIZE, METRICS
 from utils import UNREADABLE, UserError, evenly_spaced, seed_folders, write_csv, write_text
@@ -92,8 +92,7 @@ def draw_results(rows, path):
         for number, row in enumerate(baselines, 4):  # the bars are C0 and C1
             axis.axvline(row[metric], color=f"C{number}", linestyle="--", label=row["experiment"])
         axis.set_xlabel(label)
-        names = [row["experiment"] + other_weights(row) for row in rows]
-        axis.set_yticks(places, names, parse_math=False)  # a folder's name may have a $
+        axis.set_yticks(places, [drawable(row["experiment"]) + other_weights(row) for row in rows])
         axis.invert_yaxis()
     title = "* not ImageNet's weights" if any(map(other_weights, rows)) else None
     handles = axis.get_legend_handles_labels()
@@ -104,7 +103,7 @@ def draw_results(rows, path):
 def draw_images(images, path, count=6):
     """The originals of `count` of test_images' `images`, above what each experiment made of them."""
     chosen = [images[i] for i in evenly_spaced(len(images), count)]
-    grid = {"original": [(decoded(image["original"]), image["name"][:24]) for image in chosen]}
+    grid = {"original": [(decoded(image["original"]), image["name"]) for image in chosen]}
     for name in dict.fromkeys(name for image in chosen for name in image["runs"]):
         grid[name] = []
         for image in chosen:

@@ -90,7 +90,7 @@ def first_line(error):
 def atomic(path):
     """Yield a temporary path in the folder of `path` that takes its place when the block succeeds."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp{path.suffix[:9]}")  # 255 bytes at most
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -105,7 +105,7 @@ def atomic(path):
 
 def leftovers(path):
     """The temporary files that `atomic` left beside `path`, of processes that were killed meanwhile."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.\d+\.tmp{re.escape(path.suffix)}")
+    name = re.compile(rf"\.{re.escape(path.name[:40])}\.\d+\.tmp{re.escape(path.suffix[:9])}")
     return [file for file in path.parent.glob(".*.tmp*") if name.fullmatch(file.name)]
 
 

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import sys
+import warnings
 import zipfile
 
 import numpy as np
@@ -18,11 +19,15 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision.transforms import functional as tv
 
 import baselines
+import compare
 import data
 import evaluate
+import invert
 import metrics
 import pictures
-from models import load_inverter
+import report
+from models import build_inverter, load_inverter
+from study import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +237,46 @@ def test_pictures_are_from_worst_to_best_above_five_times_the_difference(monkeyp
     assert [picture.getpixel((0, 0))[0] for picture, _ in rows["5 × difference"]] == [255, 100, 15]
 
 
+NAMES = {  # of files and folders, and how they are drawn
+    "猫.jpg": "U+732B.jpg",
+    "é🦊$x$.png": r"éU+1F98A\$x\$.png",
+    "a\nb\t\x07": "aU+000AbU+0009U+0007",
+    "abcdefghijklmnopqrstuvwxyz.jpg": "abcdefghijk…uvwxyz.jpg",
+}
+
+
+def test_any_name_can_be_drawn(tmp_path, figures_of):
+    """Without a warning: of a glyph that the font lacks, or of a panel that a long name leaves no room."""
+    grid, table, chart, courses = map(figures_of, (pictures, compare, report, invert))
+    picture = Image.new("RGB", (8, 8))
+    names = [*NAMES, "猫" * 255, "x" * 4000]
+    row = {"against": names[0], "difference": 0.5, "low": 0.1, "high": 1.0, "won": 1.0}
+    rows = [row | {"run": name, "metric": metric} for name in names for metric in METRICS]
+    values = {f"{prefix}{metric}": 0.5 for prefix in ("", "published_") for metric in METRICS}
+    course = {"seconds": [1, 2], "psnr": [10, 20]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pictures.draw_grid({name: [(picture, name)] for name in names}, tmp_path / "grid.png")
+        compare.draw(rows, tmp_path / "compare.png")
+        report.draw_results([values | {"experiment": name} for name in names], tmp_path / "results.png")
+        invert.draw_courses([(name, course) for name in names], tmp_path / "course.png")
+    titles = [axis.get_title() for axis in grid[0].axes]
+    assert [title for title in titles[:4] if "…" not in title] == list(NAMES.values())[:3]
+    short, far = titles[3].split("…")
+    assert names[3].startswith(short) and names[3].endswith(far) and len(titles[3]) == 24
+    assert all(len(title) <= 24 for title in titles)
+    drawn = list(NAMES.values())[:3]
+    for figure, labels in (
+        (grid[0], [axis.get_ylabel() for axis in grid[0].axes]),
+        (table[0], [label.get_text() for label in table[0].axes[0].get_yticklabels()]),
+        (chart[0], [label.get_text() for label in chart[0].axes[0].get_yticklabels()]),
+        (courses[0], [label.get_text() for label in courses[0].axes[0].get_legend().get_texts()]),
+    ):
+        assert labels[:4] == [*drawn, names[3]]
+        assert all(axis.get_window_extent().width > 50 for axis in figure.axes)
+    assert table[0].get_suptitle() == "against U+732B.jpg"
+
+
 def test_interrupted_evaluation_leaves_no_old_numbers(trained, tmp_path, run_evaluate, monkeypatch):
     assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path, "--quiet") == 0
     monkeypatch.setattr(evaluate, "draw_histograms", lambda *_: sys.exit(143))
@@ -252,6 +297,28 @@ def test_networks_run_once(trained, photos, monkeypatch, tmp_path, run_evaluate)
     monkeypatch.setattr(evaluate, "load_inverter", counted)
     assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path, "--quiet") == 0
     assert batches == [3] + 6 * [1]
+
+
+def test_feature_error_of_one_test_image(checkpoint, own_photos, tmp_path, run_evaluate, capsys):
+    """Relative to the norm of that image's features; by hand of what is there before the first iteration."""
+    for file in sorted((own_photos / "test").iterdir())[1:]:
+        file.unlink()
+    inverter = build_inverter(decoder="feedback", width=8)
+    config = checkpoint["config"] | {"decoder": "feedback", "width": 8, "data": str(own_photos)}
+    content = checkpoint | {"decoder": inverter.decoder.state_dict(), "config": config}
+    torch.save(content, tmp_path / "best.pt")
+    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
+    assert "relative to ‖φ‖" in capsys.readouterr().out
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    inverter, _ = load_inverter(tmp_path / "best.pt")
+    image = data.center_crops(data.load_split(str(own_photos), "test")[:])
+    with torch.no_grad():
+        features = inverter.encode(image)
+        start = inverter.encode(inverter.iterates(features)[0])
+    norm = np.linalg.norm(features.double().numpy().ravel())
+    error = np.linalg.norm((start - features).double().numpy().ravel()) / norm
+    assert found["feature_norm"] == pytest.approx(norm, rel=1e-5)
+    assert found["iterates"][0]["feature_error"]["mean"] == pytest.approx(error, rel=1e-4)
 
 
 # --- what it must not replace ----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from conftest import REPOSITORY
 from training import batches_of, parts_of, validate
 
 import train
+import utils
 from metrics import TERMS
 
 # on a free port
@@ -71,6 +72,22 @@ def test_rank_without_world_size_is_one_process(photos, tmp_path, run_train, run
     assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet") == 0
     assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
     assert (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["best.pt", f"{'a' * 251}.png", "猫" * 85, f"a.{'b' * 253}"], ids=["short", "Latin", "CJK", "dot"]
+)
+def test_what_a_killed_process_leaves_is_found(tmp_path, name):
+    """Whatever the name, and only what it leaves of this file."""
+    path = tmp_path / name
+    code = "import os, sys, pathlib, utils\nwith utils.atomic(sys.argv[1]) as path: path.touch(); os._exit(9)"
+    for file in (path, tmp_path / "other.pt"):
+        command = [sys.executable, "-c", code, file]
+        assert subprocess.run(command, cwd=REPOSITORY, env=environment()).returncode == 9
+    (left,) = utils.leftovers(path)
+    assert left.exists() and left.name[0] == "." and len(list(tmp_path.iterdir())) == 2
+    utils.write_text(path, "whole")
+    assert path.read_text() == "whole"
 
 
 @pytest.mark.parametrize(
