@@ -27,9 +27,7 @@ def picture_files(paths):
         if path.is_dir():
             found = data.image_files(path)
             if not found:
-                raise UserError(
-                    f"--images {path}: no images in this folder ({' '.join(sorted(data.EXTENSIONS))})"
-                )
+                raise UserError(f"--images {path}: no images in this folder that Pillow reads")
             files += found
         elif path.exists():
             data.check_name(path)
