@@ -239,8 +239,7 @@ def bench_quality(folder, device, show):
     """
     folder = str(Path(data.resolve(folder)).resolve())
     splits = {split: data.load_split(folder, split) for split in ("train", "val", "test")}
-    home = data.folder_of(folder, "train")
-    files = {split: [home / name for name in splits[split].names] for split in ("train", "val")}
+    files = {s: [data.folder_of(folder, s) / name for name in splits[s].names] for s in ("train", "val")}
     plain = Elsewhere(device)
     try:
         seconds = plain("epoch", files["train"], 1) * math.ceil(len(files["train"]) / 4)

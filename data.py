@@ -1,28 +1,37 @@
 """From files to tensors: folder layouts, the split, the uint8 cache and random crops."""
 
+import functools
 import hashlib
+import io
 import json
 import math
 import os
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, features
 from tqdm import tqdm
 
 from study import DOCUMENTED, IMAGE_SIZE
-from utils import UserError, atomic, same_data, user_cache, write_text
+from utils import UserError, atomic, digest, same_data, user_cache, write_text
 
 RESIZE = 256  # side of the images that the study crops
 SHARD = 4096  # images in a file of the cache, about 800 MB
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
-LAYOUTS = (("DIV2K_train_HR", "DIV2K_valid_HR"), ("train", "test"))  # folders of train + val, and of test
+# What Pillow opens, but draws only by other programs, or without knowing which value is white.
+UNREAD = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MCIDAS", "MPEG", "SPIDER", "WMF"}
+ENDINGS = Image.registered_extensions()  # {".png": "PNG"} and so on
+FORMATS = [name for name in Image.OPEN if name not in UNREAD]
+EXTENSIONS = {ending for ending, name in ENDINGS.items() if name in {*FORMATS, "MPO"}}
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB of text or profile in a PNG, not 1
+FOLDERS = {"train": ("DIV2K_train_HR", "train"), "test": ("DIV2K_valid_HR", "test")}
+FOLDERS["val"] = ("DIV2K_train_HR", "val", "train")
 DIV2K_ROOT = "data/DIV2K"
 # The colour photographs inside scikit-image, each in one split only; the stereo pair stays together, and what
 # is validated and tested on is natural: not the sky at night, the inside of an eye or a microscope's slide.
@@ -48,12 +57,17 @@ class Images:
     sizes: torch.Tensor  # int64 (N, 2), heights and widths
     shards: list  # open files of the cache, or uint8 arrays: pixels, image after image
     places: np.ndarray  # int64 (N, 2): in which shard each image is, and at which byte it begins
-    key: str  # changes with the names, the order or the pixels
+    digests: np.ndarray  # uint8 (N, 32): the SHA-256 of each image's pixels
     side: int = RESIZE  # of the square that validation and test cut their centre from
     resident: torch.Tensor | None = None  # uint8 (P, 3): the pixels of all, in this order, on a GPU
 
     def __len__(self):
         return len(self.names)
+
+    @property
+    def key(self):
+        """Changes with the names, their order or the pixels, and with nothing else."""
+        return short_hash(json.dumps([self.names, self.sizes.tolist(), self.digests.tobytes().hex()]))
 
     def __getitem__(self, which):
         """The central side×side of the images in a slice or a list of numbers: uint8 (B, side, side, 3)."""
@@ -128,35 +142,49 @@ def of_checkpoint(data, trained_on, ckpt):
     return source, out / Path(source).resolve().name
 
 
+@functools.cache
+def say(line):
+    """Print `line` on stderr, once; of several processes, in the first."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(line, file=sys.stderr)
+
+
 def image_files(folder):
     """The image files in `folder` and the folders in it, sorted by path; hidden ones are left out.
 
-    Raises OSError for a folder that cannot be read, and UserError for a name that no text file can hold.
+    Says how many others there are. Raises OSError for a folder that cannot be read, and UserError for a link
+    to a missing file or a name that no text file can hold.
     """
 
     def refuse(error):
         raise error
 
-    found, seen = [], set()
+    found, seen, others = [], set(), []
     for place, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         if os.path.realpath(place) in seen:  # a link that leads back
             folders.clear()
             continue
         seen.add(os.path.realpath(place))
-        folders[:] = [name for name in folders if name[0] != "."]
-        for name in files:
-            if name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS:
-                check_name(os.path.join(place, name))
-                found.append(Path(place, name))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        for path in (os.path.join(place, name) for name in files if name[0] != "."):
+            if not os.path.isfile(path):
+                raise UserError(f"{path}: no file, or a link to a missing one; remove it")
+            if os.path.splitext(path)[1].lower() not in EXTENSIONS:
+                others.append(path)
+            else:
+                check_name(path)
+                found.append(Path(path))
+    if others:
+        say(
+            f"{folder}: left out {len(others)} files that are no images by their names, such as {min(others)}"
+        )
     return sorted(found)
 
 
 def check_name(path):
     """Raise UserError for a file's name in another encoding than UTF-8: results name the images."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{ascii(str(path))}: its name is not UTF-8; rename it") from None
+    if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
+        raise UserError(f"{ascii(str(path))}: its name is not UTF-8; rename it")
 
 
 def side_of(size):
@@ -168,22 +196,23 @@ def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None, size=IMA
     """Images of `split` (train, val or test) of `data`, a value that `resolve` returned.
 
     A folder's train and val are 80 and 20 % of its training images, by a permutation with seed 42 (paper
-    3.3.1: 640 and 160 of DIV2K's 800). Raises UserError for a folder of another layout, too few images, or an
-    image that can't be read. cache: folder of the uint8 cache. protocol: `published` scales the shorter side
-    to 256 and keeps the rest of a training image, `documented` squeezes all to 256×256. bars: tqdm's
-    `disable`. size: of the crops that will be cut, where another than 224, with as much more around them.
+    3.3.1: 640 and 160 of DIV2K's 800), unless a val/ is beside its train/. Raises UserError for a folder of
+    another layout, too few images, or images that can't be read. cache: folder of the uint8 cache. protocol:
+    `published` scales the shorter side to 256 and keeps the rest of a training image, `documented` squeezes
+    all to 256×256. bars: tqdm's `disable`. size: of the crops, where not 224; images grow with it.
     """
     side = side_of(size)
     if data == "sample":
         return sample_tiles(split, side)
     folder = folder_of(data, split)
+    shared = split != "test" and folder_of(data, "train") == folder_of(data, "val")
+    if split != "test" and not shared:
+        say(f"{data}: training on all of train/, validation on val/")
     files = image_files(folder)
-    least = 1 if split == "test" else 2  # training and validation share a folder
-    if len(files) < least:
-        kinds = " ".join(sorted(EXTENSIONS))
-        raise UserError(f"{folder}: {len(files)} images ({kinds}); at least {least} needed")
+    if len(files) < 1 + shared:
+        raise UserError(f"{folder}: {len(files)} images that Pillow reads; at least {1 + shared} needed")
     order = np.arange(len(files))
-    if split != "test":
+    if shared:
         order = np.random.RandomState(42).permutation(len(files))
         cut = min(max(int(0.8 * len(files)), 1), len(files) - 1)
         order = order[:cut] if split == "train" else order[cut:]
@@ -192,120 +221,172 @@ def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None, size=IMA
 
 def folder_of(data, split):
     """The folder in `data` that has the images of `split`, train, val or test. Raises UserError."""
-    for train, test in LAYOUTS:
-        folder = Path(data, test if split == "test" else train)
-        if folder.is_dir():
+    for name in FOLDERS[split]:
+        folder = Path(data, name)
+        if folder.is_dir() or folder.is_symlink():  # one that leads nowhere is an error, not another layout
             return folder
-    wanted = " or ".join(f"{train}/ and {test}/" for train, test in LAYOUTS)
-    raise UserError(f"--data {data}: has no folder for the {split} images; expected {wanted}")
+    raise UserError(f"--data {data}: has no folder for the {split} images, {' or '.join(FOLDERS[split])}")
 
 
 def subset(images, order):
     """The Images of these numbers, in this order."""
-    names = [images.names[i] for i in order]
-    key = hashlib.sha256(f"{images.key} {names}".encode()).hexdigest()
-    return replace(images, names=names, sizes=images.sizes[order], places=images.places[order], key=key)
+    parts = {name: getattr(images, name)[order] for name in ("sizes", "places", "digests")}
+    return replace(images, names=[images.names[i] for i in order], **parts)
 
 
-def read_image(path):
+def read_image(path, note=say):
     """The image file at `path` as an RGB PIL image, upright, 8 bits a channel, whatever its mode.
 
-    Raises UserError, naming the file, for one that is damaged, no image, of floating-point pixels, or
-    absurdly large.
+    Raises UserError, naming it, for one that is damaged, no image, of unknown range, or absurdly large.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.verify()  # a PNG's checksums, which decoding alone does not look at
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.format == "PNG" and "transparency" in image.info:  # Pillow has only the pixels in 8 bits
+                if image.tile[0][3] == "RGB;16B":
+                    raise ValueError("one transparent colour of 16 bits a channel")
+                image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
             image.load()
-            if image.mode == "F":
-                raise ValueError("floating-point pixels, of no known range")
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip to white
-                image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-            return ImageOps.exif_transpose(image).convert("RGB")
+            turn = None
+            with suppress(Exception):  # EXIF that can't be read turns nothing
+                turn = image.getexif().get(0x0112)
+            image = to_rgb(image, note)
+        image.info = {}
+        image.getexif()[0x0112] = turn
+        return ImageOps.exif_transpose(image)
     except Exception as error:  # every Pillow plugin has its own kinds
         raise UserError(f"{path}: not an image that can be read ({error}); replace or remove it") from None
 
 
-def decode(path, protocol=DOCUMENTED, side=RESIZE):
+def to_rgb(image, note):
+    """A PIL image of any mode as RGB. Raises ValueError where no one knows which value is white.
+
+    Transparent parts become white; colour profiles are ignored, as in most training. Either calls `note`.
+    """
+    if profile := image.info.get("icc_profile"):
+        moved = 255
+        with suppress(Exception):  # a profile that is damaged, or not of RGB
+            colours = image.resize((64, 64), Image.Resampling.NEAREST).convert("RGB")
+            srgb = ImageCms.profileToProfile(colours, io.BytesIO(profile), ImageCms.createProfile("sRGB"))
+            moved = max(most for _, most in ImageChops.difference(colours, srgb).getextrema())
+        if moved > 1:
+            note("a colour profile other than sRGB is ignored")
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits = tags.get(258, (16,))[0]
+    if image.mode == "F" or bits > 16 or {*tags.get(339, (1,))} != {1}:
+        raise ValueError("signed, floating-point or 32-bit pixels, of no known range")
+    if image.mode[0] == "I":  # grey of more than 8 bits, which convert() would clip to white
+        pixels = np.asarray(image)
+        grey = np.interp(pixels, (0, 2**bits - 1), (255, 0) if tags.get(262) == 0 else (0, 255))
+        opaque = 255 * (pixels != image.info.get("transparency", -1))
+        image = Image.fromarray(np.stack([grey.round(), opaque], 2).astype(np.uint8))
+    image = image.convert("LA") if image.mode == "La" else image  # or it would lose its transparency
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    if image.getextrema()[3][0] < 255:
+        note("transparent parts are put on white")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def decode(path, protocol=DOCUMENTED, side=RESIZE, note=say):
     """The image at `path`, resized (bilinear, antialiased as Pillow's always is), as a uint8 array.
 
     `documented`: (side, side, 3). `published`: the shorter side is `side`, the shape of the picture stays.
     """
-    image = read_image(path)
-    if protocol.squeezed:
-        size = (side, side)
-    else:
-        size = [side * length // min(image.size) for length in image.size]
+    image = read_image(path, note)
+    size = [side if protocol.squeezed else side * length // min(image.size) for length in image.size]
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
 
 
 def cached_images(folder, files, cache, protocol, bars, side):
-    """Images of `decode` of `files`, all under `folder`, each decoded once and kept in `cache`, in shards.
+    """Images of `decode` of `files`, all under `folder`, each decoded once and kept in `cache`.
 
-    A shard is NAME.u8, its pixels, and NAME.json, written after it, the manifest that it is trusted by; NAME
-    stands for what its files are called, their sizes and their modification times. An interrupted build goes
-    on with the shards that are missing.
+    An image's key stands for its file's name, size, times and inode, for the code here, and for Pillow.
     """
     size = "" if side == RESIZE else f"{side} "
-    where = hashlib.sha256(f"{size}{protocol.name} {folder.resolve()}".encode()).hexdigest()[:16]
-    cache = user_cache(cache) / where
+    cache = user_cache(cache) / short_hash(f"{size}{protocol.name} {folder.resolve()}")
     names = [file.relative_to(folder).as_posix() for file in files]
-    parts = [slice(first, first + SHARD) for first in range(0, len(files), SHARD)]
-    paths = []
-    for part in parts:
-        stats = [file.stat() for file in files[part]]
-        entries = [(name, s.st_size, s.st_mtime_ns) for name, s in zip(names[part], stats, strict=True)]
-        paths.append(cache / hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16])
-    sizes = [read_manifest(path) for path in paths]
-    if None in sizes:
+    made_by = [digest(__file__), *map(features.version, ("pil", *features.get_supported_codecs()))]
+    entries = {}  # {key: file}
+    for name, file in zip(names, files, strict=True):
+        found = file.stat()  # a program can set the mtime, but not the ctime
+        about = [name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, made_by]
+        entries[short_hash(json.dumps(about))] = file
+    rows = read_cache(cache)
+    if not entries.keys() <= rows.keys():
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".lock"):  # a second run waits, then finds the cache
-            sizes = [read_manifest(path) for path in paths]
-            missing = [files[part] for part, found in zip(parts, sizes, strict=True) if found is None]
-            with tqdm(None, f"Decoding {folder}", sum(map(len, missing)), unit="image", disable=bars) as bar:
-                for number, part in enumerate(parts):
-                    if sizes[number] is None:
-                        sizes[number] = write_shard(paths[number], files[part], protocol, side, bar)
-            keep = {path.name for path in paths}
-            for old in [*cache.glob("*.u8"), *cache.glob("*.json")]:  # of images that have changed
-                if old.stem not in keep:
-                    old.unlink()
-    places = []
-    for number, found in enumerate(sizes):
-        starts = np.cumsum([0, *(3 * height * width for height, width in found[:-1])])
-        places.append(np.stack([np.full(len(found), number), starts], 1))
-    key = hashlib.sha256(" ".join([where, *(path.name for path in paths)]).encode()).hexdigest()
-    shards = [open(path.with_suffix(".u8"), "rb") for path in paths]  # another run may replace the files
-    return Images(names, torch.tensor(np.concatenate(sizes)), shards, np.concatenate(places), key, side)
+        with FileLock(cache / ".lock"), warnings.catch_warnings():  # a second run waits, then finds the cache
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
+            rows = build_cache(cache, entries, folder, protocol, bars, side)
+    rows = [rows[key] for key in entries]
+    shards = {shard: number for number, shard in enumerate(dict.fromkeys(row[0] for row in rows))}
+    places = np.array([(shards[shard], start) for shard, start, *_ in rows])
+    digests = np.array([list(bytes.fromhex(row[4])) for row in rows], np.uint8)
+    opened = [open(shard, "rb") for shard in shards]  # another run may replace the files
+    return Images(names, torch.tensor([row[2:4] for row in rows]), opened, places, digests, side)
 
 
-def read_manifest(path):
-    """[height, width] of each image in the shard at `path`, or None if it is not whole."""
+def read_cache(cache):
+    """{key: (shard, start, height, width, SHA-256)} of the images in folder `cache`."""
+    rows = {}
+    for path in cache.glob("*.json"):  # the manifest of a shard, written after its pixels
+        with suppress(OSError, ValueError, TypeError, AttributeError):  # of one that is damaged
+            check, manifest = json.loads(path.read_text())
+            size = sum(3 * height * width for _, height, width, _ in manifest.values())
+            shard = path.with_suffix(".u8")
+            if (check, size) == (short_hash(json.dumps(manifest)), shard.stat().st_size):
+                rows |= {key: (shard, *row) for key, row in manifest.items()}
+    return rows
+
+
+def build_cache(cache, entries, folder, protocol, bars, side):
+    """Decode the files of `entries`, {key: file}, that `cache` lacks, in parallel; what read_cache returns.
+
+    Raises UserError for images that can't be read, naming all; the others are kept.
+    """
+    rows, bad, notes = read_cache(cache), [], []
+    if len(rows) > 2 * len(entries) or len([*cache.glob("*.u8")]) > 64 + len(entries) / SHARD:
+        rows = {}  # most images are gone, or they are in many small shards
+    missing = [key for key in entries if key not in rows]
+    progress = {"desc": f"Decoding {folder}", "total": len(missing), "unit": "image", "disable": bars}
+    pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        sizes = json.loads(path.with_suffix(".json").read_text())
-        total = sum(3 * height * width for height, width in sizes if min(height, width) > 0)
-        return sizes if path.with_suffix(".u8").stat().st_size == total else None
-    except (OSError, ValueError, TypeError):
-        return None
+        for first in range(0, len(missing), SHARD):
+            part, manifest = missing[first : first + SHARD], {}
+            jobs = {key: pool.submit(decode, entries[key], protocol, side, notes.append) for key in part}
+            shard = cache / f"{short_hash(' '.join(part))}.u8"
+            with atomic(shard) as temporary, open(temporary, "wb") as file:
+                for key in tqdm(part, initial=first, **progress):
+                    try:
+                        image = jobs.pop(key).result()
+                    except UserError as error:
+                        bad.append(str(error))
+                        continue
+                    manifest[key] = file.tell(), *image.shape[:2], hashlib.sha256(image).hexdigest()
+                    file.write(image)
+            check = short_hash(json.dumps(manifest))
+            write_text(shard.with_suffix(".json"), json.dumps([check, manifest]))
+            rows |= {key: (shard, *row) for key, row in manifest.items()}
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for what in sorted(set(notes)):
+        say(f"{folder}: {notes.count(what)} images: {what}")
+    if bad:
+        raise UserError("; ".join(sorted(bad)[:10]) + f"; {len(bad)} in all" * (len(bad) > 10))
+    used = {rows[key][0] for key in entries}
+    for old in [*cache.glob("*.u8"), *cache.glob("*.json")]:
+        if old.with_suffix(".u8") not in used:
+            old.unlink()
+    if not bars:
+        print(f"{folder}: {len(entries)} images, {sum(map(os.path.getsize, used)) / 1e9:.2f} GB in {cache}")
+    return rows
 
 
-def write_shard(path, files, protocol, side, bar):
-    """Decode `files` in parallel into the shard at `path`; [height, width] of each."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
-        sizes = []
-        try:
-            with atomic(path.with_suffix(".u8")) as temporary, open(temporary, "wb") as file:
-                for image in pool.map(decode, files, repeat(protocol), repeat(side)):
-                    file.write(np.ascontiguousarray(image))
-                    sizes.append(list(image.shape[:2]))
-                    bar.update()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    write_text(path.with_suffix(".json"), json.dumps(sizes))
-    return sizes
+def short_hash(text):
+    """The first 16 hexadecimal digits of the SHA-256 of `text`."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sample_tiles(split, side=RESIZE):
@@ -315,7 +396,7 @@ def sample_tiles(split, side=RESIZE):
     folder = Path(skimage.__file__).parent / "data"
     tiles, names = [], []
     for name in SAMPLE[split]:
-        photo = read_image(folder / name)
+        photo = read_image(folder / name, note=str)  # says nothing
         short = min(photo.size)
         for scale in sorted({short, short // 2, short // 4, side}, reverse=True):
             if scale < side:
@@ -333,8 +414,8 @@ def squares(pixels, names):
     """Images in memory: pixels, a uint8 array (N, side, side, 3), and their names."""
     count, side = pixels.shape[:2]
     places = np.stack([np.zeros(count, np.int64), np.arange(count) * 3 * side**2], 1)
-    key = hashlib.sha256(pixels).hexdigest()
-    return Images(names, torch.full((count, 2), side), [pixels.reshape(-1)], places, key, side)
+    digests = np.array([list(hashlib.sha256(image).digest()) for image in pixels], np.uint8)
+    return Images(names, torch.full((count, 2), side), [pixels.reshape(-1)], places, digests, side)
 
 
 def even_steps(length, side):

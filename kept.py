@@ -1,6 +1,5 @@
 """Features of seeded crops, encoded once and kept on disk, for layers whose features are small."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -13,7 +12,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from data import crops, epoch_plan
+from data import crops, epoch_plan, short_hash
 from encoders import weights_key
 from utils import UserError, atomic, leftovers, user_cache
 
@@ -50,15 +49,13 @@ def keep_crops(images, inverter, config, cache=None, bars=None):
     Says beforehand, on stderr, how much it writes and how long that takes. Raises UserError where the disk is
     too small or a feature too large for float16.
     """
-    count = config["kept_crops"]
-    size = config["crop"]
+    count, size = config["kept_crops"], config["crop"]
     places = [places_by_image(images, config["seed"], number, size) for number in range(count)]
     shape = (count, len(images), *inverter.shape_at(size))
     about = {name: config[name] for name in ("encoder", "layer", "protocol", "seed", "crop", "amp")}
     about |= {"images": images.key, "shape": shape, "weights": weights_key(inverter.encoder)}
     about |= {"dtype": np.dtype(DTYPE).name, "device": inverter.device.type}
-    name = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    path = user_cache(cache) / f"{name}.features"
+    path = user_cache(cache) / f"{short_hash(json.dumps(about, sort_keys=True))}.features"
     size_on_disk = math.prod(shape) * np.dtype(DTYPE).itemsize
     if not is_whole(path, size_on_disk):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,7 @@ def picture_files(paths):
         if path.is_dir():
             found = [file for file in data.image_files(path) if not mark_of(file).startswith(MADE_BY)]
             if not found:
-                kinds = " ".join(sorted(data.EXTENSIONS))
-                raise UserError(f"--images {path}: no images of yours in this folder ({kinds})")
+                raise UserError(f"--images {path}: no images of yours in this folder that Pillow reads")
             files += found
         elif path.exists():
             data.check_name(path)

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -211,6 +212,14 @@ def test_key_of_kept_crops(photos, own_photos, tmp_path):
     parts = parts_of(own_photos, *flags)
     keep_crops(parts.train, parts.inverter, parts.config, tmp_path, True)
     assert len(list(tmp_path.glob("*.features"))) == number + 1
+
+
+def test_kept_crops_are_those_of_a_copied_folder_too(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "copy", copy_function=shutil.copyfile)
+    for folder in (photos, tmp_path / "copy"):
+        parts = parts_of(folder, "--encoder", "alexnet", "--layer", "conv3", "--crop", 96, "--kept-crops", 1)
+        keep_crops(parts.train, parts.inverter, parts.config, tmp_path, True)
+    assert len(list(tmp_path.glob("*.features"))) == 1
 
 
 def test_kept_crops_are_those_of_the_epochs_and_come_again(photos, tmp_path):
