@@ -63,8 +63,7 @@ def draw_inversions(axis, folder):
     ends = {"decoder": ("", "start"), "optimised from there": ("", "inversion")}
     ends["optimised from noise"] = ("noise_", "inversion")
     for number, (label, (prefix, end)) in enumerate(ends.items()):
-        files = [folder / f"{prefix}{layer}" / "inversion.json" for layer in INVERTED]
-        found = [read_result(there(file)) for file in files]
+        found = [read_result(there(folder / f"{prefix}{layer}" / "inversion.json")) for layer in INVERTED]
         values = [content["metrics"][end]["psnr"]["mean"] for content in found]
         places = [place + 0.27 * (number - 1) for place in range(len(INVERTED))]
         axis.bar(places, values, 0.27, label=label)
@@ -101,9 +100,8 @@ def main():
     add("runs", nargs="?", type=Path, default=REPOSITORY / "runs" / "evidence", help="of evidence.sh")
     add("out", nargs="?", type=Path, default=REPOSITORY / "docs", help="folder for the figures")
     args = parser.parse_args()
-    with open(
-        there(args.runs / "published" / "seed42" / "history.csv"), encoding="utf-8", newline=""
-    ) as file:
+    history = there(args.runs / "published" / "seed42" / "history.csv")
+    with open(history, encoding="utf-8", newline="") as file:
         draw_published(list(csv.DictReader(file)), args.out / "published.png")
     draw_answers(args.runs, args.out / "answers.png")
     print(f"published.png and answers.png in {args.out}")
