@@ -1,6 +1,5 @@
 """What needs no features: images as one colour, or as a few pixels. A decoder below that has failed."""
 
-import json
 from functools import partial
 
 import numpy as np
@@ -11,7 +10,7 @@ from tqdm import tqdm
 import data
 from metrics import LPIPS, measure, summary, summary_table, target
 from study import DOCUMENTED, IMAGE_SIZE, METRICS
-from utils import make_folder, refuse_other_results, write_csv, write_text
+from utils import make_folder, refuse_other_results, write_csv, write_result
 
 
 def constant_colour(targets, mean):
@@ -85,6 +84,6 @@ def write_baselines(source, out, protocol, device, batch_size=4, cache=None, bar
         folder = make_folder(out / "baselines" / name.replace(" × ", "x").replace(" ", "_"))
         rows = zip(images.names, *(values[metric].tolist() for metric in METRICS), strict=True)
         write_csv(folder / "per_image.csv", ("image", *METRICS), rows)
-        write_text(folder / "metrics.json", json.dumps(summaries[name] | about, indent=2))
-    write_text(path, json.dumps(about | {"baselines": summaries}, indent=2))
+        write_result(folder / "metrics.json", summaries[name] | about)
+    write_result(path, about | {"baselines": summaries})
     print(f"results in {path}")

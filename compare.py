@@ -1,7 +1,6 @@
 """Whether one run is better than another: paired differences over the same test images, with intervals."""
 
 import csv
-import json
 import math
 import operator
 from pathlib import Path
@@ -9,13 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import bootstrap
+from scipy.special import stdtrit
 
 from pictures import drawable, save_figure
 from study import METRICS
-from utils import UNREADABLE, UserError, make_folder, same_data, seed_folders, write_csv
+from utils import UNREADABLE, UserError, make_folder, read_result, same_data, seed_folders, write_csv
 
-RESAMPLES = 9999
+ALL = "over images and seeds"  # the interval that a difference can be told by
 SAME = ("data", "protocol", "images", "size")  # of two runs, or their difference says nothing
 
 
@@ -43,13 +42,11 @@ def compare(folders, out):
             a, b = first.values[metric], run.values[metric]
             row = {"run": run.name, "against": first.name, "metric": metric, "seeds": f"{len(b)}, {len(a)}"}
             rows.append(row | difference(a, b, METRICS[metric].endswith("↓")))
-    out = make_folder(out)
-    table = out / "compare.csv"
-    figure = out / "compare.png"
+    table = make_folder(out) / "compare.csv"
     write_csv(table, list(rows[0]), [row.values() for row in rows])
-    draw(rows, figure)
+    draw(rows, table.with_suffix(".png"))
     print_table(rows)
-    print(f"{table} and {figure.name}")
+    print(f"{table} and compare.png")
 
 
 def read_runs(folder):
@@ -64,13 +61,12 @@ def read_runs(folder):
 def read_run(folder):
     """The Measured of one evaluation, of one seed. Raises UserError for a folder that holds none."""
     try:
-        about = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        found = read_result(folder / "metrics.json")
         with open(folder / "per_image.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         values = {name: np.array([[float(row[name]) for row in rows]]) for name in METRICS}
-        return Measured(
-            str(folder), {key: about[key] for key in SAME}, [row["image"] for row in rows], values
-        )
+        about = {key: found[key] for key in SAME}
+        return Measured(str(folder), about, [row["image"] for row in rows], values)
     except FileNotFoundError as error:
         raise UserError(
             f"--compare {folder}: has no {Path(error.filename).name}; evaluate it first"
@@ -96,54 +92,46 @@ def refuse_other_images(a, b):
 def difference(a, b, lower):
     """b − a over images, (seeds, images) each: mean, 95 % interval, and the share of images that b won.
 
-    The interval is a bootstrap over the images, and over the seeds of each where there are several. lower:
-    what is lower is better.
+    The variance of the mean is that of the images, paired, and of the seeds on either side; the interval is
+    Student's t, its degrees of freedom by Welch and Satterthwaite. lower: what is lower is better.
     """
-    drawn = [np.arange(count) for count in (len(a), len(b), a.shape[1])]  # seeds of each, images
-    several = [number for number, sample in enumerate(drawn) if len(sample) > 1]
-
-    def statistic(*chosen):
-        where = dict(zip(several, chosen, strict=True))
-        seeds_a, seeds_b, images = (where.get(number, sample) for number, sample in enumerate(drawn))
-        return b[np.ix_(seeds_b, images)].mean() - a[np.ix_(seeds_a, images)].mean()
-
-    low = high = math.nan  # of one image and one seed
-    if several:
-        found = bootstrap(
-            [drawn[number] for number in several],
-            statistic,
-            n_resamples=RESAMPLES,
-            vectorized=False,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        )
-        low, high = found.confidence_interval
     by_image = b.mean(0) - a.mean(0)
-    won = by_image < 0 if lower else by_image > 0
-    return {"difference": by_image.mean(), "low": low, "high": high, "won": won.mean()}
+    mean, images = by_image.mean(), len(by_image)
+    several = [side for side in (a, b) if len(side) > 1]
+    interval = ("over images alone", "over images and one side's seeds", ALL)[len(several)]
+    parts = [(by_image.var(ddof=1) / images, images - 1) if images > 1 else (math.nan, 1)]  # (variance, df)
+    for side in several:  # the only side with several seeds stands for both
+        share = 1 / len(side) if len(several) == 2 else 1 / len(a) + 1 / len(b)
+        parts.append((side.mean(1).var(ddof=1) * share, len(side) - 1))
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / (sum(part**2 / count for part, count in parts) or 1)
+    half = stdtrit(max(freedom, 1), 0.975) * math.sqrt(variance)
+    won = (by_image < 0 if lower else by_image > 0).mean()
+    return {"difference": mean, "low": mean - half, "high": mean + half, "won": won, "interval": interval}
 
 
 def print_table(rows):
-    """For the screen; differences whose interval has no 0 in it are marked."""
+    """For the screen; differences whose interval, over images and seeds, has no 0 in it are marked."""
     print(f"against {rows[0]['against']}; 95 % intervals, * where 0 lies outside; share of images won")
     longest = max(len(row["run"]) for row in rows)
     for row in rows:
-        sure = "*" if row["low"] > 0 or row["high"] < 0 else " "
+        sure = "*" if row["interval"] == ALL and (row["low"] > 0 or row["high"] < 0) else " "
+        between = f"[{row['low']:+.4f}, {row['high']:+.4f}]".replace("+nan", "–")
         print(
             f"{row['run']:<{longest}}  {METRICS[row['metric']]:<12}{row['difference']:>+10.4f}{sure} "
-            f"[{row['low']:+.4f}, {row['high']:+.4f}]  {row['won']:>4.0%}"
+            f"{between}  {row['won']:>4.0%}  {row['interval']}"
         )
 
 
 def draw(rows, path):
     """Differences and their intervals, a panel a metric."""
-    names = list(dict.fromkeys(row["run"] for row in rows))
+    names = list(dict.fromkeys(f"{row['run']}\n{row['interval']}" for row in rows))
     figure = Figure(figsize=(12, 1.2 + 0.5 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(METRICS), sharey=True)
     for axis, (metric, label) in zip(panels, METRICS.items(), strict=True):
         for place, row in enumerate(row for row in rows if row["metric"] == metric):
-            spread = [[row["difference"] - row["low"]], [row["high"] - row["difference"]]]
-            axis.errorbar(row["difference"], place, xerr=np.abs(spread), fmt="o", color="black", capsize=3)
+            half = row["high"] - row["difference"]
+            axis.errorbar(row["difference"], place, xerr=half, fmt="o", color="black", capsize=3)
         axis.axvline(0, color="grey", linewidth=1)
         axis.set(xlabel=f"difference of {label}", yticks=range(len(names)))
         axis.set_yticklabels(map(drawable, names))

@@ -21,7 +21,6 @@ from utils import run
 if __name__ == "__main__":
     ARGS = run(lambda: parse_evaluate(doc=__doc__))  # before torch is imported: --help answers at once
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +31,7 @@ from tqdm import tqdm
 
 import data
 from baselines import write_baselines
+from compare import compare
 from metrics import (
     LPIPS,
     feature_error,
@@ -56,6 +56,7 @@ from tracker import add_test_metrics
 from utils import (
     RESULTS,
     UserError,
+    digest,
     disable_bars,
     evenly_spaced,
     keep_freed_memory,
@@ -65,7 +66,7 @@ from utils import (
     start_processes,
     timed,
     write_csv,
-    write_text,
+    write_result,
 )
 
 SSIM_WAITS = 16  # batches at most whose SSIM a GPU does not wait for
@@ -86,8 +87,6 @@ def evaluate(args):
         write_report(args.report)
         return
     if args.compare:
-        from compare import compare  # here, because SciPy's statistics take a second
-
         compare(args.compare, args.out or "runs")
         return
     keep_freed_memory()
@@ -98,6 +97,7 @@ def evaluate(args):
             source, out = data.resolve(args.data), Path(args.out or "runs")
             write_baselines(source, out, PROTOCOLS[args.protocol], device, args.batch_size, args.cache, bars)
         return
+    sha256 = digest(args.ckpt)  # first: a training may replace it meanwhile
     inverter, checkpoint = load_inverter(args.ckpt)
     inverter.to(device)
     config = checkpoint["config"]
@@ -117,12 +117,14 @@ def evaluate(args):
     if args.iterations:
         out = out / f"iterations-{args.iterations}"
     out = Path(args.out or out)
-    about = {"data": source, "config": config}
-    divisor = scale = None
+    about = {"data": source, "config": config, "ckpt_sha256": sha256}
+    scale = None
     if iterations_of(inverter):
         about["iterations"] = iterations_of(inverter)
         divisor, scale = feature_scale(inverter.encoder, images)
     refuse_other_results(out, RESULTS, about)
+    if scale:
+        about[divisor] = scale
     if len(images) < world:
         raise UserError(f"{source}: {len(images)} test images for {world} processes; start no more than that")
     if rank == 0:
@@ -132,8 +134,9 @@ def evaluate(args):
     if world > 1:
         found = gather(found)
     if rank == 0:
-        rest = checkpoint, source, time_inference(inverter, images), {divisor: scale}, out
-        write_evaluation(found, images.names, inverter, *rest)
+        about["ckpt"] = args.ckpt
+        milliseconds = time_inference(inverter, images)
+        write_evaluation(found, images.names, inverter, checkpoint, about, milliseconds, out)
 
 
 def iterations_of(inverter):
@@ -229,19 +232,19 @@ def joined(parts):
 # --- What it writes --------------------------------------------------------------------------------------
 
 
-def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, scale, out):
+def write_evaluation(found, names, inverter, checkpoint, about, milliseconds, out):
     """Print the table of a measured checkpoint and write its files to the folder `out`.
 
-    found: the Evaluation of the test images of `source`, whose names are given. scale: {name: number}.
+    found: the Evaluation of the test images, whose names are given; about: what metrics.json also says.
     """
     config = checkpoint["config"]
     protocol = PROTOCOLS[config["protocol"]]
     values = found.values
     metrics = {name: summary(values[name]) for name in METRICS}
-    about = {"images": len(names), "inference_ms": milliseconds, "data": source}
+    about = about | {"images": len(names), "inference_ms": milliseconds}
     about |= {name: config[name] for name in ("protocol", "weights")}
     about |= {"parameters": count_parameters(inverter.decoder), "epoch": checkpoint["epoch"]}
-    about |= {"shape": list(inverter.shape), "size": inverter.size, "config": config}
+    about |= {"shape": list(inverter.shape), "size": inverter.size}
     label = "target, as measured" if protocol.normalized_target else "original"
     (out / "metrics.json").unlink(missing_ok=True)
     rows = zip(names, *(values[name].tolist() for name in METRICS), strict=True)
@@ -251,15 +254,14 @@ def write_evaluation(found, names, inverter, checkpoint, source, milliseconds, s
     write_samples(found.pictures, out / "reconstructions.zip")
     if found.iterates:
         draw_iterations(found.iterates, out / "iterations.png", inverter.core.in_a_round)
-        about |= {"iterations": len(found.iterates) - 1} | scale
         about["iterates"] = [{name: summary(after[name]) for name in FIGURES} for after in found.iterates]
     # last: where it is, the others are
-    write_text(out / "metrics.json", json.dumps(metrics | about, indent=2))
+    write_result(out / "metrics.json", metrics | about)
     add_test_metrics(out, checkpoint["epoch"], {name: metrics[name]["mean"] for name in METRICS})
 
     print(
         f"{config['encoder']} {config['layer']} ({config['weights']} weights) + {config['decoder']}, "
-        f"epoch {checkpoint['epoch']}, protocol {protocol.name}; {len(names)} test images of {source}"
+        f"epoch {checkpoint['epoch']}, protocol {protocol.name}; {len(names)} test images of {about['data']}"
     )
     print(summary_table(metrics))
     for number, after in enumerate(found.iterates):

@@ -28,10 +28,16 @@ print(Path(min(sys.argv[1:], key=loss)).name)
 END
 }
 
+current() { # RESULT CHECKPOINT: whether the result is there, and of this checkpoint, if both are there to tell
+  [[ -f $1 ]] || return 1
+  if [[ ! -f $2 ]] || ! grep -q ckpt_sha256 "$1"; then return 0; fi
+  grep -q "$(sha256sum < "$2" | cut -c -64)" "$1"
+}
+
 measured() { # GROUP/NAME: whether it is with every seed
   local seed
   for seed in $seeds; do
-    if [[ ! -f $root/$1/seed$seed/metrics.json ]]; then return 1; fi
+    if ! current "$root/$1/seed$seed"/{metrics.json,best.pt}; then return 1; fi
   done
 }
 
@@ -51,7 +57,7 @@ train() {
   fi
   for seed in $seeds; do
     run=$root/$name/seed$seed
-    if [[ -f $run/metrics.json ]]; then continue; fi
+    if current "$run"/{metrics.json,best.pt}; then continue; fi
     if [[ $seed == "$first" && -d $tried/$rate && ! -d $run ]]; then
       rm -rf "$run.part" # what was interrupted
       mkdir -p "$root/$name"
@@ -143,8 +149,8 @@ on() { # DATA RUN…: evaluates the runs on the test images of DATA, too
   local data=$1 run
   shift
   for run; do
-    if [[ -f $root/$run/$data/metrics.json ]]; then continue; fi
-    rm -rf "${root:?}/$run/$data" # what was interrupted
+    if current "$root/$run/"{"$data/metrics.json",seed42/best.pt}; then continue; fi
+    rm -rf "${root:?}/$run/$data" # what was interrupted, or is of an earlier best.pt
     python evaluate.py --ckpt "$root/$run/seed42/best.pt" --data "$data" --out "$root/$run/$data"
   done
 }
@@ -246,9 +252,9 @@ published() { # the study's own recipe, by our reading of its code, one seed
 }
 
 invert() { # NAME FLAGS…: pixels whose features are those of four test images, if that is not done
-  local out=$root/inversion/$1
+  local out=$root/inversion/$1 ckpt=pretrained/$1.pt # none of that name is there for noise
   shift
-  if [[ -f $out/inversion.json ]]; then return; fi
+  if current "$out/inversion.json" "$ckpt"; then return; fi
   rm -rf "$out" # what was interrupted
   python invert.py --data natural --count 4 --steps 150 --out "$out" "$@"
 }

@@ -17,7 +17,6 @@ from utils import run
 if __name__ == "__main__":
     ARGS = run(lambda: parse_invert(doc=__doc__))  # before torch is imported, so that --help answers at once
 
-import json
 import math
 import re
 import time
@@ -40,15 +39,17 @@ from utils import (
     INVERSION,
     UNREADABLE,
     UserError,
+    digest,
     disable_bars,
     evenly_spaced,
     keep_freed_memory,
     make_folder,
+    read_result,
     refuse_other_results,
     select_device,
     start_processes,
     write_csv,
-    write_text,
+    write_result,
 )
 
 REDUCTIONS = (1, 2, 8, 32)  # of an image's height and width, from level to level
@@ -117,6 +118,7 @@ def from_noise(args):
 
 def from_checkpoint(args, device):
     """(encoder, what decodes its features, what the results are of, folder for them) of --ckpt."""
+    of = {"ckpt": args.ckpt, "ckpt_sha256": digest(args.ckpt)}  # first: a training may replace it
     inverter, checkpoint = load_inverter(args.ckpt)
     inverter.to(device)
     config = checkpoint["config"]
@@ -128,8 +130,8 @@ def from_checkpoint(args, device):
     if not source:
         source, out = data.of_checkpoint(args.data, config["data"], args.ckpt)
     about = {name: config[name] for name in ("encoder", "layer", "weights")}
-    about |= {"start": config["decoder"], "data": source, "ckpt": args.ckpt}
-    return inverter.encoder, inverter.decode, about, out
+    about |= {"start": config["decoder"], "data": source}
+    return inverter.encoder, inverter.decode, about | of, out
 
 
 # --- The optimisation ------------------------------------------------------------------------------------
@@ -266,7 +268,7 @@ def read_course(folder):
     """(label, {"step", "seconds", "psnr"}) of the inversion whose results are in `folder`."""
     file = Path(folder, "inversion.json")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_result(file)
         return f"{content['encoder']} {content['layer']} from {content['start']}", content["course"]
     except FileNotFoundError:
         raise UserError(f"--course {folder}: has no {file.name}; python invert.py writes one") from None
@@ -306,7 +308,7 @@ def write_inversion(pictures, values, names, about, out):
             rows[label].append((to_picture(pictures[kind][i]), f"{values[kind]['psnr'][i]:.2f} dB"))
     draw_grid(rows, out / "inversion.png")
     means = {kind: {name: summary(values[kind][name]) for name in FIGURES} for kind in values}
-    write_text(out / "inversion.json", json.dumps(about | {"metrics": means}, indent=2))
+    write_result(out / "inversion.json", about | {"metrics": means})
 
 
 if __name__ == "__main__":

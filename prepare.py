@@ -97,12 +97,13 @@ def measure_features(inverter, images, config):
     features = torch.cat(features).float()
     if isinstance(inverter.decoder, Fused):
         sources = features.split(inverter.decoder.channels, 1)
-        inverter.decoder.deviation.copy_(torch.stack([source.std() for source in sources]))
+        deviation = torch.stack([source.std() for source in sources])
+        inverter.decoder.deviation.copy_(deviation.clamp_min(0.01 * deviation.mean()).clamp_min(1e-12))
         features = inverter.decoder.fuse(features)
         if not hasattr(inverter.core, "deviation"):
             return
     deviation, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)
-    smallest = 0.01 * deviation.mean()  # of channels that are hardly ever on
+    smallest = (0.01 * deviation.mean()).clamp_min(1e-12)  # of channels that are hardly ever on
     inverter.core.mean.copy_(mean[0])
     inverter.core.deviation.copy_(deviation[0].clamp_min(smallest))
 

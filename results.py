@@ -19,13 +19,9 @@ from study import (
     PUBLISHED,
     Published,
 )
-from utils import UNREADABLE, same_data, seed_folders, seeds_of
+from utils import UNREADABLE, UserError, read_result, same_data, seed_folders, seeds_of
 
 CONFIGS = Path(__file__).with_name("configs")
-
-
-class Damaged(Exception):
-    """A run's metrics.json cannot be read; the message says why, and what to do."""
 
 
 def result_rows(runs):
@@ -58,14 +54,13 @@ def result_rows(runs):
                 if more:
                     row = over_seeds(seeds)
                 if name in PUBLISHED and experiment != name:
-                    difference = other_than(results["config"], experiments[name])
-                    row["note"] = joined(difference, row["note"])
+                    row["note"] = joined(other_than(results["config"], experiments[name]), row["note"])
                 if folder.parent == runs / name:
                     row["note"] = joined(row["note"], *seeds_that_are_missing(runs / name))
             else:
                 row["note"] = not_measured(folder)
-        except Damaged as error:
-            row["note"] = str(error)
+        except UserError as error:
+            row["note"] = str(error).removeprefix(f"{runs}/")
         rows.append({"experiment": name} | published(experiment) | row)
     baselines = baseline_rows(runs)
     note_below(rows, baselines)
@@ -89,15 +84,15 @@ def seeds_that_are_missing(run):
 
 
 def refuse_another(results, others, folder):
-    """Raise Damaged where metrics.json in `folder` is not that of another seed of the same."""
+    """Raise UserError where metrics.json in `folder` is not that of another seed of the same."""
     for name in results["config"]:
         a, b = (found["config"].get(name) for found in (results, others))
         if a != b and name not in ("seed", *MAY_DIFFER):
-            raise Damaged(f"{folder.name}: {name} is {b}, of another seed {a}")
+            raise UserError(f"{folder.name}: {name} is {b}, of another seed {a}")
     for name, same in (("data", same_data), ("protocol", operator.eq), ("iterations", operator.eq)):
         a, b = results.get(name), others.get(name)  # of the test images
         if not same(a, b):
-            raise Damaged(f"{folder.name}: {name} is {b}, of another seed {a}")
+            raise UserError(f"{folder.name}: {name} is {b}, of another seed {a}")
 
 
 def over_seeds(rows):
@@ -128,10 +123,7 @@ def defining(config):
 
 def experiment_of(config, experiments):
     """The name of the experiment that has this configuration, or None."""
-    for name, wanted in experiments.items():
-        if defining(config) == wanted:
-            return name
-    return None
+    return next((name for name, wanted in experiments.items() if defining(config) == wanted), None)
 
 
 def other_than(config, wanted):
@@ -147,9 +139,9 @@ def published(experiment):
 
 
 def read_results(folder):
-    """The content of metrics.json in `folder`, whose numbers are finite. Raises Damaged."""
+    """The content of metrics.json in `folder`, whose numbers are finite. Raises UserError."""
     try:
-        results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        results = read_result(folder / "metrics.json")
         numbers = [results[name][kind] for name in METRICS for kind in ("mean", "std")]
         numbers += [results[name] for name in ("parameters", "inference_ms", "epoch", "size")]
         numbers += results["shape"]
@@ -161,7 +153,7 @@ def read_results(folder):
         defining(results["config"])
         return results
     except UNREADABLE as error:
-        raise Damaged(f"metrics.json is not that of evaluate.py ({error!r}); evaluate again") from None
+        raise UserError(f"metrics.json is not that of evaluate.py ({error!r}); evaluate again") from None
 
 
 def measured(results, folder):
@@ -224,7 +216,7 @@ def inversion(folder, results):
     if not (folder / "inversion.json").exists():
         return ""
     try:
-        found = json.loads((folder / "inversion.json").read_text(encoding="utf-8"))
+        found = read_result(folder / "inversion.json")
         config = results["config"]
         same = {name: config[name] for name in ("encoder", "layer", "weights")}
         same |= {"start": config["decoder"], "data": results["data"]}
@@ -232,6 +224,8 @@ def inversion(folder, results):
             return ""
         start, end = (found["metrics"][kind]["psnr"]["mean"] for kind in ("start", "inversion"))
         return f"inverted: {end:.2f} dB from {start:.2f} ({found['images']} images)"
+    except UserError as error:
+        return str(error).removeprefix(f"{folder}/")
     except UNREADABLE as error:
         return f"inversion.json is not that of invert.py ({error!r}); invert again"
 

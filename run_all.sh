@@ -55,6 +55,12 @@ if [[ -t 2 ]]; then # below, standard error is a pipe
   evaluation+=(--bars)
 fi
 
+current() { # RESULT CHECKPOINT: whether the result is there, and of this checkpoint, if both are there to tell
+  [[ -f $1 ]] || return 1
+  if [[ ! -f $2 ]] || ! grep -q ckpt_sha256 "$1"; then return 0; fi
+  grep -q "$(sha256sum < "$2" | cut -c -64)" "$1"
+}
+
 names=() todo=()
 for config in "${configs[@]}"; do
   name=$(basename "$config" .yaml)
@@ -70,7 +76,7 @@ for config in "${configs[@]}"; do
   for seed in ${SEEDS:-""}; do
     run=$name${seed:+/seed$seed}
     names+=("$run")
-    if [[ -f $runs/$run/metrics.json ]]; then
+    if current "$runs/$run"/{metrics.json,best.pt}; then
       echo "=== $run: done (rm -r $runs/$run, or another RUNS, to do it again)"
     else
       todo+=("$run")

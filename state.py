@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from encoders import weights_key
 from metrics import Meter
 from tracker import EVENTS
-from utils import INVERSION, RESULTS, UserError, leftovers, load, make_folder, out_of_memory, save
+from utils import UserError, leftovers, load, make_folder, out_of_memory, results_of, save
 
 FILES = ("best.pt", "last.pt", "config.yaml", "history.csv", "curves.png")
 
@@ -119,8 +119,8 @@ def claim(out, resume, overwrite):
         raise UserError(
             f"--out {out}: holds best.pt but no last.pt to go on from; --overwrite, or another --out"
         )
-    others = [name for name in FILES + RESULTS + INVERSION if (out / name).exists()]
-    others += [path.name for path in out.glob(EVENTS)]
+    files = (*(out / name for name in FILES), *results_of(out), *out.glob(EVENTS))
+    others = [str(path.relative_to(out)) for path in files if path.exists()]
     if others and not best and not last and not overwrite:
         raise UserError(
             f"--out {out}: holds {others[0]} of no run; choose another --out, or --overwrite replaces it"
@@ -133,7 +133,6 @@ def claim(out, resume, overwrite):
 
 def remove_what_will_not_be_true(out, resumed):
     """Remove the results of a run that goes on, and with it the files of one that is replaced."""
-    names = RESULTS + INVERSION if resumed else FILES + RESULTS + INVERSION
-    events = [] if resumed else out.glob(EVENTS)
-    for path in (*(out / name for name in names), *events):
+    files = [out / name for name in FILES if not resumed]
+    for path in (*files, *results_of(out), *out.glob(f"{EVENTS}.test" if resumed else EVENTS)):
         path.unlink(missing_ok=True)

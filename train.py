@@ -257,7 +257,7 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars, compu
             if config["freeze_bn"] and done >= config["freeze_bn"]:
                 freeze_batch_norm(state.decoder)
             terms = train_step(model, batch, features, loss, state.optimizer, config["clip_grad"], compute)
-            if config["schedule"] == "onecycle":
+            if config["schedule"] == "onecycle" and state.step + 1 < steps:  # else `end_epoch` does it
                 state.scheduler.step()
             state.meter.add(terms)
             losses.append(terms["loss"].mean())
@@ -326,7 +326,7 @@ def validate(inverter, images, numbers, loss, known, world, signals, bars):
 def end_epoch(state, trained, validated, val_seconds, images):
     """Count the epoch in `state`; its row of the history, and whether its validation loss is the lowest.
 
-    Steps the plateau's schedule, and restarts what counts an epoch. trained, validated: averages of the
+    Steps the schedule, and restarts what counts an epoch. trained, validated: averages of the
     loss's terms. images: their number in the epoch's training. Raises UserError for a validation loss that is
     not finite.
     """
@@ -342,6 +342,8 @@ def end_epoch(state, trained, validated, val_seconds, images):
     }
     if isinstance(state.scheduler, ReduceLROnPlateau):
         state.scheduler.step(validated["loss"])
+    else:
+        state.scheduler.step()
     state.history.append(row)
     state.epoch += 1
     state.step = 0

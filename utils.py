@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 
@@ -169,25 +169,60 @@ def seed_folders(run):
     return [path for path in seeds if (path / "metrics.json").exists()] or (seeds or [run])[:1]
 
 
+def write_result(path, content):
+    """Write a result, a dictionary, to the JSON file at `path`; its `ckpt` is told as it lies from there."""
+    if "ckpt" in content:
+        ckpt = Path(content["ckpt"])
+        place = os.path.relpath(ckpt.parent.resolve() / ckpt.name, path.parent.resolve())
+        content = content | {"ckpt": place}
+    write_text(path, json.dumps(content, indent=2))
+
+
+def read_result(path):
+    """The content of the result at `path`. Raises UserError if its checkpoint is there, and another now."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    ckpt = path.parent / content["ckpt"] if "ckpt_sha256" in content else None  # older results have none
+    if ckpt and ckpt.is_file() and digest(ckpt) != content["ckpt_sha256"]:
+        again = "invert" if path.name in INVERSION else "evaluate"
+        raise UserError(f"{path} is of an earlier {ckpt.name}; {again} again")
+    return content
+
+
+def results_of(run):
+    """The files of results in the folder `run`, and in folders there of those that are of its best.pt."""
+    found = [run / name for name in RESULTS + INVERSION]
+    for files in (RESULTS, INVERSION):
+        for path in (*run.glob(f"*/{files[0]}"), *run.glob(f"*/*/{files[0]}")):
+            with suppress(*UNREADABLE):
+                ckpt = json.loads(path.read_text(encoding="utf-8"))["ckpt"]
+                if (path.parent / ckpt).resolve() == (run / "best.pt").resolve():
+                    found += [path.with_name(name) for name in files]
+    return found
+
+
 def refuse_other_results(out, files, about):
-    """Raise UserError if the folder `out` holds one of `files` that is not a result of what `about` says.
+    """Raise UserError if the folder `out` holds the results, or the best.pt, of other than `about` says.
 
     files: RESULTS, INVERSION or that of the baselines, of which the first, a JSON file, has the keys and
-    values of `about`, a dictionary; its `data` may have another name for the same folder.
+    values of `about`, a dictionary; its `data` and `ckpt` may have another name for the same.
     """
+    best = out / "best.pt"
+    if "ckpt_sha256" in about and best.exists() and digest(best) != about["ckpt_sha256"]:
+        raise UserError(f"{best}: is another than --ckpt, or newer by now; give another --out")
     found = [name for name in files if (out / name).exists()]
     if not found:
         return
     advice = "give another --out, or remove it"
     if found[0] != files[0]:
-        if (out / "best.pt").exists():  # an evaluation of it was interrupted
+        if best.exists():  # an evaluation of it was interrupted
             return
         raise UserError(f"{out / found[0]}: no finished evaluation wrote it; {advice}")
     try:
         content = json.loads((out / files[0]).read_text(encoding="utf-8"))
-        other = [key for key, value in about.items() if content.get(key) != value]
-        if "data" in other and same_data(content.get("data"), about["data"]):
-            other.remove("data")
+        other = [key for key in about if key != "ckpt_sha256" and content.get(key) != about[key]]
+        for key, place in (("data", content.get("data")), ("ckpt", out / content.get("ckpt", ""))):
+            if key in other and same_data(place, about[key]):
+                other.remove(key)
     except OSError:  # which names the file
         raise
     except UNREADABLE:

@@ -2,7 +2,7 @@
 
 import argparse
 import csv
-import json
+import math
 import sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from compare import read_runs
 from pictures import save_figure
-from utils import UserError, run
+from utils import UserError, read_result, run
 
 # The last two epochs of the study's public log, of its best model (docs/erratum.md).
 LOG = {
@@ -29,9 +29,10 @@ PHOTOGRAPHS = (100, 400, 800, 3853)
 INVERTED = [*(f"vgg16_block{n}" for n in range(1, 6)), *(f"alexnet_conv{n}" for n in (1, 3, 5))]
 
 
-def refuse_missing(path):
+def there(path):
     if not path.exists():
         raise UserError(f"{path}: is not there; bash evidence.sh makes it")
+    return path
 
 
 def draw_published(history, path):
@@ -50,10 +51,8 @@ def draw_published(history, path):
 
 def draw_points(axis, folder, runs, label):
     """PSNR, with its deviation over seeds, of {place on the axis: run}."""
-    for name in runs.values():
-        refuse_missing(folder / name)
-    values = [read_runs(folder / name).values["psnr"].mean(1) for name in runs.values()]  # (seeds,) each
-    deviation = [value.std(ddof=1) if len(value) > 1 else 0 for value in values]
+    values = [read_runs(there(folder / name)).values["psnr"].mean(1) for name in runs.values()]  # (seeds,)
+    deviation = [value.std(ddof=1) if len(value) > 1 else math.nan for value in values]
     axis.errorbar(
         list(runs), [value.mean() for value in values], yerr=deviation, marker="o", capsize=3, label=label
     )
@@ -64,10 +63,7 @@ def draw_inversions(axis, folder):
     ends = {"decoder": ("", "start"), "optimised from there": ("", "inversion")}
     ends["optimised from noise"] = ("noise_", "inversion")
     for number, (label, (prefix, end)) in enumerate(ends.items()):
-        files = [folder / f"{prefix}{layer}" / "inversion.json" for layer in INVERTED]
-        for file in files:
-            refuse_missing(file)
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+        found = [read_result(there(folder / f"{prefix}{layer}" / "inversion.json")) for layer in INVERTED]
         values = [content["metrics"][end]["psnr"]["mean"] for content in found]
         places = [place + 0.27 * (number - 1) for place in range(len(INVERTED))]
         axis.bar(places, values, 0.27, label=label)
@@ -104,8 +100,7 @@ def main():
     add("runs", nargs="?", type=Path, default=REPOSITORY / "runs" / "evidence", help="of evidence.sh")
     add("out", nargs="?", type=Path, default=REPOSITORY / "docs", help="folder for the figures")
     args = parser.parse_args()
-    history = args.runs / "published" / "seed42" / "history.csv"
-    refuse_missing(history)
+    history = there(args.runs / "published" / "seed42" / "history.csv")
     with open(history, encoding="utf-8", newline="") as file:
         draw_published(list(csv.DictReader(file)), args.out / "published.png")
     draw_answers(args.runs, args.out / "answers.png")

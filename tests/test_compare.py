@@ -1,13 +1,15 @@
 """Comparing runs: differences and intervals against hand calculations and a t-test, and what is refused."""
 
 import csv
+import hashlib
 import json
 
 import numpy as np
 import pytest
-from scipy.stats import t
+from scipy.stats import t, ttest_ind
 
 import compare
+from utils import UserError
 
 
 def write_run(folder, psnr, images=None, **about):
@@ -26,39 +28,103 @@ def draws():
     return np.random.default_rng(1)
 
 
-def test_interval_is_that_of_a_paired_t_test(draws, tmp_path, figures_of):
+def table(folder):
+    """compare.csv in the folder: {metric: its row}, of one run."""
+    with open(folder / "compare.csv", newline="") as file:
+        return {row["metric"]: row for row in csv.DictReader(file)}
+
+
+def test_interval_is_that_of_a_paired_t_test(draws, tmp_path, figures_of, capsys):
     figures = figures_of(compare)
     base = draws.normal(25, 5, 100)
     gain = draws.normal(0.3, 1, 100)
     a = write_run(tmp_path / "a", base)
     b = write_run(tmp_path / "b", base + gain)
     compare.compare([a, b], tmp_path / "out")
-    with open(tmp_path / "out" / "compare.csv", newline="") as file:
-        rows = {row["metric"]: row for row in csv.DictReader(file)}
+    rows = table(tmp_path / "out")
     mean, error = gain.mean(), gain.std(ddof=1) / 10
     low, high = t.interval(0.95, 99, mean, error)
     found = rows["psnr"]
     assert float(found["difference"]) == pytest.approx(mean)
-    assert float(found["low"]) == pytest.approx(low, abs=0.03)
-    assert float(found["high"]) == pytest.approx(high, abs=0.03)
+    assert float(found["low"]) == pytest.approx(low) and low > 0
+    assert float(found["high"]) == pytest.approx(high)
     assert float(found["won"]) == (gain > 0).mean() == float(rows["lpips"]["won"])  # where lower is better
     assert float(rows["lpips"]["difference"]) == pytest.approx((1 / (base + gain) - 1 / base).mean())
     point, _, (bar,) = figures[0].axes[0].containers[0]
     assert point.get_xdata() == pytest.approx([mean])
     assert bar.get_segments()[0][:, 0] == pytest.approx([float(found["low"]), float(found["high"])])
     assert (tmp_path / "out" / "compare.png").exists()
+    # One seed says nothing of others: it is called so, and nothing is marked.
+    screen = capsys.readouterr().out
+    assert {row["interval"] for row in rows.values()} == {"over images alone"}
+    assert screen.count("over images alone") == 3 and "*" not in screen.split("\n", 1)[1]
+    assert figures[0].axes[0].get_yticklabels()[0].get_text() == f"{b}\nover images alone"
 
 
-def test_seeds_widen_the_interval(draws):
-    """Images that say the same, seeds that differ: the interval is that of the seeds."""
+def test_interval_of_seeds_is_that_of_welchs_t_test(draws, tmp_path, capsys):
+    """Images that say the same, seeds that differ."""
     images = draws.normal(25, 5, 50)
-    a = images + np.zeros((3, 1))
-    b = images + np.array([[0.0], [1.0], [2.0]])
+    means = [0.0, 0.3, 0.1], [1.0, 1.1, 1.7, 1.2, 1.3]
+    a, b = (images + np.array(side)[:, None] for side in means)
     found = compare.difference(a, b, lower=False)
-    assert found["difference"] == pytest.approx(1)
-    assert found["low"] < 0.4 and found["high"] > 1.6  # of means of three draws from 0, 1, 2
-    alone = compare.difference(a[:1], b[1:2], lower=False)
-    assert alone["low"] == pytest.approx(1) == alone["high"]
+    low, high = ttest_ind(means[1], means[0], equal_var=False).confidence_interval()
+    assert found["difference"] == pytest.approx(1.26 - 0.4 / 3)
+    assert (found["low"], found["high"]) == pytest.approx((low, high))
+    for name, side in (("a", a), ("b", b)):
+        for seed, psnr in enumerate(side):
+            write_run(tmp_path / name / f"seed{seed}", psnr)
+    compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path)
+    row = table(tmp_path)["psnr"]
+    assert (row["interval"], row["seeds"]) == ("over images and seeds", "5, 3")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "PSNR" in line]
+    assert f"{1.26 - 0.4 / 3:+.4f}*" in line and line.endswith("over images and seeds")
+
+
+@pytest.mark.parametrize(
+    ("seed", "image", "both"),  # standard deviations: of seeds, of images, of an image with a seed
+    [(0.1, 0, 0), (0.1, 0.3, 0), (0, 0.3, 0), (0.1, 0.3, 0.3)],
+    ids=["seeds", "seeds and images", "images", "all"],
+)
+def test_intervals_of_three_seeds_cover_what_they_say(draws, seed, image, both):
+    """Simulated, 100 test images: the true difference, 0, lies within at least 93 of 100 intervals."""
+    count = 4000
+    within = 0
+    for _ in range(count):
+        a, b = draws.normal(0, seed, (2, 3, 1)) + draws.normal(0, both, (2, 3, 100))
+        found = compare.difference(a, b + draws.normal(0, image, 100), lower=False)
+        within += found["low"] <= 1e-9 and found["high"] >= -1e-9
+    assert within / count >= 0.93
+
+
+def test_seeds_of_one_side_stand_for_both(draws, tmp_path, capsys):
+    images = draws.normal(25, 5, 50)
+    seeds = np.array([1.0, 1.1, 1.3])
+    for seed, gain in enumerate(seeds):
+        write_run(tmp_path / "b" / f"seed{seed}", images + gain)
+    compare.compare([write_run(tmp_path / "a", images), tmp_path / "b"], tmp_path)
+    row = table(tmp_path)["psnr"]
+    half = t.ppf(0.975, 2) * seeds.std(ddof=1) * (1 + 1 / 3) ** 0.5
+    assert float(row["high"]) - float(row["difference"]) == pytest.approx(half)
+    assert row["interval"] == "over images and one side's seeds"
+    assert float(row["low"]) > 0 and "*" not in capsys.readouterr().out.split("\n", 1)[1]
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_one_image_has_no_interval(tmp_path, capsys, seeds):
+    for name, psnr in (("a", 20.0), ("b", 21.0)):
+        for seed in range(seeds):
+            write_run(tmp_path / name / f"seed{seed}", [psnr + seed])
+    compare.compare([tmp_path / "a", tmp_path / "b"], tmp_path)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "PSNR" in line]
+    assert "+1.0000" in line and "[–, –]" in line and "*" not in line
+    assert (tmp_path / "compare.png").exists()
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_runs_that_are_the_same(draws, seeds):
+    a = np.tile(draws.normal(25, 5, 14), (seeds, 1))
+    found = compare.difference(a, a, lower=False)
+    assert found["difference"] == found["low"] == found["high"] == found["won"] == 0
 
 
 def test_seed_folders_are_one_run(tmp_path, capsys):
@@ -97,3 +163,16 @@ def test_mistakes(tmp_path, run_evaluate, error_line):
         assert run_evaluate("--compare", good, bad, "--out", tmp_path / "out") == 2
         assert "bad: not results of this program" in error_line()
         (bad / name).write_text(before)
+
+
+def test_results_of_an_earlier_best_are_refused(tmp_path):
+    a = write_run(tmp_path / "a", [20, 30])
+    digest = hashlib.sha256(b"decoder").hexdigest()
+    b = write_run(tmp_path / "b" / "natural", [20, 30], ckpt="../best.pt", ckpt_sha256=digest)
+    compare.compare([a, b], tmp_path)  # the checkpoint is gone: what was measured stands
+    (tmp_path / "b" / "best.pt").write_bytes(b"decoder")
+    compare.compare([a, b], tmp_path)
+    (tmp_path / "b" / "best.pt").write_bytes(b"a better decoder")
+    with pytest.raises(UserError) as error:
+        compare.compare([a, b], tmp_path)
+    assert str(error.value) == f"{b / 'metrics.json'} is of an earlier best.pt; evaluate again"

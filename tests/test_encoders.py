@@ -373,6 +373,24 @@ def test_each_source_is_divided_by_its_own_deviation(photos):
     assert deviation[0] != pytest.approx(deviation[1], rel=0.01)
 
 
+@pytest.mark.parametrize("dead", [slice(0, 128), slice(None)], ids=["one", "all"])
+def test_a_source_that_never_changes(photos, monkeypatch, dead):
+    """Its map is divided by no 0: what is decoded is finite."""
+    names = ("--encoder", "vgg16+vgg16", "--layer", "block2+block1", "--decoder", "residual")
+    parts = parts_of(photos, *names, "--crop", 32, "--width", 8)
+    real = parts.inverter.encode
+
+    def encode(images):
+        features = real(images).clone()
+        features[:, dead] = 0
+        return features
+
+    monkeypatch.setattr(parts.inverter, "encode", encode)
+    prepare.measure_features(parts.inverter, parts.train, parts.config)
+    features = encode(torch.rand(2, 3, 32, 32))
+    assert parts.inverter.decoder.eval()(features).isfinite().all()
+
+
 @pytest.mark.parametrize("decoder", ["tconv", "residual", "feedback"])
 def test_several_are_trained_resumed_and_measured(decoder, photos, tmp_path, run_train, run_evaluate):
     names = ("--encoder", "vgg16+vgg16", "--layer", "block3+block2", "--fusion", "weighted")

@@ -1,6 +1,7 @@
 """What evaluate.py measures, against scikit-image, the lpips package and by hand, and what it writes."""
 
 import csv
+import hashlib
 import json
 import math
 import pickle
@@ -26,6 +27,7 @@ import invert
 import metrics
 import pictures
 import report
+import train
 from models import build_inverter, load_inverter
 from study import METRICS
 
@@ -321,6 +323,108 @@ def test_feature_error_of_one_test_image(checkpoint, own_photos, tmp_path, run_e
     assert found["iterates"][0]["feature_error"]["mean"] == pytest.approx(error, rel=1e-4)
 
 
+# --- the checkpoint that a result is of --------------------------------------------------------------------
+
+
+SHORT = ("--width", 8, "--mse-weight", 1, "--lpips-weight", 0, "--quiet", "--tracker", "none")
+
+
+@pytest.fixture
+def measured_everywhere(trained, own_photos, tmp_path, run_evaluate, run_invert):
+    """(a run's folder, results of its best.pt: there, in folders there and elsewhere, and of a run there)."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(trained, run / "seed1")  # a run of its own
+    places = {
+        run: [],
+        run / "own_photos": ["--data", own_photos],
+        tmp_path / "out": ["--out", tmp_path / "out"],
+    }
+    for flags in (*places.values(), ["--ckpt", run / "seed1" / "best.pt"]):
+        assert run_evaluate("--ckpt", run / "best.pt", *flags, "--quiet") == 0
+    few = ("--count", 1, "--steps", 2, "--quiet")
+    assert run_invert("--ckpt", run / "best.pt", "--split", "val", *few) == 0
+    files = [place / "metrics.json" for place in places] + [run / "val" / "inversion.json"]
+    return run, [*files, run / "seed1" / "metrics.json"]
+
+
+def test_results_say_which_checkpoint_they_are_of(measured_everywhere):
+    run, files = measured_everywhere
+    digest = hashlib.sha256((run / "best.pt").read_bytes()).hexdigest()
+    for file in files:
+        content = json.loads(file.read_text())
+        assert content["ckpt_sha256"] == digest
+        checkpoint = run / "seed1" / "best.pt" if "seed1" in file.parts else run / "best.pt"
+        assert (file.parent / content["ckpt"]).samefile(checkpoint)
+
+
+def test_a_new_run_removes_the_results_of_the_one_before(
+    measured_everywhere, photos, run_train, run_evaluate
+):
+    """In its own folder and in those for other data, but nothing else; others are known to be old."""
+    run, (own, other, elsewhere, inversion, seed) = measured_everywhere
+    for name in ("metrics.json", "notes.txt"):
+        (run / "mine").mkdir(exist_ok=True)
+        (run / "mine" / name).write_text('{"ckpt": "elsewhere.pt"}')
+    (other.parent / "notes.txt").write_text("mine")
+    flags = ("--data", photos, "--out", run, *SHORT, "--epochs", 1, "--overwrite")
+    assert run_train(*flags) == 0
+    assert not own.exists() and not inversion.exists()
+    assert [path.name for path in other.parent.iterdir()] == ["notes.txt"]
+    assert not list(inversion.parent.iterdir())
+    assert len(list((run / "mine").iterdir())) == 2 and seed.exists() and elsewhere.exists()
+    assert run_evaluate("--compare", seed.parent, elsewhere.parent, "--out", run) == 2
+
+
+def test_a_better_epoch_removes_the_results_of_the_one_before(
+    trained, photos, tmp_path, monkeypatch, run_train, run_evaluate
+):
+    """TensorBoard's too."""
+    run = tmp_path / "run"
+    losses = iter([3.0, 1.0, 2.0])
+    nothing = torch.empty(0, 3, 224, 224)
+    terms = dict.fromkeys(metrics.TERMS, 1.0)
+    monkeypatch.setattr(train, "validate", lambda *_: (terms | {"loss": next(losses)}, nothing, nothing))
+    there = []
+    real = train.save_last
+
+    def evaluated(state, same, out, rank):
+        real(state, same, out, rank)
+        if state.epoch:
+            files = run / "natural" / "metrics.json", run / "events.out.tfevents.1.test"
+            there.append([path.exists() for path in files])
+            files[0].parent.mkdir(exist_ok=True)
+            files[0].write_text('{"ckpt": "../best.pt"}')
+            files[1].touch()
+
+    monkeypatch.setattr(train, "save_last", evaluated)
+    assert run_train("--data", photos, "--out", run, "--epochs", 3, "--crop", 32, *SHORT) == 0
+    assert there == [[False, False], [False, False], [True, True]]  # the second epoch is the best
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_measured(
+    trained, checkpoint, tmp_path, monkeypatch, run_evaluate, error_line
+):
+    """Before its data is there it is refused; later it is measured, and its results are an earlier one's."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    for number, (name, status) in enumerate((("load_inverter", 2), ("time_inference", 0))):
+        real = getattr(evaluate, name)
+
+        def replaced(*args, real=real, number=number):
+            found = real(*args)
+            torch.save(checkpoint | {"epoch": number}, run / "best.pt")
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, name, replaced)
+            assert run_evaluate("--ckpt", run / "best.pt", "--quiet") == status
+        if status:
+            assert "best.pt: is another than --ckpt, or newer by now" in error_line()
+    assert run_evaluate("--compare", run, run, "--out", tmp_path) == 2
+    assert error_line() == f"{run / 'metrics.json'} is of an earlier best.pt; evaluate again"
+    assert run_evaluate("--ckpt", run / "best.pt", "--quiet") == 0
+    assert run_evaluate("--compare", run, run, "--out", tmp_path) == 0
+
+
 # --- what it must not replace ----------------------------------------------------------------------------
 
 
@@ -339,6 +443,19 @@ def test_results_of_other_data_have_a_folder_of_their_own(
     assert json.loads((run / "metrics.json").read_text())["data"] == str(
         photos
     )  # the same folder by another name
+
+
+def test_the_folder_of_another_run_is_not_for_results(
+    trained, checkpoint, tmp_path, run_evaluate, run_invert, error_line
+):
+    """They would be read as that run's. A copy of its best.pt is its own."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    torch.save(checkpoint | {"epoch": 9}, run / "other.pt")
+    shutil.copy(run / "best.pt", run / "copy.pt")
+    for call, options in ((run_evaluate, ()), (run_invert, ("--count", 1, "--steps", 2))):
+        assert call("--ckpt", run / "other.pt", *options, "--quiet") == 2
+        assert f"{run / 'best.pt'}: is another than --ckpt" in error_line()
+        assert call("--ckpt", run / "copy.pt", *options, "--quiet") == 0
 
 
 @pytest.mark.parametrize("kind", ["of other data", "of another program", "of no evaluation"])

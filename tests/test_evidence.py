@@ -1,10 +1,12 @@
 """evidence.sh, with a python that only takes notes: what is trained, at which rates, and compared."""
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,24 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
     }
 
 
+def test_what_is_of_an_earlier_best_is_measured_again(evidence, tmp_path):
+    result, _ = evidence("decoders", "deep", "inversion")
+    assert result.returncode == 0, result.stderr
+    runs = tmp_path / "runs"
+    run, muon = runs / "decoders" / "residual" / "seed2", runs / "deep" / "muon" / "vgg16_block5"
+    of = {"ckpt_sha256": hashlib.sha256(b"decoder").hexdigest()}
+    places = (run, run), (muon / "imagenet", muon / "seed42"), (runs / "loss" / "mse" / "seed1",) * 2
+    for place, folder in places:
+        (place / "metrics.json").write_text(json.dumps(of))
+        (folder / "best.pt").write_text("a better one" if folder != places[2][1] else "decoder")
+    for name in ("vgg16_block1", "noise_vgg16_block1"):
+        (runs / "inversion" / name / "inversion.json").write_text(json.dumps(of))  # not that of pretrained/
+    result, calls = evidence("decoders", "deep", "inversion")
+    assert result.returncode == 0, result.stderr
+    again = [value for _, flags in calls for flag, value in pairwise(flags) if flag == "--ckpt"]
+    assert again == [f"{run}/best.pt", f"{muon}/seed42/best.pt", "pretrained/vgg16_block1.pt"]
+
+
 def test_the_pretrained_decoders_are_what_it_trains(evidence, tmp_path):
     """Each is of a run that pretrained/README.md names, with the configuration of the command told there."""
     text = (REPOSITORY / "pretrained" / "README.md").read_text()
@@ -168,6 +188,13 @@ def test_figures_of_what_it_measured(tmp_path, monkeypatch, error_line):
     assert status(figures.main) == 2
     assert error_line() == f"{inversion}: is not there; bash evidence.sh makes it"
     hidden.rename(inversion)
+    before = inversion.read_text()
+    old = {"ckpt": "best.pt", "ckpt_sha256": "0" * 64}
+    inversion.write_text(json.dumps(json.loads(before) | old))
+    inversion.with_name("best.pt").write_text("a better one")
+    assert status(figures.main) == 2
+    assert error_line() == f"{inversion} is of an earlier best.pt; invert again"
+    inversion.write_text(before)
     assert status(figures.main) == 0
     for name in ("published.png", "answers.png"):
         with Image.open(tmp_path / name) as figure:

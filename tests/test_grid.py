@@ -1,6 +1,7 @@
 """run_all.sh and what it reports; reconstructing one's own pictures."""
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -153,6 +154,12 @@ def test_grid_does_what_is_missing(stubbed, tmp_path, status):
     assert calls()[:2] == (0, ["--config", "--ckpt", "--report"])
     (runs / "01_vgg16_block1_tconv" / "metrics.json").write_text("{}")  # what is done is not done again
     assert calls()[:2] == (0, ["--report"])
+    best = runs / "01_vgg16_block1_tconv" / "best.pt"
+    of = {"ckpt": "best.pt", "ckpt_sha256": hashlib.sha256(b"decoder").hexdigest()}
+    for content, kinds in (("decoder", ["--report"]), ("a better one", ["--config", "--ckpt", "--report"])):
+        best.write_text(content)
+        best.with_name("metrics.json").write_text(json.dumps(of, indent=2))
+        assert calls()[:2] == (0, kinds)
     (runs / "baselines.json").write_text(json.dumps({"data": "my photos", "images": 3}, indent=2))
     assert "=== baselines: done, of my photos (rm " in stubbed(stub, *flags).communicate()[0]
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -120,6 +121,28 @@ def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_invert, en
     assert results.inversion(tmp_path, metrics) == ""
     (tmp_path / "inversion.json").write_text("[")
     assert "invert again" in results.inversion(tmp_path, metrics)
+
+
+def test_results_are_of_a_checkpoint_wherever_it_lies(
+    trained, checkpoint, photos, tmp_path, monkeypatch, run_invert, error_line
+):
+    """By another name, or moved with its folder, it is the same; what is not is refused, and old results."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    flags = ("--count", 1, "--steps", 2, "--quiet")
+    assert run_invert("--ckpt", run / "best.pt", *flags) == 0
+    moved = run.rename(tmp_path / "moved")
+    monkeypatch.chdir(moved)
+    assert run_invert("--ckpt", "best.pt", *flags) == 0
+    other = shutil.copytree(trained, tmp_path / "other")
+    torch.save(checkpoint | {"epoch": 9}, other / "best.pt")
+    shutil.copytree(moved, tmp_path / "results").joinpath("best.pt").unlink()
+    assert run_invert("--ckpt", other / "best.pt", "--out", tmp_path / "results", *flags) == 2
+    assert "is the result of another ckpt" in error_line()
+    assert run_invert("--course", moved, "--out", tmp_path) == 0
+    shutil.copy(other / "best.pt", moved)
+    assert run_invert("--course", moved, "--out", tmp_path) == 2
+    assert error_line() == f"{moved / 'inversion.json'} is of an earlier best.pt; invert again"
+    assert run_invert("--ckpt", "best.pt", *flags) == 0
 
 
 def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, capsys, figures_of):

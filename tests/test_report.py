@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import math
@@ -158,6 +159,32 @@ def test_what_cannot_be_read_is_named_in_its_row(runs, tmp_path, run_evaluate, n
         assert name in shown[run] and "again" in shown[run]
         assert ("psnr" in found[run]) == (name != "metrics.json")
     assert found[NAMES[1]]["note"] == shown[NAMES[1]] == "" and found[NAMES[1]]["psnr"] > 20
+
+
+def test_results_of_an_earlier_best_are_named_and_not_shown(runs, tmp_path):
+    """In their row, or of an inversion in its note; what belongs to the best.pt there, or to none, stays."""
+    digest = hashlib.sha256(b"decoder").hexdigest()
+    of = {"ckpt": "best.pt", "ckpt_sha256": digest}
+    config = json.loads((runs / NAMES[0] / "metrics.json").read_text())["config"]
+    inverted = {"encoder": config["encoder"], "layer": config["layer"], "weights": config["weights"]}
+    inverted |= {"start": config["decoder"], "data": "/a/photos", "images": 4} | of
+    inverted["metrics"] = {kind: {"psnr": {"mean": 30}} for kind in ("start", "inversion")}
+    for name, content in (("old", "better"), ("same", "decoder"), ("gone", ""), ("seeds/seed1", "better")):
+        copied(runs, tmp_path / name, **of)
+        if content:
+            (tmp_path / name / "best.pt").write_text(content)
+    copied(runs, tmp_path / "inverted")
+    (tmp_path / "inverted" / "inversion.json").write_text(json.dumps(inverted))
+    (tmp_path / "inverted" / "best.pt").write_text("better")
+    report.write_report(tmp_path)
+    page = page_content(tmp_path)
+    rows = {row["experiment"]: row for row in page["rows"]}
+    again = "is of an earlier best.pt; evaluate again"
+    assert rows["old"]["note"] == f"old/metrics.json {again}"
+    assert rows["seeds"]["note"] == f"seeds/seed1/metrics.json {again}"
+    assert rows["inverted"]["note"] == "inversion.json is of an earlier best.pt; invert again"
+    assert {name for name in rows if rows[name].get("psnr")} == {"same", "gone", "inverted"}
+    assert {name for image in page["images"] for name in image["runs"]} == {"same", "gone", "inverted"}
 
 
 @pytest.mark.parametrize("compression", [8, 14, 99])  # deflate and LZMA, which these files have not; none

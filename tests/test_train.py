@@ -61,6 +61,36 @@ def test_early_stop_plateau_and_best_epoch_on_made_up_losses(photos, tmp_path, m
     assert [float(row["lr"]) for row in rows] == [1e-4] * 9 + [5e-5] * 6 + [2.5e-5] * 3
 
 
+def test_the_rate_of_an_epoch_is_that_of_its_last_step(photos, tmp_path, monkeypatch, run_train):
+    """Not the next one's; of one cycle it is, by hand, from a 25th up and then down, by cosines."""
+    used = []
+    real = train.train_step
+
+    def step(model, images, features, loss, optimizer, *rest):
+        used.append(optimizer.param_groups[0]["lr"])
+        return real(model, images, features, loss, optimizer, *rest)
+
+    monkeypatch.setattr(train, "train_step", step)
+    flags = ("--data", photos, "--out", tmp_path, "--epochs", 3, "--crop", 32, "--width", 8, "--lr", 1e-2)
+    assert run_train(*flags, "--schedule", "onecycle", "--quiet") == 0
+    steps = len(used) // 3
+    up = 0.3 * len(used) - 1  # the number of the step at which it is highest
+    ends = [step for step in range(steps - 1, len(used), steps)]
+
+    def cosine(start, end, share):
+        return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+    lowest = 1e-2 / 25
+    expected = [
+        cosine(lowest, 1e-2, end / up)
+        if end <= up
+        else cosine(1e-2, lowest / 1e4, (end - up) / (len(used) - 1 - up))
+        for end in ends
+    ]
+    rates = [float(row["lr"]) for row in history(tmp_path)]
+    assert rates == [used[end] for end in ends] == pytest.approx(expected)
+
+
 def test_loss_by_hand():
     a, b = torch.rand(2, 2, 3, 224, 224)
     terms = Loss(0.5, 0.5)(a, b)
