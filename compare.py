@@ -125,7 +125,7 @@ def print_table(rows):
 
 def draw(rows, path):
     """Differences and their intervals, a panel a metric."""
-    names = list(dict.fromkeys(f"{row['run']}\n{row['interval']}" for row in rows))
+    names = list(dict.fromkeys(f"{drawable(row['run'])}\n{row['interval']}" for row in rows))
     figure = Figure(figsize=(12, 1.2 + 0.5 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(METRICS), sharey=True)
     for axis, (metric, label) in zip(panels, METRICS.items(), strict=True):
@@ -134,7 +134,7 @@ def draw(rows, path):
             axis.errorbar(row["difference"], place, xerr=half, fmt="o", color="black", capsize=3)
         axis.axvline(0, color="grey", linewidth=1)
         axis.set(xlabel=f"difference of {label}", yticks=range(len(names)))
-        axis.set_yticklabels(map(drawable, names))
+        axis.set_yticklabels(names)
     panels[0].invert_yaxis()  # they share it
     figure.suptitle(drawable(f"against {rows[0]['against']}"))
     save_figure(figure, path)

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import t, ttest_ind
 
 import compare
+from pictures import drawable
 from utils import UserError
 
 
@@ -58,7 +59,7 @@ def test_interval_is_that_of_a_paired_t_test(draws, tmp_path, figures_of, capsys
     screen = capsys.readouterr().out
     assert {row["interval"] for row in rows.values()} == {"over images alone"}
     assert screen.count("over images alone") == 3 and "*" not in screen.split("\n", 1)[1]
-    assert figures[0].axes[0].get_yticklabels()[0].get_text() == f"{b}\nover images alone"
+    assert figures[0].axes[0].get_yticklabels()[0].get_text() == f"{drawable(str(b))}\nover images alone"
 
 
 def test_interval_of_seeds_is_that_of_welchs_t_test(draws, tmp_path, capsys):

@@ -252,7 +252,7 @@ def test_any_name_can_be_drawn(tmp_path, figures_of):
     grid, table, chart, courses = map(figures_of, (pictures, compare, report, invert))
     picture = Image.new("RGB", (8, 8))
     names = [*NAMES, "猫" * 255, "x" * 4000]
-    row = {"against": names[0], "difference": 0.5, "low": 0.1, "high": 1.0, "won": 1.0}
+    row = {"against": names[0], "difference": 0.5, "low": 0.1, "high": 1.0, "won": 1.0, "interval": "here"}
     rows = [row | {"run": name, "metric": metric} for name in names for metric in METRICS]
     values = {f"{prefix}{metric}": 0.5 for prefix in ("", "published_") for metric in METRICS}
     course = {"seconds": [1, 2], "psnr": [10, 20]}
@@ -270,7 +270,7 @@ def test_any_name_can_be_drawn(tmp_path, figures_of):
     drawn = list(NAMES.values())[:3]
     for figure, labels in (
         (grid[0], [axis.get_ylabel() for axis in grid[0].axes]),
-        (table[0], [label.get_text() for label in table[0].axes[0].get_yticklabels()]),
+        (table[0], [label.get_text()[:-5] for label in table[0].axes[0].get_yticklabels()]),  # without \nhere
         (chart[0], [label.get_text() for label in chart[0].axes[0].get_yticklabels()]),
         (courses[0], [label.get_text() for label in courses[0].axes[0].get_legend().get_texts()]),
     ):
