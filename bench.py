@@ -58,7 +58,7 @@ from evaluate import evaluate_model
 from kept import keep_crops
 from metrics import TERMS, Loss, Meter
 from models import inverter_of, load_inverter
-from plain import Elsewhere
+from plain import elsewhere
 from signals import Signals
 
 # What the study's recipe ends at after 30 epochs, on the test images of `natural` (README, Results).
@@ -118,8 +118,8 @@ def bench_step(plain, folder, device, batch_size, rounds, show):
     batch = ours.batch()
     if len(batch) < batch_size:
         raise UserError(f"--batch-size {batch_size}: {len(batch)} photographs train here; more --images")
-    plain("keep", batch.cpu().contiguous().numpy())
-    functions = {"plain": lambda: plain("step"), "ours": lambda: ours.step(batch)}
+    plain.keep(batch.cpu().contiguous().numpy())
+    functions = {"plain": plain.step, "ours": lambda: ours.step(batch)}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         for _ in range(5):
@@ -187,12 +187,9 @@ def bench_quality(folder, device, show):
     splits = {split: data.load_split(folder, split) for split in ("train", "val", "test")}
     home = data.folder_of(folder, "train")
     files = {split: [home / name for name in splits[split].names] for split in ("train", "val")}
-    plain = Elsewhere(device)
-    try:
-        seconds = plain("epoch", files["train"], 1) * math.ceil(len(files["train"]) / 4)
-        seconds += plain("validate", files["val"])
-    finally:
-        plain.close()
+    with elsewhere(device) as plain:
+        seconds = plain.epoch(files["train"], 1) * math.ceil(len(files["train"]) / 4)
+        seconds += plain.validate(files["val"])
     show(plain_epoch_seconds=seconds)
     show(plain_minutes=30 * seconds / 60)
     flags = (*FAST, "--data", folder, "--device", str(device), "--quiet")
@@ -220,7 +217,7 @@ def mean_metrics(inverter, images):
 
 def bench_epoch(plain, ours, folder, show):
     """A step of the second epoch: ours leaves a fifth of the photographs for validation."""
-    slow = plain("epoch", sorted(Path(folder, "train").iterdir()))
+    slow = plain.epoch(sorted(Path(folder, "train").iterdir()))
     ours.epoch()
     start = wait(ours.device)
     steps = ours.epoch()
@@ -237,10 +234,10 @@ def bench_evaluation(plain, ours, folder, show):
     source = (f"{folder}/again", "test", f"{folder}/cache")
     data.load_split(*source)
     ours.inverter.decoder.load_state_dict(
-        {key: torch.from_numpy(value) for key, value in plain("weights").items()}
+        {key: torch.from_numpy(value) for key, value in plain.weights().items()}
     )
     start = wait(ours.device)
-    expected = np.mean(plain("evaluate", files), 0)
+    expected = np.mean(plain.evaluate(files), 0)
     slow = (wait(ours.device) - start) / len(files)
     start = wait(ours.device)
     pixels = data.load_split(*source)[:]
@@ -338,9 +335,8 @@ def bench_speed(args, device, show):
         flags += ("--epochs", 1, "--quiet", "--device", device)
         if not args.batch_size:
             show(training_peak_gib=child_gib("train.py", *flags))
-        plain = Elsewhere(device)
         prepare.set_up()
-        try:
+        with elsewhere(device) as plain:
             bench_step(plain, folder, device, args.batch_size or 4, args.rounds, show)
             if args.batch_size:
                 return
@@ -351,8 +347,6 @@ def bench_speed(args, device, show):
             bench_cheap_epochs(folder, device, args.rounds, show)
             bench_epoch(plain, ours, folder, show)
             bench_evaluation(plain, ours, folder, show)
-        finally:
-            plain.close()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """The plain loop that ours is timed against does the same training."""
 
+import os
+import signal
+from contextlib import nullcontext
+
 import pytest
 import torch
 from training import CPU, parse
@@ -8,16 +12,6 @@ import bench
 import plain
 import train
 from utils import UserError
-
-
-class Here(plain.Plain):
-    """What plain.Elsewhere is in another process."""
-
-    def __call__(self, method, *args):
-        return getattr(self, method)(*args)
-
-    def close(self):
-        pass
 
 
 def test_plain_loop_trains_as_ours_does(own_photos):
@@ -35,7 +29,7 @@ def test_too_few_photographs():
 
 def test_step_of_any_batch(own_photos):
     figures = {}
-    arguments = (Here(CPU), str(own_photos), CPU)
+    arguments = (plain.Plain(CPU), str(own_photos), CPU)
     bench.bench_step(*arguments, 1, 1, lambda **values: figures.update(values))
     assert figures["images_per_second ours"] == pytest.approx(1000 / figures["step_ms ours"])
     assert figures["step_speedup"] == pytest.approx(figures["step_ms plain"] / figures["step_ms ours"])
@@ -72,7 +66,7 @@ def test_evaluation_measures_what_plain_does_and_epochs_are_timed(own_photos, lo
         path.unlink()
     figures = {}
     ours = bench.Ours(str(own_photos), CPU)
-    arguments = (Here(CPU), ours, str(own_photos), lambda **values: figures.update(values))
+    arguments = (plain.Plain(CPU), ours, str(own_photos), lambda **values: figures.update(values))
     bench.bench_evaluation(*arguments)
     ratio = figures["eval_images_per_second"] / figures["plain_eval_images_per_second"]
     assert figures["eval_speedup"] == pytest.approx(ratio)
@@ -83,7 +77,7 @@ def test_evaluation_measures_what_plain_does_and_epochs_are_timed(own_photos, lo
 
 def test_time_to_quality_of_a_decoder_that_is_good_at_once(own_photos, monkeypatch, loader_of_one_process):
     """Plain and ours in this process."""
-    monkeypatch.setattr(bench, "Elsewhere", Here)
+    monkeypatch.setattr(bench, "elsewhere", lambda device: nullcontext(plain.Plain(device)))
     monkeypatch.setattr(bench, "child_gib", lambda script, *flags: train.train(parse(*flags)))
     monkeypatch.setattr(bench, "STUDY", {"psnr": 0, "ssim": -1, "lpips": 9})
     monkeypatch.setattr(bench, "FAST", ["--config", "configs/fast.yaml", "--batch-size", 4, "--passes", 1])
@@ -114,7 +108,7 @@ def test_a_process_that_fails_is_one_line():
         bench.child_gib("-c", "raise SystemExit(3)")
     with pytest.raises(UserError, match="--json nowhere/bench.json: no such folder"):
         bench.bench(bench.make_parser().parse_args(["--json", "nowhere/bench.json"]))
-    elsewhere = plain.Elsewhere(CPU)
     with pytest.raises(UserError, match="the plain loop's process ended"):
-        elsewhere("no method")
-    elsewhere.close()
+        with plain.elsewhere(CPU) as loop:
+            os.kill(loop._manager._process.pid, signal.SIGKILL)
+            loop.weights()
