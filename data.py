@@ -12,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from study import DOCUMENTED, IMAGE_SIZE
-from utils import UserError, atomic, same_data, user_cache, write_text
+from utils import UserError, atomic, locked, same_data, user_cache, write_text
 
 RESIZE = 256  # side of the images that the study crops
 SHARD = 4096  # images in a file of the cache, about 800 MB
@@ -260,7 +259,7 @@ def cached_images(folder, files, cache, protocol, bars, side):
     sizes = [read_manifest(path) for path in paths]
     if None in sizes:
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".lock"):  # a second run waits, then finds the cache
+        with locked(cache / ".lock"):  # a second run waits, then finds the cache
             sizes = [read_manifest(path) for path in paths]
             missing = [files[part] for part, found in zip(parts, sizes, strict=True) if found is None]
             with tqdm(None, f"Decoding {folder}", sum(map(len, missing)), unit="image", disable=bars) as bar:
