@@ -50,8 +50,8 @@ def measure_baselines(images, device, batch_size=4, bars=None, protocol=DOCUMENT
             part = images[first : first + batch_size].to(device)
             yield target(data.center_crops(part), protocol).clamp(0, 1)
 
-    mean = sum(batch.double().mean((2, 3)).sum(0) for batch in batches()) / len(images)
-    mean = mean.float()[:, None, None]
+    mean = sum(batch.cpu().double().mean((2, 3)).sum(0) for batch in batches()) / len(images)
+    mean = mean.float().to(device)[:, None, None]
     values = {name: {metric: [] for metric in METRICS} for name in BASELINES}
     with tqdm(None, "Measuring", len(images), unit="image", disable=bars) as bar:
         for wanted in batches():

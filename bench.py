@@ -2,17 +2,16 @@
 
   python bench.py
   python bench.py --json bench.json
-  python bench.py --data FOLDER            on its training images, rather than on 2K PNGs made here
   python bench.py --batch-size 64 --images 90    the step alone, with as many images as a GPU likes
   python bench.py --quality FOLDER         instead: wall time to the study's quality, plain and fast.yaml
 
 Plain: eager, NCHW, 2K PNGs decoded and resized every epoch by four workers, LPIPS from the lpips package,
 which computes the target's features under autograd, and a look at the loss every step. It has a process of
 its own, and both run in one go, the steps by turns, so that what else the machine does slows both: ratios can
-be compared between machines, times cannot. On CUDA the step is timed with CUDA graphs, bfloat16,
-torch.compile and channels last on and off too, and steps of attention and frequency at full size; there
-plain's ratio is its CPU's as well, which launches its kernels, and its step copies the batch to the GPU,
-where ours was cut. A step of best.yaml is timed by Muon and by Adam.
+be compared between machines, times cannot. On CUDA the step is timed with CUDA graphs, bfloat16 and
+torch.compile on and off too, and steps of attention and frequency at full size; there plain's ratio is its
+CPU's as well, which launches its kernels, and its step copies the batch to the GPU, where ours was cut. A
+step of best.yaml is timed by Muon and by Adam.
 """
 
 from flags import Parser, config_of, parse_train, positive_int
@@ -23,14 +22,13 @@ def make_parser():
     """The flags."""
     parser = Parser(__doc__)
     parser.add_argument("--json", help="file for the figures")
-    parser.add_argument("--data", help="folder whose training images to take (default: 2K PNGs, made here)")
     parser.add_argument("--quality", metavar="FOLDER", help="instead: wall time to the study's quality there")
     parser.add_argument("--images", type=positive_int, default=60, help="photographs to train on")
     parser.add_argument("--batch-size", type=positive_int, help="time the training step alone, of so many")
     parser.add_argument(
         "--rounds", type=positive_int, default=5, help="of six steps, plain and ours by turns"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--device", default="auto", help="as of train.py")
     return parser
 
 
@@ -39,39 +37,34 @@ if __name__ == "__main__":
 
 import json
 import math
+import os
+import subprocess
+import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from PIL import Image
 
 import data
 import prepare
 import train
-from evaluate import evaluate_model, time_inference
+from evaluate import evaluate_model
 from kept import keep_crops
-from metrics import TERMS, Loss, Meter, measure
+from metrics import TERMS, Loss, Meter
 from models import inverter_of, load_inverter
-from plain import Elsewhere
+from plain import elsewhere
 from signals import Signals
-from timing import by_turns, child_gib, kernels, link_photographs, make_photographs, peak_flops
 
 # What the study's recipe ends at after 30 epochs, on the test images of `natural` (README, Results).
 STUDY = {"psnr": 27.92, "ssim": 0.862, "lpips": 0.0236}
 FAST = ("--config", "configs/fast.yaml")
 TRIALS = 9  # of its number of epochs, from one on
-FUSED = {  # trunk.py's, which FlopCounterMode does not know
-    torch.ops.aten.cudnn_convolution_relu: lambda x, w, *_, out_shape, **__: conv_flop_count(x, w, out_shape)
-}
-ATTENTION = """
-import resource, torch
-from models import build_decoder
-build_decoder("attention", (64, 112, 112))(torch.rand(1, 64, 112, 112)).mean().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-"""
 
 
 class Ours:
@@ -118,73 +111,27 @@ class Ours:
         return steps
 
 
-def step_parts(ours, batch):
-    """{part: milliseconds} of a step, each measured by itself; decoder and lpips forwards and backwards."""
-    features = ours.inverter.encode(batch)
-    gradient = torch.rand_like(batch)
-    output = torch.rand_like(batch).requires_grad_()
-    functions = {
-        "data": ours.batch,
-        "encoder": lambda: ours.inverter.encode(batch),
-        "decoder": lambda: ours.inverter.decode(features).backward(gradient),
-        "lpips": lambda: ours.loss.lpips(output, batch).mean().backward(),
-        "optimiser": ours.optimizer.step,
-    }
-    return {name: 1000 * timed(ours.device, function) for name, function in functions.items()}
-
-
-def evaluation_parts(ours, pixels):
-    """{part: milliseconds an image} of the evaluation of `pixels`, each measured by itself."""
-    images = data.center_crops(pixels).to(ours.device)
-    output = ours.inverter(images)
-    functions = {
-        "encoder and decoder": lambda: ours.inverter(images),
-        "lpips": lambda: ours.loss.lpips(output, images),
-        "ssim, psnr and lpips": lambda: list(measure(output, images, ours.loss.lpips)["ssim"]),
-    }
-    return {name: 1000 * timed(ours.device, function) / len(images) for name, function in functions.items()}
-
-
 def bench_step(plain, folder, device, batch_size, rounds, show):
-    """A training step: plain and ours, and on CUDA its variants; its parts; its share of the peak."""
+    """A training step: plain and ours, and on CUDA its variants."""
     flags = ("--batch-size", str(batch_size))
     ours = Ours(folder, device, *flags)
     batch = ours.batch()
     if len(batch) < batch_size:
         raise UserError(f"--batch-size {batch_size}: {len(batch)} photographs train here; more --images")
-    plain("keep", batch.cpu().contiguous().numpy())
-    functions = {"plain": lambda: plain("step"), "ours": lambda: ours.step(batch)}
+    plain.keep(batch.cpu().contiguous().numpy())
+    functions = {"plain": plain.step, "ours": lambda: ours.step(batch)}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         for _ in range(5):
             ours.step(batch)
-        show("peak memory on the GPU, GiB", cuda_peak_gib=torch.cuda.max_memory_reserved(device) / 2**30)
+        show(cuda_peak_gib=torch.cuda.max_memory_reserved(device) / 2**30)
         for more in (["--no-graphs"], ["--no-tf32"], ["--amp"], ["--compile"], ["--amp", "--compile"]):
             other = Ours(folder, device, *flags, *more)
             functions[f"ours, {' '.join(more)}"] = lambda other=other: other.step(batch)
-        nchw = Ours(folder, device, *flags)
-        planes = batch.contiguous()
-        for net in (nchw.inverter, nchw.loss):
-            net.to(memory_format=torch.contiguous_format)
-        functions["ours, NCHW"] = lambda: nchw.step(planes)
     seconds = by_turns(device, functions, rounds, before=5)
     for name, value in seconds.items():
-        show(
-            f"training step, {name}",
-            **{f"step_ms {name}": 1000 * value, f"images_per_second {name}": batch_size / value},
-        )
-    fast = seconds["ours"]
-    show("", step_ms=1000 * fast, step_speedup=seconds["plain"] / fast)
-    with tf32(ours.config["tf32"]):
-        show("its parts, each by itself, no graphs, ms", parts_ms=step_parts(ours, batch))
-        peak = peak_flops(device)
-    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
-        train.train_step(ours.inverter.train(), batch, None, ours.loss, ours.optimizer)
-    flops = counter.get_total_flops()
-    show("its floating-point operations", gflop=flops / 1e9, gflops=flops / fast / 1e9)
-    show("of this machine's best matrix product", peak_gflops=peak / 1e9, peak_share=flops / fast / peak)
-    if device.type == "cuda":
-        print(kernels(lambda: ours.step(batch)))
+        show(**{f"step_ms {name}": 1000 * value, f"images_per_second {name}": batch_size / value})
+    show(step_speedup=seconds["plain"] / seconds["ours"])
 
 
 def bench_large(folder, device, show):
@@ -196,8 +143,7 @@ def bench_large(folder, device, show):
         before = torch.cuda.memory_reserved(device)
         seconds = timed(device, partial(ours.step, batch), 10)
         peak = (torch.cuda.memory_reserved(device) - before) / 2**30
-        figures = {f"{decoder}_step_ms": 1000 * seconds, f"{decoder}_cuda_gib": peak}
-        show(f"{decoder}, batch 4, --amp", **figures)
+        show(**{f"{decoder}_step_ms": 1000 * seconds, f"{decoder}_cuda_gib": peak})
 
 
 def bench_best(folder, device, rounds, show):
@@ -207,7 +153,7 @@ def bench_best(folder, device, rounds, show):
         ours = Ours(folder, device, "--config", "configs/best.yaml", "--optimizer", optimizer)
         functions[optimizer] = partial(ours.step, ours.batch())
     seconds = by_turns(device, functions, rounds, before=30 if device.type == "cuda" else 0)
-    show("a step of best.yaml, ms", best_step_ms={name: 1000 * value for name, value in seconds.items()})
+    show(best_step_ms={name: 1000 * value for name, value in seconds.items()})
 
 
 def bench_cheap_epochs(folder, device, rounds, show):
@@ -225,9 +171,9 @@ def bench_cheap_epochs(folder, device, rounds, show):
         functions[name] = ours.epoch
     seconds = by_turns(device, functions, rounds, times=2, before=4 if device.type == "cuda" else 0)
     costs = {name: 1000 * value / images[name] for name, value in seconds.items()}
-    show("an image of an epoch, ms", image_ms=costs)
-    show("speedup by small crops", crop_speedup=costs["block1"] / costs["block1, crop 64"])
-    show("speedup by kept crops", kept_crops_speedup=costs["block5"] / costs["block5, kept"])
+    show(image_ms=costs)
+    show(crop_speedup=costs["block1"] / costs["block1, crop 64"])
+    show(kept_crops_speedup=costs["block5"] / costs["block5, kept"])
 
 
 def bench_quality(folder, device, show):
@@ -240,14 +186,11 @@ def bench_quality(folder, device, show):
     folder = str(Path(data.resolve(folder)).resolve())
     splits = {split: data.load_split(folder, split) for split in ("train", "val", "test")}
     files = {s: [data.folder_of(folder, s) / name for name in splits[s].names] for s in ("train", "val")}
-    plain = Elsewhere(device)
-    try:
-        seconds = plain("epoch", files["train"], 1) * math.ceil(len(files["train"]) / 4)
-        seconds += plain("validate", files["val"])
-    finally:
-        plain.close()
-    show("the plain loop's epoch, s", plain_epoch_seconds=seconds)
-    show("its 30 epochs, min", plain_minutes=30 * seconds / 60)
+    with elsewhere(device) as plain:
+        seconds = plain.epoch(files["train"], 1) * math.ceil(len(files["train"]) / 4)
+        seconds += plain.validate(files["val"])
+    show(plain_epoch_seconds=seconds)
+    show(plain_minutes=30 * seconds / 60)
     flags = (*FAST, "--data", folder, "--device", str(device), "--quiet")
     for epochs in range(1, TRIALS + 1):
         with tempfile.TemporaryDirectory() as out:
@@ -256,11 +199,11 @@ def bench_quality(folder, device, show):
             wall = time.perf_counter() - start
             inverter = load_inverter(Path(out, "best.pt"))[0].to(device)
         found = mean_metrics(inverter, splits["val"])
-        show(f"fast.yaml --epochs {epochs}, s", fast_seconds=wall, validation=found)
+        show(fast_seconds=wall, validation=found)
         good = found["psnr"] >= STUDY["psnr"] and found["ssim"] >= STUDY["ssim"]
         if good and found["lpips"] <= STUDY["lpips"]:
-            show("its test images", test=mean_metrics(inverter, splits["test"]))
-            show("the plain loop's time, of ours", time_to_quality=30 * seconds / wall)
+            show(test=mean_metrics(inverter, splits["test"]))
+            show(time_to_quality=30 * seconds / wall)
             return
     raise UserError(f"--quality {folder}: fast.yaml did not get as good as {STUDY} in {TRIALS} epochs")
 
@@ -273,13 +216,13 @@ def mean_metrics(inverter, images):
 
 def bench_epoch(plain, ours, folder, show):
     """A step of the second epoch: ours leaves a fifth of the photographs for validation."""
-    slow = plain("epoch", sorted(Path(folder, "train").iterdir()))
+    slow = plain.epoch(sorted(Path(folder, "train").iterdir()))
     ours.epoch()
     start = wait(ours.device)
     steps = ours.epoch()
     fast = (wait(ours.device) - start) / steps
-    show("second epoch, a step", plain_epoch_step_ms=1000 * slow, epoch_step_ms=1000 * fast)
-    show("", epoch_speedup=slow / fast)
+    show(plain_epoch_step_ms=1000 * slow, epoch_step_ms=1000 * fast)
+    show(epoch_speedup=slow / fast)
 
 
 def bench_evaluation(plain, ours, folder, show):
@@ -290,10 +233,10 @@ def bench_evaluation(plain, ours, folder, show):
     source = (f"{folder}/again", "test", f"{folder}/cache")
     data.load_split(*source)
     ours.inverter.decoder.load_state_dict(
-        {key: torch.from_numpy(value) for key, value in plain("weights").items()}
+        {key: torch.from_numpy(value) for key, value in plain.weights().items()}
     )
     start = wait(ours.device)
-    expected = np.mean(plain("evaluate", files), 0)
+    expected = np.mean(plain.evaluate(files), 0)
     slow = (wait(ours.device) - start) / len(files)
     start = wait(ours.device)
     pixels = data.load_split(*source)[:]
@@ -302,63 +245,97 @@ def bench_evaluation(plain, ours, folder, show):
     found = [values[name].mean() for name in ("psnr", "ssim", "lpips")]
     if not np.allclose(found, expected, rtol=1e-3):
         raise RuntimeError(f"the metrics differ: plain {expected}, ours {found}")
-    show("evaluation, images/s", plain_eval_images_per_second=1 / slow, eval_images_per_second=1 / fast)
-    show("", eval_speedup=slow / fast)
-    with torch.no_grad():
-        show("its parts, each by itself, ms an image", eval_parts_ms=evaluation_parts(ours, pixels[:4]))
-    with FlopCounterMode(display=False, custom_mapping=FUSED) as counter:
-        evaluate_model(ours.inverter, pixels[:1], bars=True)
-    show("its floating-point operations, an image", eval_gflop=counter.get_total_flops() / 1e9)
-    show("inference of one image", inference_ms=time_inference(ours.inverter, pixels, 20))
+    show(plain_eval_images_per_second=1 / slow, eval_images_per_second=1 / fast)
+    show(eval_speedup=slow / fast)
+
+
+def make_photographs(folder, count):
+    """Fill train/ and test/ in `folder` with `count` PNGs like DIV2K's: enlarged tiles of the sample."""
+    tiles = data.sample_tiles("train")[:]
+
+    def make(i):
+        name = Path(folder, "test" if i % 10 == 0 else "train", f"{i:04}.png")
+        tile = Image.fromarray(tiles[i % len(tiles)].numpy())
+        picture = np.asarray(tile.resize((2040, 1356), Image.Resampling.BICUBIC))
+        grain = np.random.default_rng(i).normal(0, 4, (1356, 2040, 1))  # a photograph's: large PNGs
+        Image.fromarray((picture + grain).clip(0, 255).astype(np.uint8)).save(name, compress_level=6)
+
+    for split in ("train", "test"):
+        Path(folder, split).mkdir(exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(make, range(count)))
+
+
+def by_turns(device, functions, rounds, times=6, before=0):
+    """{name: median seconds} of `functions`, called by turns, `times` in a row without the first.
+
+    before: how often each is called beforehand, until its CUDA graphs are recorded.
+    """
+    for function in functions.values():
+        for _ in range(before):
+            function()
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            for turn in range(times):
+                start = wait(device)
+                function()
+                if turn:
+                    seconds[name].append(wait(device) - start)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def child_gib(*command):
+    """Peak memory in GiB of the largest child so far, after running `command`.
+
+    Raises UserError if that fails. NaN on Windows, which does not say.
+    """
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
+    if done.returncode:
+        raise UserError(f"{command[1]} ended with status {done.returncode}, as it says above")
+    if sys.platform == "win32":
+        return float("nan")
+    import resource
+
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, not KiB
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
 
 
 def bench(args):
     """Measure, print and, with --json, write."""
     device = select_device(args.device)
     figures = {}
-    if args.quality and args.data:
-        raise UserError("--data: not with --quality, which names its own")
     if args.json and not Path(args.json).resolve().parent.is_dir():
         raise UserError(f"--json {args.json}: no such folder")
     if args.images < 6:
         raise UserError(f"--images {args.images}: at least 6, for a batch of 4 and validation")
 
-    def show(title, **values):
+    def show(**values):
         figures.update(values)
-        words = []
-        for name, value in values.items():
-            for part, figure in value.items() if isinstance(value, dict) else [(name, value)]:
-                words.append(f"{part} {figure:.4g}" if isinstance(figure, float) else f"{part} {figure}")
-        print(f"{title:<40}{', '.join(words)}", flush=True)
+        short = json.loads(json.dumps(values), parse_float=lambda text: float(f"{float(text):.4g}"))
+        print(*(f"{name}: {value}" for name, value in short.items()), sep="\n", flush=True)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    show("machine", device=name, threads=torch.get_num_threads(), torch=torch.__version__)
+    show(device=name, threads=torch.get_num_threads(), torch=torch.__version__)
     if args.quality:
         bench_quality(args.quality, device, show)
     else:
-        bench_speed(args, device, figures, show)
+        bench_speed(args, device, show)
     if args.json:
         write_text(args.json, json.dumps(figures, indent=2))
 
 
-def bench_speed(args, device, figures, show):
+def bench_speed(args, device, show):
     """Steps, epochs and evaluations, plain and ours."""
     with tempfile.TemporaryDirectory() as folder:
-        if args.data:
-            link_photographs(args.data, folder, args.images)
-        else:
-            make_photographs(folder, args.images)
-        # In processes of their own, and first, since what can be asked for is the peak of the largest child
-        # so far.
+        make_photographs(folder, args.images)
         flags = ("--data", folder, "--cache", f"{folder}/cache", "--out", f"{folder}/run")
         flags += ("--epochs", 1, "--quiet", "--device", device)
         if not args.batch_size:
-            show("peak memory of a training, GiB", training_peak_gib=child_gib("train.py", *flags))
-        if not args.batch_size and device.type == "cpu":
-            show("of a step of the attention decoder", attention_peak_gib=child_gib("-c", ATTENTION))
-        plain = Elsewhere(device)
+            show(training_peak_gib=child_gib("train.py", *flags))
         prepare.set_up()
-        try:
+        with elsewhere(device) as plain:
             bench_step(plain, folder, device, args.batch_size or 4, args.rounds, show)
             if args.batch_size:
                 return
@@ -369,13 +346,6 @@ def bench_speed(args, device, figures, show):
             bench_cheap_epochs(folder, device, args.rounds, show)
             bench_epoch(plain, ours, folder, show)
             bench_evaluation(plain, ours, folder, show)
-            step = figures["gflop"] / figures["peak_gflops"]  # seconds
-            image = figures["eval_gflop"] / figures["peak_gflops"]
-            bounds = {"epoch": figures["plain_epoch_step_ms"] / 1000 / step}
-            bounds["evaluation"] = 1 / figures["plain_eval_images_per_second"] / image
-            show("speedups if all ran at the peak", speedup_bound=bounds)
-        finally:
-            plain.close()
 
 
 if __name__ == "__main__":

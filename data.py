@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, features
 from tqdm import tqdm
 
 from study import DOCUMENTED, IMAGE_SIZE
-from utils import UserError, atomic, digest, same_data, user_cache, write_text
+from utils import UserError, atomic, digest, locked, same_data, user_cache, write_text
 
 RESIZE = 256  # side of the images that the study crops
 SHARD = 4096  # images in a file of the cache, about 800 MB
@@ -317,7 +316,7 @@ def cached_images(folder, files, cache, protocol, bars, side):
     rows = read_cache(cache)
     if not entries.keys() <= rows.keys():
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / ".lock"), warnings.catch_warnings():  # a second run waits, then finds the cache
+        with locked(cache / ".lock"), warnings.catch_warnings():  # a second run waits, then finds the cache
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
             rows = build_cache(cache, entries, folder, protocol, bars, side)
     rows = [rows[key] for key in entries]

@@ -10,10 +10,9 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from filelock import FileLock
 from tqdm import tqdm
 
-from utils import UserError, digest
+from utils import UserError, digest, locked
 
 DIV2K = (  # url, md5, bytes (None: as the server says)
     (
@@ -35,7 +34,7 @@ def download_div2k(root, archives=None, bars=None):
     root.mkdir(parents=True, exist_ok=True)
     for url, md5, size in archives or DIV2K:
         name = url.rsplit("/", 1)[1]
-        with FileLock(root / f".{name}.lock"):  # a second run waits for the first one's download
+        with locked(root / f".{name}.lock"):  # a second run waits for the first one's download
             if (root / Path(name).stem).is_dir():
                 print(f"{root / Path(name).stem} is there")
                 continue

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from decoders import resize
-from flags import check_layer, weights_of_each
+from flags import check_layer, encoders_of, weights_of_each
 from networks import NoInitialisation, build_network, load_network, own_input, parse, resampled
 from study import DOCUMENTED, ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LAYERS
 from trunk import (
@@ -108,7 +108,7 @@ class JointEncoder(nn.Module):
 
     def __init__(self, encoder, layer, weights="imagenet", *options, **more):
         super().__init__()
-        names, layers = encoder.split("+"), layer.split("+")
+        names, layers = encoders_of(encoder), layer.split("+")
         if len(names) != len(layers):
             counts = f"{len(names)} encoders, {len(layers)} layers"
             raise UserError(f"--encoder {encoder} --layer {layer}: {counts}; give as many of each")
@@ -157,13 +157,13 @@ def weights_key(encoder):
 
 def programs_of(encoder):
     """{file: its SHA-256} of the users' own that an encoder's name, or several names joined by `+`, say."""
-    files = [parse(name)[0] for name in encoder.split("+") if ".py:" in name]
+    files = [parse(name)[0] for name in encoders_of(encoder) if ".py:" in name]
     return {file: digest(file) for file in files}
 
 
 def build_encoder(encoder, layer, *options, **more):
     """An Encoder, or of names with `+` between them a JointEncoder."""
-    kind = JointEncoder if "+" in encoder + layer else Encoder
+    kind = JointEncoder if len(encoders_of(encoder)) > 1 or "+" in layer else Encoder
     return kind(encoder, layer, *options, **more)
 
 

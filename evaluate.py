@@ -61,9 +61,9 @@ from utils import (
     evenly_spaced,
     keep_freed_memory,
     make_folder,
+    processes,
     refuse_other_results,
     select_device,
-    start_processes,
     timed,
     write_csv,
     write_result,
@@ -90,7 +90,12 @@ def evaluate(args):
         compare(args.compare, args.out or "runs")
         return
     keep_freed_memory()
-    rank, world, device = start_processes(select_device(args.device))
+    with processes(select_device(args.device)) as started:
+        evaluate_checkpoint(args, *started)
+
+
+def evaluate_checkpoint(args, rank, world, device):
+    """Measure a checkpoint, take one's own pictures or measure baselines, in one of `world` processes."""
     bars = disable_bars(args, rank)
     if args.baselines:
         if rank == 0:

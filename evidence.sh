@@ -16,6 +16,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 seeds=${SEEDS:-1 2 3}
 root=${RUNS:-runs/evidence}
+if [[ ! $seeds =~ ^[0-9][0-9[:space:]]*$ ]]; then
+  echo "error: SEEDS=\"$seeds\": are whole numbers with spaces between them" >&2 && exit 2
+fi
 groups="loss decoders muon feedback weights layers data deep natural lite0 published inversion"
 
 lowest() { # of the runs in these folders, the name of the one with the lowest validation loss
@@ -70,9 +73,10 @@ train() {
 }
 
 compare() { # FOLDER FIRST OTHER…: how the others differ from the first, in FOLDER/compare.csv and .png
-  local out=$root/$1
+  local out=$root/$1 runs=() run
   shift
-  python evaluate.py --compare "${@/#/$root/}" --out "$out"
+  for run; do runs+=("$root/$run"); done # not "${@/#/$root/}", where a & in $root is not one
+  python evaluate.py --compare "${runs[@]}" --out "$out"
 }
 
 mse="--mse-weight 1 --lpips-weight 0"

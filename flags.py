@@ -4,6 +4,7 @@ import argparse
 import reprlib
 import sys
 from functools import partial
+from pathlib import Path
 
 import yaml
 
@@ -64,16 +65,37 @@ positive_float = partial(number, float, minimum=5e-324, maximum=sys.float_info.m
 non_negative_float = partial(number, float, minimum=0, maximum=sys.float_info.max)
 
 
+def is_encoder(name):
+    """Whether an encoder can have this name."""
+    return name in LAYERS or ".py:" in name or name.startswith(("timm/", "torchvision/"))
+
+
+def split(text, is_name):
+    """The names that `text` joins with +. A name may contain +: each is as short as `is_name` allows."""
+    names = []
+    for part in text.split("+"):
+        if names and not is_name(names[-1]):
+            names[-1] += f"+{part}"
+        else:
+            names.append(part)
+    return names if is_name(names[-1]) else text.split("+")
+
+
+def encoders_of(encoder):
+    """The encoders that --encoder joins with +."""
+    return split(encoder, is_encoder)
+
+
 def check_encoder(name):
     """Raise UserError for what no encoder can be called."""
-    if name not in LAYERS and ".py:" not in name and not name.startswith(("timm/", "torchvision/")):
+    if not is_encoder(name):
         others = "timm/NAME, torchvision/NAME, FILE.py:FUNCTION"
         raise UserError(f"--encoder {name}: not an encoder; choose from {', '.join(LAYERS)}, {others}")
 
 
 def check_layer(encoder, layer):
     """Raise UserError for names that cannot be; of networks that have no short name, encoders.py knows."""
-    for name in encoder.split("+"):
+    for name in encoders_of(encoder):
         check_encoder(name)
     if encoder in LAYERS and layer not in LAYERS[encoder]:
         raise UserError(
@@ -84,7 +106,7 @@ def check_layer(encoder, layer):
 def add_running_flags(add):
     """What every script that computes takes; add: a group's add_argument."""
     add("--cache", help="folder of decoded images and kept crops (default: ~/.cache/feature-inversion)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto (cuda or cpu), cpu, cuda, cuda:N, or mps: Apple's")
     add("--quiet", action="store_true", help="no progress: neither bars nor a line an epoch")
     add("--bars", action="store_true", help="progress bars even where there is no terminal")
 
@@ -102,7 +124,7 @@ def check_weights(args):
 
     Raises UserError for weights that can't be had, and for a --std that is not positive.
     """
-    own = [".py:" in name for name in args.encoder.split("+")]
+    own = [".py:" in name for name in encoders_of(args.encoder)]
     if any(own) and args.weights == "random":
         raise UserError("--weights random: a FILE.py's function decides that; leave it out, or give a file")
     if all(own) and args.weights == "imagenet":
@@ -116,7 +138,11 @@ def check_weights(args):
 
 def weights_of_each(count, weights):
     """The `--weights` of each of `count` encoders: one word for all, or as many with `+` between them."""
-    sources = weights.split("+")
+
+    def is_source(name):
+        return name in ("imagenet", "random", "own") or Path(name).is_file()
+
+    sources = [weights] if is_source(weights) else split(weights, is_source)
     return sources if len(sources) == count else [weights] * count
 
 
@@ -214,7 +240,7 @@ def parse_train(argv=None, doc=None):
     if args.config:
         args = parser.parse_args([*read_config(args.config, parser, args.fast), *argv])
     check_layer(args.encoder, args.layer)
-    if args.fusion and "+" not in args.encoder:
+    if args.fusion and len(encoders_of(args.encoder)) == 1:
         raise UserError(
             f"--fusion: joins several encoders, A+B with --layer a+b; there is one, {args.encoder}"
         )

@@ -44,10 +44,10 @@ from utils import (
     evenly_spaced,
     keep_freed_memory,
     make_folder,
+    processes,
     read_result,
     refuse_other_results,
     select_device,
-    start_processes,
     write_csv,
     write_result,
 )
@@ -63,9 +63,9 @@ def main(args):
         draw_courses(courses, make_folder(args.out or "runs") / "course.png")
         return
     keep_freed_memory()
-    _, world, device = start_processes(select_device(args.device))
-    if world > 1:
-        raise UserError("invert.py works in one process; start it without torchrun")
+    with processes(select_device(args.device)) as (_, world, device):
+        if world > 1:
+            raise UserError("invert.py works in one process; start it without torchrun")
     bars = disable_bars(args)
     files = picture_files(args.images or [])
     if args.encoder:

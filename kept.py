@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock
 from tqdm import tqdm
 
 from data import crops, epoch_plan, short_hash
 from encoders import weights_key
-from utils import UserError, atomic, leftovers, user_cache
+from utils import UserError, atomic, leftovers, locked, user_cache
 
 ENCODED = 16  # crops at a time
 DTYPE = np.float16  # a thousandth of the validation loss, at most, from float32 (tests/test_crop.py)
@@ -59,7 +58,7 @@ def keep_crops(images, inverter, config, cache=None, bars=None):
     size_on_disk = math.prod(shape) * np.dtype(DTYPE).itemsize
     if not is_whole(path, size_on_disk):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):  # another process waits, then finds it
+        with locked(path.with_suffix(".lock")):  # another process waits, then finds it
             if not is_whole(path, size_on_disk):
                 write_features(path, images, inverter, places, size, size_on_disk, bars)
     return KeptCrops(np.memmap(path, DTYPE, "r", shape=shape), places)

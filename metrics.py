@@ -190,12 +190,13 @@ class Meter:
     """Averages of named values per image (not per batch, which may differ in size), over all processes."""
 
     def __init__(self, names, device="cpu"):
+        device = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
         self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in (*names, "images")}
 
     def add(self, values):
         """Add {name: (B,)}, one value an image."""
         for name, value in values.items():
-            self.sums[name] += value.sum()
+            self.sums[name] += value.sum().to(self.sums[name])
         self.sums["images"] += len(value)
 
     def total(self):

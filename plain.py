@@ -1,9 +1,10 @@
 """The study's loop, written plainly: what bench.py times ours against, in a process of its own."""
 
-import multiprocessing
 import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.managers import BaseManager
 
 import lpips as lpips_package
 import torch
@@ -14,7 +15,7 @@ from torchvision import transforms as T
 
 from models import build_decoder
 from study import IMAGENET_MEAN, IMAGENET_STD
-from utils import UserError, run
+from utils import UserError
 from weights import imagenet_weights
 
 
@@ -117,34 +118,12 @@ class Plain:
         return {key: value.cpu().numpy() for key, value in self.decoder.state_dict().items()}
 
 
-class Elsewhere:
-    """A Plain in a process of its own: `Elsewhere(device)("step")` is its `step()`. End it with `close`."""
-
-    def __init__(self, device):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, other = context.Pipe()
-        self.process = context.Process(target=serve, args=(other, device))
-        self.process.start()
-
-    def __call__(self, method, *args):
+@contextmanager
+def elsewhere(device):
+    """A Plain in a process of its own, which ends with the `with`."""
+    BaseManager.register("Plain", Plain)
+    with BaseManager(ctx=get_context("spawn")) as manager:
         try:
-            self.pipe.send((method, args))
-            return self.pipe.recv()
+            yield manager.Plain(device)
         except (EOFError, ConnectionError):
             raise UserError("the plain loop's process ended, as it says above") from None
-
-    def close(self):
-        with suppress(ConnectionError):  # of one that has ended
-            self.pipe.send(None)
-        self.process.join()
-
-
-def serve(pipe, device):
-    """Do what comes through the pipe, until that is None; what the user can put right is one line."""
-
-    def work():
-        plain = Plain(device)
-        while message := pipe.recv():
-            pipe.send(getattr(plain, message[0])(*message[1]))
-
-    run(work)

@@ -21,6 +21,9 @@ if [[ ! -f $here/train.py ]]; then
 fi
 cd "$here" || exit
 runs=${RUNS:-runs}
+if [[ ! ${SEEDS:-0} =~ ^[0-9][0-9[:space:]]*$ ]]; then
+  echo "error: SEEDS=\"$SEEDS\": are whole numbers with spaces between them" >&2 && exit 2
+fi
 configs=(configs/[0-9][0-9]_*.yaml)
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
   if ((SLURM_ARRAY_TASK_ID < 1 || SLURM_ARRAY_TASK_ID > ${#configs[@]})); then
@@ -69,7 +72,9 @@ for config in "${configs[@]}"; do
   if [[ -n ${SEEDS:-} && -f $runs/$name/metrics.json ]]; then
     echo "error: $runs/$name: holds a run without SEEDS, which would hide theirs; remove it, or name another" \
       "folder by RUNS" >&2 && exit 2
-  elif [[ -z ${SEEDS:-} ]] && compgen -G "$runs/$name/seed*/metrics.json" > /dev/null; then
+  fi
+  seeded=("$runs/$name"/seed*/metrics.json)
+  if [[ -z ${SEEDS:-} && -f ${seeded[0]} ]]; then
     echo "error: $runs/$name: holds runs of SEEDS, which one without would hide; give SEEDS, or name another" \
       "folder by RUNS" >&2 && exit 2
   fi

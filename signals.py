@@ -2,11 +2,17 @@
 
 import os
 import signal
+import socket
+import threading
+import time
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is SLURM's, before it pre-empts
+# SIGUSR1 is SLURM's, before it pre-empts; Windows has none.
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+COPIES = 1  # seconds after the first signal in which a launcher may send it again
 
 
 class Interrupted(Exception):
@@ -14,23 +20,33 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Within `with`: remembers the first stopping signal; a SIGINT after it ends the process at once."""
+    """Within `with`: remembers the first stopping signal; another ends the process at once.
+
+    Python gives signals to the main thread; in another one nothing is remembered.
+    """
 
     def __init__(self, device):
         self.received = 0
         self.device = device
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.handle) for number in STOPPING}
+        self.before = {}
+        self.waker, woken = socket.socketpair()
+        with suppress(ValueError):  # not the main thread
+            self.before = {number: signal.signal(number, self.handle) for number in STOPPING}
+            self.waker.setblocking(False)
+            self.waker_before = signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=end_at_another, args=(woken,), daemon=True).start()
         return self
 
     def __exit__(self, *exception):
+        if self.before:
+            signal.set_wakeup_fd(self.waker_before)
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        self.waker.close()
 
     def handle(self, number, frame):
-        if self.received and number == signal.SIGINT:  # a launcher may send the others twice
-            os._exit(128 + number)
         self.received = self.received or number
 
     @property
@@ -48,3 +64,19 @@ class Signals:
         if received:
             self.received = received
             raise Interrupted
+
+
+def end_at_another(woken):
+    """End the process at a stopping signal that is neither the first nor its copy.
+
+    `woken` is a socket that gets the number of each signal as it arrives. `handle` would have to wait for
+    what PyTorch computes, as a whole backward pass.
+    """
+    first = None
+    while number := woken.recv(1):
+        if number[0] not in STOPPING:
+            continue
+        now = time.monotonic()
+        first = first or now
+        if now - first > COPIES or now > first and number[0] == signal.SIGINT:
+            os._exit(128 + number[0])

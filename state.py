@@ -8,12 +8,12 @@ from importlib.metadata import version
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from encoders import weights_key
 from metrics import Meter
 from tracker import EVENTS
-from utils import UserError, leftovers, load, make_folder, out_of_memory, results_of, save
+from utils import UserError, leftovers, load, locked, make_folder, out_of_memory, results_of, save
 
 FILES = ("best.pt", "last.pt", "config.yaml", "history.csv", "curves.png")
 
@@ -100,17 +100,16 @@ def save_best(inverter, config, state, out):
 # --- The folder ----------------------------------------------------------------------------------------
 
 
-def claim(out, resume, overwrite):
-    """Make and lock the run's folder, and remove what killed processes left in it; the lock.
-
-    Raises UserError if it is in use or holds what must not be lost.
-    """
-    out = make_folder(out)
-    lock = FileLock(out / ".lock")
+def hold(out):
+    """Make the run's folder and lock it; the lock. Raises UserError if it is in use."""
     try:
-        lock.acquire(timeout=0)  # the kernel frees it when the process ends, however it ends
+        return locked(make_folder(out) / ".lock", timeout=0)
     except Timeout:
         raise UserError(f"--out {out}: another training is writing there; choose another --out") from None
+
+
+def claim(out, resume, overwrite):
+    """Remove what killed processes left in a run's folder; UserError if it holds what must not be lost."""
     best = (out / "best.pt").exists()
     last = (out / "last.pt").exists()
     if (best or last) and not resume and not overwrite:
@@ -128,7 +127,6 @@ def claim(out, resume, overwrite):
     for name in FILES:
         for path in leftovers(out / name):
             path.unlink()
-    return lock
 
 
 def remove_what_will_not_be_true(out, resumed):

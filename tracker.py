@@ -3,7 +3,7 @@
 import math
 import sys
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -74,7 +74,8 @@ class TensorBoard:
     def __init__(self, out, config, epoch):
         from torch.utils.tensorboard.summary import hparams
 
-        self.writer = summary_writer(out, purge_step=epoch)  # those of an epoch that was interrupted are void
+        self.opened = ExitStack()  # those of an epoch that was interrupted are void
+        self.writer = self.opened.enter_context(summary_writer(out, purge_step=epoch))
         values = {
             key: value if isinstance(value, (int, float, str)) else str(value)
             for key, value in config.items()
@@ -90,20 +91,24 @@ class TensorBoard:
         self.writer.flush()  # raises what its thread has met
 
     def close(self):
-        self.writer.close()
+        self.opened.close()
 
 
+@contextmanager
 def summary_writer(out, **options):
     """torch's SummaryWriter of folder `out`, whose thread prints no errors: `flush` raises them again."""
     from torch.utils.tensorboard import SummaryWriter
 
-    threading.excepthook = report_thread
-    return SummaryWriter(str(out), **options)
+    def report(failure):
+        if type(failure.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+            before(failure)
 
-
-def report_thread(failure):
-    if type(failure.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
-        threading.__excepthook__(failure)
+    before, threading.excepthook = threading.excepthook, report
+    try:
+        with SummaryWriter(str(out), **options) as writer:
+            yield writer
+    finally:
+        threading.excepthook = before
 
 
 def add_test_metrics(out, epoch, means):

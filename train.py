@@ -21,6 +21,7 @@ import math
 import shlex
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -48,15 +49,15 @@ from prepare import (
     steps_of_a_pass,
 )
 from signals import Interrupted, Signals
-from state import State, claim, remove_what_will_not_be_true, resume, save_best, save_last
+from state import State, claim, hold, remove_what_will_not_be_true, resume, save_best, save_last
 from study import PROTOCOLS
 from tracker import Tracker, draw_curves, epoch_line, write_history
 from utils import (
     UserError,
     disable_bars,
     evenly_spaced,
+    processes,
     select_device,
-    start_processes,
     tf32,
     write_text,
 )
@@ -70,18 +71,24 @@ DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
 
 def train(args):
     """Train as `args` (a Namespace of the flags) say, and write the run's files; the State at its end."""
-    # --- device, processes and networks
-    device = select_device(args.device)
+    with processes(select_device(args.device)) as started, ExitStack() as held:
+        return train_here(args, held, *started)
+
+
+def train_here(args, held, rank, world, device):
+    """`train`, in one of `world` processes; held: what the run's lock is released with."""
+    # --- networks
     set_up(args.deterministic)
     torch.manual_seed(args.seed)
-    rank, world, device = start_processes(device)
     bars = disable_bars(args, rank)
     if args.download:
         download(args)
     config = config_of(args) | {"data": data.resolve(args.data)}
     protocol = PROTOCOLS[config["protocol"]]
     out = Path(args.out)
-    lock = claim(out, args.resume, args.overwrite) if rank == 0 else None
+    if rank == 0:
+        held.enter_context(hold(out))
+        claim(out, args.resume, args.overwrite)
     inverter = inverter_of(config).to(device)
     config["crop"] = config["crop"] or inverter.size
 
@@ -164,10 +171,6 @@ def train(args):
                 save_last(state, same, out, rank)  # last: what was interrupted before is done again
     finally:
         tracker.close()
-        if lock:
-            lock.release()
-        if dist.is_initialized():
-            dist.destroy_process_group()
     print(f"best: epoch {state.best_epoch}, validation loss {state.best_loss:.4f}, in {out / 'best.pt'}")
     return state
 

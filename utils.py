@@ -7,13 +7,15 @@ import csv
 import ctypes
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
 import sys
 import time
+import traceback
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +28,7 @@ RESULTS = (  # files of an evaluation; the first says what was measured, and is 
     "iterations.png",  # of decoders that iterate
 )
 INVERSION = ("inversion.json", "inversion.csv", "inversion.png")  # files of invert.py, likewise
+GROUPS = itertools.count()  # of processes, so far
 UNREADABLE = (  # what reading a file that is not as it should be can raise
     ValueError,
     LookupError,
@@ -45,7 +48,10 @@ class UserError(Exception):
 
 
 def run(main):
-    """Return `main()`; what the user can put right ends in one line on stderr and exit status 2."""
+    """Return `main()`; what the user can put right ends in one line on stderr and exit status 2.
+
+    FEATURE_INVERSION_DEBUG=1 shows the traceback before that line.
+    """
     if getattr(sys.stdout, "errors", "") == "strict" and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # where a terminal knows no arrow, its ? is no error
     try:
@@ -56,7 +62,8 @@ def run(main):
         sys.exit(130)
     except OSError as error:  # disk full, no permission, a folder where a file should be
         name = f"{error.filename}: " if error.filename else ""
-        fail(f"{name}{error.strerror or error}")
+        where = "" if error.filename else " (FEATURE_INVERSION_DEBUG=1 shows where)"
+        fail(f"{name}{error.strerror or error}{where}")
     except (MemoryError, RuntimeError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(f"--compile: {str(error)[:200]}; leave it out, or install what it wants")
@@ -68,6 +75,9 @@ def run(main):
 
 def fail(message):
     """End the process with `error: message`, one line on stderr, and status 2."""
+    if os.environ.get("FEATURE_INVERSION_DEBUG") == "1":
+        sys.exc_info()[1].__suppress_context__ = False  # what a UserError was raised for
+        traceback.print_exc()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -93,7 +103,7 @@ def atomic(path):
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp{path.suffix[:9]}")  # 255 bytes at most
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows flushes only what it may write
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -101,6 +111,21 @@ def atomic(path):
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def locked(path, timeout=-1):
+    """The lock of the file `path`, held; the kernel frees it when the process ends, however it ends.
+
+    Raises filelock.Timeout if another has it for `timeout` seconds, UserError where files can't be locked.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        return FileLock(path).acquire(timeout)
+    except Timeout:
+        raise
+    except (OSError, NotImplementedError) as error:
+        raise UserError(f"{path}: cannot be locked ({error}); choose another folder") from None
 
 
 def leftovers(path):
@@ -308,7 +333,7 @@ def keep_freed_memory():
 
 
 def select_device(name):
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch.device; raises UserError for one that is not there.
+    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a torch.device; UserError for one that is not there.
 
     On CUDA float32 is float32 from then on, outside of `tf32`.
     """
@@ -319,9 +344,11 @@ def select_device(name):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: use auto, cpu, cuda or cuda:N")
+        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and (device.index or not torch.backends.mps.is_available()):
+        raise UserError(f"--device {name}: PyTorch has no such GPU of Apple's here; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         here = torch.cuda.device_count()
         raise UserError(f"--device {name}: this machine has {here} CUDA devices; use --device cpu")
@@ -352,38 +379,41 @@ def tf32(allowed):
             backend.allow_tf32 = value
 
 
-def start_processes(device):
+@contextmanager
+def processes(device):
     """Join the processes that torchrun started, if it did: (rank, number of processes, device of this one).
 
     NCCL on CUDA, gloo on the CPU. Only the first process prints. Without WORLD_SIZE there is one, whatever
-    RANK says.
+    RANK says. `with` ends it.
     """
     import torch.distributed as dist
 
     text = os.environ.get("WORLD_SIZE", "1")
+    advice = "start with torchrun, or unset WORLD_SIZE"
     if not re.fullmatch(r"[1-9]\d{0,5}", text):
-        raise UserError(
-            f"WORLD_SIZE is {text!r}, which is no number of processes: start with torchrun, or unset it"
-        )
+        raise UserError(f"WORLD_SIZE is {text!r}, which is no number of processes: {advice}")
     world = int(text)
     if world == 1:
-        return 0, 1, device
+        yield 0, 1, device
+        return
+    if device.type == "mps":
+        raise UserError("--device mps: one process only; start it without torchrun")
     if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
-        missing = ", ".join(sorted(missing))
-        raise UserError(
-            f"WORLD_SIZE is {world}, but {missing} not set: start with torchrun, or unset WORLD_SIZE"
-        )
+        raise UserError(f"WORLD_SIZE is {world}, but {', '.join(sorted(missing))} not set: {advice}")
     for name in ("RANK", "LOCAL_RANK"):
         if not os.environ[name].isdecimal() or int(os.environ[name]) >= world:
-            raise UserError(
-                f"{name} is {os.environ[name]!r}, should be 0 to {world - 1}: start with torchrun"
-            )
+            raise UserError(f"{name} is {os.environ[name]!r}, should be 0 to {world - 1}: {advice}")
     if device.type == "cuda":
         device = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")
-    return dist.get_rank(), world, device
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"training {next(GROUPS)}", store)  # where no earlier group left anything
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank else sys.stdout):
+            yield rank, world, device
+    finally:
+        dist.destroy_process_group()
 
 
 def timed(device, function, repeats=5):
@@ -398,8 +428,8 @@ def timed(device, function, repeats=5):
 
 def wait(device):
     """The time in seconds, when a GPU has done what it was given."""
-    if device.type == "cuda":
+    if device.type != "cpu":
         import torch
 
-        torch.cuda.synchronize(device)
+        torch.mps.synchronize() if device.type == "mps" else torch.cuda.synchronize(device)
     return time.perf_counter()

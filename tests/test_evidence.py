@@ -52,17 +52,29 @@ def evidence(tmp_path):
     stub.write_text(STUB.format(python=sys.executable))
     stub.chmod(0o755)
 
-    def call(*groups):
+    def call(*groups, **variables):
         calls = tmp_path / "calls"
         calls.write_text("")
         path = f"{tmp_path}:{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "CALLS": str(calls), "RUNS": str(tmp_path / "runs")}
+        environment |= variables
         command = ["bash", "evidence.sh", *groups]
         result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
         lines = [line.split("\t") for line in calls.read_text().splitlines()]
         return result, [(program, flags) for program, *flags in lines]
 
     return call
+
+
+def test_what_the_shell_would_not_take_as_it_is(evidence, tmp_path):
+    """RUNS is a folder's name, SEEDS numbers."""
+    folder = f"{tmp_path}/r&d [1]"
+    result, calls = evidence("weights", RUNS=folder, SEEDS="1")
+    assert result.returncode == 0, result.stderr
+    compared = [parse_evaluate(flags).compare for _, flags in calls if "--compare" in flags]
+    assert compared == [[f"{folder}/loss/hybrid", f"{folder}/weights/block1"]]
+    result, calls = evidence("weights", SEEDS="1 README.m?")
+    assert result.returncode == 2 and 'SEEDS="1 README.m?"' in result.stderr and not calls
 
 
 def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):

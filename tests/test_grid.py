@@ -372,6 +372,22 @@ def test_seeds_want_a_folder_without_a_run(stubbed, tmp_path):
         assert process.returncode == 2 and message in line
 
 
+def test_what_the_shell_would_take_for_a_pattern(stubbed, tmp_path):
+    """RUNS is a folder's name as it is, SEEDS numbers."""
+    run = tmp_path / "o[1]" / "01_vgg16_block1_tconv" / "seed1"
+    run.mkdir(parents=True)
+    (run / "metrics.json").write_text("{}")
+    process = stubbed("exit 1\n", RUNS=str(tmp_path / "o[1]"))
+    (line,) = process.communicate()[1].splitlines()
+    assert process.returncode == 2 and "holds runs of SEEDS" in line
+    for seeds in ("*", "1 README.m?", "one"):
+        process = stubbed(f"touch {tmp_path}/called\n", SEEDS=seeds)
+        (line,) = process.communicate()[1].splitlines()
+        assert process.returncode == 2 and f'SEEDS="{seeds}"' in line and not (tmp_path / "called").exists()
+    process = stubbed("exit 0\n", SEEDS="1\n2")  # as seq has them
+    assert "seed2 (experiment 2 of 2" in process.communicate()[0] and process.returncode == 0
+
+
 def test_help_is_help(stubbed, tmp_path):
     process = stubbed("exit 1\n", "--help")
     shown = process.communicate()[0]

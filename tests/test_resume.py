@@ -195,7 +195,7 @@ def test_files_of_no_run_are_not_replaced(photos, tmp_path, run_train, error_lin
 def test_only_its_own_temporary_files_are_removed(tmp_path):
     for name in (".best.pt.123.tmp.pt", ".notes.tmp", ".best.pt.old.tmp.pt"):
         (tmp_path / name).write_text("")
-    train.claim(tmp_path, resume=False, overwrite=False).release()
+    train.claim(tmp_path, resume=False, overwrite=False)
     assert sorted(path.name for path in tmp_path.glob(".*.tmp*")) == [".best.pt.old.tmp.pt", ".notes.tmp"]
 
 

@@ -1,0 +1,202 @@
+"""What stops a training, where Python has no signals, locks fail, or something goes wrong on the way."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import filelock
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import REPOSITORY
+from training import parse
+
+import data
+import train
+import utils
+
+SHORT = ("--epochs", 1, "--width", 8, "--crop", 32, "--mse-weight", 1, "--lpips-weight", 0, "--quiet")
+
+
+def test_second_sigterm_ends_a_step_that_takes_long(photos, tmp_path):
+    """In one operation of a minute, during which Python calls no handler; what was saved before stays."""
+    code = (
+        "import sys, torch, train\n"
+        "def step(*_):\n"
+        "    print('begun', flush=True)\n"
+        "    torch.linalg.matrix_power(torch.eye(4096), 2**12 - 1)\n"
+        "train.train_step = step\n"
+        "train.run(lambda: train.train(train.parse_train(sys.argv[1:])))\n"
+    )
+    command = [sys.executable, "-c", code, *map(str, ("--data", photos, "--out", tmp_path, *SHORT))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert "begun\n" in iter(process.stdout.readline, "")
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):  # it goes on
+            process.wait(1.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()
+    assert utils.load(tmp_path / "last.pt")["epoch"] == 0
+    train.train(parse("--data", photos, "--out", tmp_path, *SHORT, "--resume"))
+
+
+def test_training_outside_the_main_thread(photos, tmp_path, run_train):
+    """Which alone may handle signals: they are not handled then."""
+    found = []
+    flags = ("--data", photos, "--out", tmp_path, *SHORT)
+    thread = threading.Thread(target=lambda: found.append(run_train(*flags)))
+    thread.start()
+    thread.join()
+    assert found == [0] and (tmp_path / "best.pt").exists()
+
+
+def test_without_sigusr1():
+    """As on Windows."""
+    code = (
+        "import os, signal, torch\n"
+        "del signal.SIGUSR1\n"
+        "from signals import Interrupted, Signals\n"
+        "with Signals(torch.device('cpu')) as signals:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    try:\n"
+        "        signals.check()\n"
+        "    except Interrupted:\n"
+        "        print(signals.received)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stdout == f"{int(signal.SIGTERM)}\n", done.stderr
+
+
+def test_handlers_are_as_before(photos, tmp_path, run_train):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    hook = threading.excepthook
+    assert run_train("--data", photos, "--out", tmp_path, *SHORT) == 0  # with TensorBoard
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+    assert threading.excepthook is hook and signal.set_wakeup_fd(-1) == -1
+
+
+def test_files_are_flushed_as_windows_wants_it(tmp_path, monkeypatch):
+    """Where what was opened to be read cannot be flushed."""
+    real = os.fsync
+
+    def flush(file):
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    utils.write_text(tmp_path / "a", "whole")
+    assert (tmp_path / "a").read_text() == "whole"
+
+
+@pytest.mark.parametrize("failure", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks")])
+@pytest.mark.parametrize("where", ["--out", "--cache"])
+def test_file_systems_without_locks(photos, tmp_path, monkeypatch, run_train, error_line, failure, where):
+    """filelock raises the first, where it is older than 3.24, or what the system says."""
+    real = filelock.FileLock.acquire
+
+    def acquire(self, *args, **more):
+        if str(tmp_path / where) in str(self.lock_file):
+            raise failure
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    flags = ("--data", photos, "--out", tmp_path / "--out", "--cache", tmp_path / "--cache", *SHORT)
+    assert run_train(*flags) == 2
+    assert f"{where}" in (line := error_line()) and "cannot be locked" in line and str(failure) in line
+
+
+# --- what goes wrong on the way --------------------------------------------------------------------------
+
+
+def test_another_training_after_one_that_failed(photos, tmp_path):
+    """Its lock is free although the error, and with it what the training had, is still there."""
+    flags = ("--data", photos, "--out", tmp_path, *SHORT, "--val-images", 1)
+    with pytest.raises(utils.UserError, match="--crop 33") as failed:
+        train.train(parse(*flags, "--crop", 33))
+    train.train(parse(*flags))
+    assert failed.value and (tmp_path / "best.pt").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_group_of_a_training_that_failed(photos, tmp_path, monkeypatch, rank, capsys):
+    """A group of one process, which says that it is this one of two."""
+    for name, value in {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    real, group = dist.init_process_group, {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: real("gloo", **group))
+    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(group["store"], rank, 2)]))
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    try:
+        with pytest.raises(utils.UserError, match="nowhere"):
+            train.train(parse("--data", tmp_path / "nowhere", "--out", tmp_path, "--device", "cpu"))
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print("heard")
+    assert capsys.readouterr().out == "heard\n"
+
+
+def test_traceback_for_who_asks(tmp_path, run_train, monkeypatch, capsys):
+    monkeypatch.setenv("FEATURE_INVERSION_DEBUG", "1")
+    assert run_train("--data", tmp_path / "nowhere", "--out", tmp_path) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and "in resolve" in "".join(lines)
+    assert lines[-1].startswith("error: --data ")
+
+
+def test_an_error_of_the_system_without_a_name_says_how_to_find_it(
+    tmp_path, run_train, monkeypatch, error_line
+):
+    def fails(*_):
+        raise OSError("odd")
+
+    monkeypatch.setattr(data, "resolve", fails)
+    assert run_train("--data", tmp_path, "--out", tmp_path) == 2
+    assert error_line() == "odd (FEATURE_INVERSION_DEBUG=1 shows where)"
+
+
+# --- Apple's GPUs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS is here")
+@pytest.mark.parametrize("device", ["mps", "mps:0", "mps:1"])
+def test_mps_without_mps(photos, tmp_path, run_train, run_evaluate, error_line, device):
+    assert run_train("--data", photos, "--out", tmp_path, "--device", device) == 2
+    assert error_line() == f"--device {device}: PyTorch has no such GPU of Apple's here; use --device cpu"
+
+
+def test_mps_is_one_process(monkeypatch, tmp_path, run_train, error_line):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_train("--data", "sample", "--out", tmp_path, "--device", "mps") == 2
+    assert "--device mps: one process only" in error_line()
+
+
+def test_sums_of_mps_are_in_float64():
+    """Which MPS has none of."""
+    meter = train.Meter(["psnr"], torch.device("mps"))
+    for value in (1e8, 1.0, 1.0):
+        meter.add({"psnr": torch.tensor([value])})
+    assert meter.averages()["psnr"] == (1e8 + 2) / 3
+
+
+@pytest.mark.skipif(not torch.backends.mps.is_available(), reason="no MPS")
+@pytest.mark.parametrize("decoder", ["tconv", "feedback"])
+def test_mps_trains_as_the_cpu(photos, tmp_path, decoder):
+    flags = ("--data", photos, "--decoder", decoder, *SHORT, "--device")
+    found, expected = (
+        train.train(parse(*flags, device, "--out", tmp_path / device)) for device in ("mps", "cpu")
+    )
+    assert found.best_loss == pytest.approx(expected.best_loss, rel=0.01)
