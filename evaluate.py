@@ -98,7 +98,7 @@ def evaluate(args):
             source, out = data.resolve(args.data), Path(args.out or "runs")
             write_baselines(source, out, PROTOCOLS[args.protocol], device, args.batch_size, args.cache, bars)
         return
-    inverter, checkpoint = load_inverter(args.ckpt)
+    inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)
     inverter.to(device)
     config = checkpoint["config"]
     if args.iterations:

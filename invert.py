@@ -64,7 +64,7 @@ def main(args):
     if world > 1:
         raise UserError("invert.py works in one process; start it without torchrun")
     bars = disable_bars(args)
-    if args.encoder:
+    if not args.ckpt:
         encoder, decode, about, out = from_noise(args)
     else:
         encoder, decode, about, out = from_checkpoint(args, device)
@@ -109,7 +109,7 @@ def from_noise(args):
 
 def from_checkpoint(args, device):
     """(encoder, what decodes its features, what the results are of, folder for them) of --ckpt."""
-    inverter, checkpoint = load_inverter(args.ckpt)
+    inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)
     inverter.to(device)
     config = checkpoint["config"]
     if config["protocol"] != "documented":
