@@ -1,6 +1,7 @@
 """Frozen encoders: any network of torchvision or timm, or one's own, up to any of its layers."""
 
 import hashlib
+import sys
 from collections import Counter
 from contextlib import nullcontext, suppress
 from functools import partial
@@ -11,7 +12,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from decoders import resize
 from flags import check_layer, encoders_of, weights_of_each
-from networks import NoInitialisation, build_network, load_network, own_input, parse, resampled
+from networks import (
+    BEFORE,
+    HERE,
+    NEIGHBOURS,
+    NoInitialisation,
+    build_network,
+    load_network,
+    own_input,
+    place_of,
+    resampled,
+)
 from study import DOCUMENTED, ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LAYERS
 from trunk import (
     SPOTS,
@@ -76,7 +87,8 @@ class Encoder(nn.Module):
             state = imagenet_weights(name.removeprefix("torchvision/"), net.state_dict())
             load_network(net, resampled(net, state), "--weights imagenet")
         elif loaded:
-            load_network(net, resampled(net, weights_from_file(weights)), f"--weights {weights}")
+            state = weights_from_file(weights, net.state_dict())
+            load_network(net, resampled(net, state), f"--weights {weights}")
             self.weights_sha256 = digest(weights)
         if not self.programs:  # torchvision's and timm's run their rows as a whole
             fuse(net, paths)
@@ -88,6 +100,7 @@ class Encoder(nn.Module):
         self.requires_grad_(False)
         self.eval()
         self.shapes = self.trunk.find_layouts(self.normalize, self.input_size, orders)
+        self.programs = programs_of(name)  # by now it has run, and imported what it needs
 
     def train(self, mode=True):
         return super().train(False)
@@ -126,7 +139,7 @@ class JointEncoder(nn.Module):
         self.input_size = self.encoders[0].input_size
         if any(other.input_size != self.input_size for other in self.encoders):
             raise UserError(f"--encoder {encoder}: they take images of different sizes; give an --input-size")
-        self.programs = programs_of(encoder)
+        self.programs = {file: found for part in self.encoders for file, found in part.programs.items()}
         hashes = [encoder.weights_sha256 for encoder in self.encoders]
         self.weights_sha256 = hashes if any(hashes) else None
         self.shapes = [shape for encoder in self.encoders for shape in encoder.shapes]
@@ -147,18 +160,31 @@ class JointEncoder(nn.Module):
         return torch.cat([resize(x, size) for x in maps], 1)
 
 
-def weights_key(encoder):
-    """The SHA-256 of all that an encoder computes with: its tensors, and a user's own file."""
-    found = hashlib.sha256("".join(encoder.programs.values()).encode())
+def weights_key(encoder, programs=None):
+    """The SHA-256 of all that an encoder computes with: its tensors, and a user's own files.
+
+    programs: the SHA-256 of these that count, where not all of them do.
+    """
+    found = hashlib.sha256("".join(encoder.programs.values() if programs is None else programs).encode())
     for tensor in encoder.state_dict().values():
         found.update(tensor.cpu().contiguous().numpy())
     return found.hexdigest()
 
 
+def own_files(encoder):
+    """The users' own files that an encoder's name, or several names joined by `+`, say."""
+    return [name.rpartition(":")[0] for name in encoders_of(encoder) if ".py:" in name]
+
+
 def programs_of(encoder):
-    """{file: its SHA-256} of the users' own that an encoder's name, or several names joined by `+`, say."""
-    files = [parse(name)[0] for name in encoders_of(encoder) if ".py:" in name]
-    return {file: digest(file) for file in files}
+    """{file: its SHA-256} of `own_files` and, once these have run, of the users' modules that they import."""
+    found = {}
+    for file in own_files(encoder):
+        found |= {file: digest(file)} | NEIGHBOURS.get(file, {})
+    for name in sorted(sys.modules.keys() - BEFORE) if found and BEFORE else ():  # where they run, not before
+        if (place := place_of(name)) and place.is_file() and place.parent != HERE:
+            found[str(place)] = digest(place)
+    return found
 
 
 def build_encoder(encoder, layer, *options, **more):

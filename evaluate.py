@@ -103,7 +103,7 @@ def evaluate_checkpoint(args, rank, world, device):
             write_baselines(source, out, PROTOCOLS[args.protocol], device, args.batch_size, args.cache, bars)
         return
     sha256 = digest(args.ckpt)  # first: a training may replace it meanwhile
-    inverter, checkpoint = load_inverter(args.ckpt)
+    inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)
     inverter.to(device)
     config = checkpoint["config"]
     if args.iterations:

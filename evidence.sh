@@ -68,7 +68,7 @@ train() {
       mv "$run.part" "$run"
     fi
     python train.py "$@" --lr "$rate" --seed "$seed" --out "$run" --resume
-    python evaluate.py --ckpt "$run/best.pt"
+    python evaluate.py --ckpt "$run/best.pt" --trust-code
   done
 }
 

@@ -1,7 +1,6 @@
 """Two decoders beyond the study's: residual blocks, and one that looks at the encoder to correct itself."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from decoders import resize, upsamplings
@@ -83,17 +82,17 @@ class ResidualDecoder(nn.Module):
 
 
 class FeedbackStep(nn.Module):
-    """An iteration of FeedbackDecoder: what it sees (B, S, H, W) and h (B, width, H, W) → h, and a change."""
+    """An iteration of FeedbackDecoder: r (B, C, H, W) and h (B, width, H, W) → h, and a change."""
 
-    def __init__(self, seen, width, steps, blocks):
+    def __init__(self, channels, width, steps, blocks):
         super().__init__()
-        self.compare = nn.Conv2d(seen + width, width, 3, padding=1)
+        self.compare = nn.Conv2d(channels + width, width, 3, padding=1)
         self.blocks = nn.Sequential(*(Refinement(width) for _ in range(blocks)))
         self.head = PixelShuffleHead(width, steps)
         nn.init.zeros_(self.head.last.weight)  # at first it changes nothing
 
-    def forward(self, seen, h, size):
-        h = h + self.blocks(self.compare(torch.cat([seen, h], 1)))
+    def forward(self, residual, h, size):
+        h = h + self.blocks(self.compare(torch.cat([residual, h], 1)))
         return h, self.head(h, size)
 
 
@@ -102,36 +101,20 @@ class FeedbackDecoder(ResidualDecoder):
 
     x₀ is ResidualDecoder's. Then K times the image is encoded, and how its features differ from those wanted,
     r = (E(x) − z) / σ, changes a hidden map h and with it the image: h ← h + blocks(conv[r, h]), and
-    x ← x + head(h). A learned optimisation (Adler & Öktem 2017; Putzky & Welling 2017; Carreira et al. 2016)
-    of what Mahendran & Vedaldi 2015 do by hand, with the gradient of ‖r‖². feedback: what an iteration sees,
-    the `residual` r, that `gradient`, or `both`. own_weights: of each iteration; else the same in all.
+    x ← x + head(h), with the same weights each time. A learned optimisation (Adler & Öktem 2017; Putzky and
+    Welling 2017; Carreira et al. 2016) of what Mahendran & Vedaldi 2015 do by the gradient of ‖r‖².
 
     More than K iterations, where `iterations` is set to more, are rounds of K, each with a new h. So that a
     second one improves what it is given, half of training's batches begin with what a first one made.
     """
 
-    def __init__(
-        self,
-        shape,
-        width=64,
-        size=IMAGE_SIZE,
-        blocks=1,
-        iterations=ITERATIONS,
-        feedback="residual",
-        own_weights=False,
-    ):
+    def __init__(self, shape, width=64, size=IMAGE_SIZE, blocks=1, iterations=ITERATIONS):
         super().__init__(shape, width, size, blocks)
         channels, height, _ = shape
-        steps = upsamplings(height, size)
         self.iterations = iterations
         self.in_a_round = iterations  # as many as training has, whatever `iterations` becomes
-        self.feedback = feedback
         self.again = False  # whether training begins with what a round made
-        self.factor = 2**steps
-        pixels = 3 * self.factor**2
-        seen = {"residual": channels, "gradient": pixels, "both": channels + pixels}[feedback]
-        count = iterations if own_weights else 1
-        self.steps = nn.ModuleList(FeedbackStep(seen, width, steps, blocks) for _ in range(count))
+        self.steps = nn.ModuleList([FeedbackStep(channels, width, upsamplings(height, size), blocks)])
 
     def draw(self):
         """Decide, before a step, whether its batch begins with what a first round made."""
@@ -153,24 +136,9 @@ class FeedbackDecoder(ResidualDecoder):
     def round(self, image, h, z, encoder, count):
         """What `count` iterations make of `image` (B, 3, H, W), one after the other."""
         images = []
-        for number in range(count):
-            step = self.steps[number % len(self.steps)]
-            h, change = step(self.look(image, z, encoder), h, image.shape[2:])
+        for _ in range(count):
+            residual = (encoder(image) - z) / self.deviation
+            h, change = self.steps[0](residual, h, image.shape[2:])
             image = image + change
             images.append(image)
         return images
-
-    def look(self, images, z, encoder):
-        """What an iteration sees, (B, S, H, W), of images (B, 3, h, w)."""
-        seen = []
-        if self.feedback != "gradient":
-            seen.append((encoder(images) - z) / self.deviation)
-        if self.feedback != "residual":
-            with torch.enable_grad():  # also in validation; training does not differentiate it again
-                x = images.detach().requires_grad_()
-                error = ((encoder(x) - z.detach()) / self.deviation).square().mean((1, 2, 3))
-                error = (error + 1e-12).sqrt()  # whose gradient is finite at 0, too
-                (gradient,) = torch.autograd.grad(error.sum(), x)
-            gradient = resize(gradient, (self.factor * z.shape[2], self.factor * z.shape[3]))
-            seen.append(F.pixel_unshuffle(gradient, self.factor))  # to the features' resolution
-        return torch.cat(seen, 1)

@@ -1,6 +1,8 @@
 """The scripts' flags, and YAML files with their values; without torch, so that `--help` is instant."""
 
 import argparse
+import os
+import re
 import reprlib
 import sys
 from functools import partial
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from study import DECODERS, FEEDBACK_OPTIONS, INPUT, ITERATIONS, LAYERS, PROTOCOLS
+from study import DECODERS, INPUT, ITERATIONS, LAYERS, PROTOCOLS
 from utils import UserError
 
 # Flags that say how to run, not what: they are no part of a run's configuration.
@@ -16,6 +18,8 @@ NOT_CONFIG = ("config", "fast", "resume", "overwrite", "download", "cache", "gra
 NOT_CONFIG += ("quiet", "bars")
 MAY_DIFFER = ("out", "device", "tf32")  # between a run and its resumption, or another of its seeds
 NO_KEYS = ("help", "config", "fast")  # flags that a YAML file has no values for
+GONE = ("feedback", "own_weights")  # flags of an earlier version
+TRUST = "run the FILE.py that --ckpt names, if it is what it was trained with"
 LARGEST = 2**31 - 1  # of a whole number; seeds go to 2**32 - 1
 
 
@@ -24,16 +28,17 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc):
         super().__init__(description=doc, allow_abbrev=False, formatter_class=HelpFormatter)
+        self.register("type", None, at_home)  # of flags without a type
 
     def error(self, message):
         raise UserError(f"{message} (--help explains every flag)")
 
-    def parse_known_args(self, args=None, namespace=None):
-        found, others = super().parse_known_args(args, namespace)
-        for name, value in vars(found).items():
-            if value == "" or isinstance(value, list) and "" in value:  # a shell's variable that is not set
-                self.error(f"--{name.replace('_', '-')}: is empty")
-        return found, others
+
+def at_home(text):
+    """`text` with the home folder for `~`, where no shell saw it, as in --out=~/x; in all parts of A+B."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")  # a shell's variable that is not set
+    return "+".join(map(os.path.expanduser, text.split("+")))
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -46,6 +51,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def number(kind, text, minimum, maximum=LARGEST):
     """`text` as an int or finite float from `minimum` to `maximum`, else argparse's own error."""
     try:
+        if not re.fullmatch(r"[-+.\deE]+", text, re.ASCII):  # int() takes 1_000, too
+            raise ValueError
         value = kind(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
@@ -107,8 +114,9 @@ def add_running_flags(add):
     """What every script that computes takes; add: a group's add_argument."""
     add("--cache", help="folder of decoded images and kept crops (default: ~/.cache/feature-inversion)")
     add("--device", default="auto", help="auto (cuda or cpu), cpu, cuda, cuda:N, or mps: Apple's")
-    add("--quiet", action="store_true", help="no progress: neither bars nor a line an epoch")
-    add("--bars", action="store_true", help="progress bars even where there is no terminal")
+    switch = {"action": argparse.BooleanOptionalAction, "default": False}
+    add("--quiet", **switch, help="no progress: neither bars nor a line an epoch")
+    add("--bars", **switch, help="progress bars even where there is no terminal")
 
 
 def add_input_flags(add):
@@ -148,7 +156,7 @@ def weights_of_each(count, weights):
 
 def three_numbers(text):
     """Three numbers with commas between them, as a list of floats, else argparse's own error."""
-    numbers = [number(float, part, minimum=-1e9, maximum=1e9) for part in text.split(",")]
+    numbers = [number(float, part.strip(), minimum=-1e9, maximum=1e9) for part in text.split(",")]
     if len(numbers) != 3:
         raise argparse.ArgumentTypeError(f"{text} is not three numbers, as 0.5,0.5,0.5")
     return numbers
@@ -161,6 +169,7 @@ def train_parser(doc=None):
     """train.py's flags; each is also a key of the YAML file, with `_` for `-`."""
     layers = "; ".join(f"{encoder}: {list(names)[0]}…{list(names)[-1]}" for encoder, names in LAYERS.items())
     parser = Parser(doc)
+    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("what is inverted, and by what").add_argument
     names = f"{', '.join(LAYERS)}, timm/NAME, torchvision/NAME or FILE.py:FUNCTION"
     add("--encoder", default="vgg16", help=f"frozen network: {names}")
@@ -174,13 +183,11 @@ def train_parser(doc=None):
     looks = "of the feedback decoder: how often it looks at the encoder and corrects the image"
     looks += f" (default: {ITERATIONS})"
     add("--iterations", type=positive_int, metavar="K", help=looks)
-    sees = "of the feedback decoder: what it sees then (default: residual)"
-    add("--feedback", choices=["residual", "gradient", "both"], help=sees)
-    own = "of the feedback decoder: weights of its own for each iteration"
-    add("--own-weights", action="store_true", help=own)
+    init = "start from the decoder of another run, its best.pt: on other data, say, or at other rates"
+    add("--init", metavar="BEST.PT", help=init)
     add = parser.add_argument_group("images").add_argument
     add("--data", help="folder of DIV2K or with train/ and test/; `sample` (default: DIV2K if there)")
-    add("--download", action="store_true", help="first fetch DIV2K (3.7 GB) into --data")
+    add("--download", action=switch, default=False, help="first fetch DIV2K (3.7 GB) into --data")
     crop = "side of a training crop in pixels: a multiple of the layer's stride (default: the input size)"
     add("--crop", type=positive_int, metavar="N", help=crop)
     kept = "encode N crops of each image once and keep them in the cache: for deep layers; 0: none"
@@ -206,16 +213,13 @@ def train_parser(doc=None):
     add("--lpips-weight", type=non_negative_float, default=0.5, help=lpips)
     add("--protocol", choices=list(PROTOCOLS), default="documented", help="published: the study's code")
     add("--seed", type=seed, default=42, help="of initialisation, order, crops and flips")
-    running = parser.add_argument_group("running")
-    add = running.add_argument
+    add = parser.add_argument_group("running").add_argument
     add("--config", help="YAML file with values of these flags; the command line wins")
     fast = "also the values under `fast:` in --config: an optimisation tuned for that experiment"
     add("--fast", action="store_true", help=fast)
     add("--out", default="runs", help="folder of this run")
-    again = running.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on from last.pt in --out, if it is there")
-    again.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    switch = argparse.BooleanOptionalAction
+    add("--resume", action=switch, default=False, help="go on from last.pt in --out, if it is there")
+    add("--overwrite", action=switch, default=False, help="replace the run in --out")
     repeatable = "repeatable on CUDA too (not the attention decoder there)"
     add("--deterministic", action=switch, default=True, help=repeatable)
     fast = "on CUDA: the training's float32 convolutions and products in TF32"
@@ -247,10 +251,10 @@ def parse_train(argv=None, doc=None):
     check_weights(args)
     if args.protocol == "published" and (args.mean or args.std):
         raise UserError("--mean and --std: --protocol published has ImageNet's; leave them out")
-    for name in FEEDBACK_OPTIONS:
-        if getattr(args, name) and args.decoder != "feedback":
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag}: only with --decoder feedback; {args.decoder} does not iterate")
+    if args.iterations and args.decoder != "feedback":
+        raise UserError(f"--iterations: only with --decoder feedback; {args.decoder} does not iterate")
+    if args.resume and args.overwrite:
+        raise UserError("--resume with --overwrite: give one of them, or --no-resume, --no-overwrite")
     if not args.mse_weight and not args.lpips_weight:
         raise UserError(
             "--mse-weight 0 --lpips-weight 0: nothing to minimise; give at least one a positive weight"
@@ -263,79 +267,79 @@ def config_of(args):
     return {flag: value for flag, value in vars(args).items() if flag not in NOT_CONFIG}
 
 
+def completed(config, path=None):
+    """A saved configuration with the defaults of flags that are newer than it.
+
+    path: of the file that has it, which it must not say something in that this version does not know.
+    """
+    flags = parse_train([])
+    for name in config.keys() - vars(flags).keys() if path else ():
+        if config[name] not in (None, False, "residual"):  # else it is as if there were no such flag
+            value = reprlib.repr(config[name])
+            raise UserError(f"{path}: trained with {name} {value}, which this version does not have")
+    return config_of(flags) | config
+
+
 def read_config(path, parser, fast=False):
     """The YAML file at `path` as command-line flags, checked like them. Raises UserError.
 
     fast: with what stands under its key `fast`, too.
     """
+    actions = {action.dest: action for action in parser._actions if action.dest not in NO_KEYS}
     try:
         with open(path, encoding="utf-8") as file:
-            text = file.read()
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, OSError, RecursionError, ValueError) as error:
+            flags = flags_of(yaml.compose(file, yaml.SafeLoader), actions | {"fast": actions})
+        tuned = flags.pop("fast", {})
+        if fast and not tuned:
+            raise UserError("has no lines of `key: value` under `fast:`, which --fast takes")
+        parser.parse_args([*sum(flags.values(), []), *sum(tuned.values(), [])])
+    except (yaml.YAMLError, OSError, RecursionError, ValueError, UserError) as error:
         raise UserError(f"--config {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: is {type(values).__name__}, should be lines of `key: value`")
-    tuned = values.pop("fast", {})
-    if not isinstance(tuned, dict) or fast and not tuned:
-        raise UserError(f"--config {path}: has no lines of `key: value` under `fast:`, which --fast takes")
-    try:
-        written = texts_of(yaml.compose(text, yaml.SafeLoader))
-        flags = flags_of(values, written, parser)
-        tuned = flags_of(tuned, written.get("fast") or {}, parser)
-        parser.parse_args([*flags, *tuned])
-    except (UserError, RecursionError) as error:
-        raise UserError(f"--config {path}: {error}") from None
-    return [*flags, *tuned] if fast else flags
+    return sum((flags | tuned if fast else flags).values(), [])
 
 
-def texts_of(mapping):
-    """{key: its value's text, or of a mapping the same} of a YAML node. Raises UserError for a key twice."""
-    texts = {}
-    for key, value in mapping.value:
-        if key.value in texts:
-            raise UserError(f"has the key {key.value} twice")
-        texts[key.value] = texts_of(value) if isinstance(value, yaml.MappingNode) else value.value
-    return texts
+def flags_of(node, actions):
+    """{key: its value as a part of a command line} of a YAML node, a mapping. Raises UserError.
 
-
-def flags_of(values, written, parser):
-    """{key: value} of a YAML file as a part of a command line; written: {key: its text}. Raises UserError."""
-    actions = {action.dest: action for action in parser._actions if action.dest not in NO_KEYS}
-    flags = []
-    for key, value in values.items():
-        if key not in actions:
-            known = ", ".join(actions)
-            raise UserError(f"unknown key {reprlib.repr(key)}; the keys are {known}")
+    actions: {key: what defines the flag, or of a mapping in it the same}.
+    """
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError("should have lines of `key: value`")
+    flags = {}
+    for key, value in node.value:
+        name = str(key.value)
+        if name in flags:
+            raise UserError(f"has the key {name} twice")
+        if name in GONE and value.value in ("null", "false", "residual"):
+            continue
+        if name not in actions:
+            raise UserError(f"unknown key {reprlib.repr(name)}; the keys are {', '.join(actions)}")
         try:
-            flags += as_flags(actions[key], value, written.get(key))
+            inner = actions[name]
+            flags[name] = flags_of(value, inner) if isinstance(inner, dict) else as_flags(inner, value)
         except UserError as error:
-            raise UserError(f"{key}: {error}") from None
+            raise UserError(f"{name}: {error}") from None
     return flags
 
 
-def as_flags(action, value, written):
-    """A YAML value of the flag that `action` defines, as a part of a command line. Raises UserError.
+def as_flags(action, node):
+    """A YAML node of the flag that `action` defines, as a part of a command line. Raises UserError.
 
-    written: its text, which is what a flag that takes words gets: a layer 0.10 is not 0.1.
+    The flag gets the text as it stands, as from a command line: a seed 010 is 10, a layer 0.10 not 0.1.
     """
-    name = action.dest.replace("_", "-")
-    if isinstance(action.default, bool):
-        if not isinstance(value, bool):
-            raise UserError(f"{reprlib.repr(value)} should be true or false")
-        if value:
-            return [f"--{name}"]
-        return [f"--no-{name}"] if isinstance(action, argparse.BooleanOptionalAction) else []
-    if value is None and action.default is None:
-        return []
-    if isinstance(value, list) and action.type is three_numbers:
-        value = ",".join(map(str, value))
-    word = action.type is None and not isinstance(value, bool) and value is not None
-    if word and isinstance(written, str):
-        value = written
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UserError(f"{reprlib.repr(value)} should be a number or a word")
-    return [f"--{name}={value}"]
+    name, text = action.dest.replace("_", "-"), node.value
+    if isinstance(node, yaml.SequenceNode) and action.type is three_numbers:
+        text = ",".join(str(part.value) for part in text)
+    elif not isinstance(node, yaml.ScalarNode):
+        raise UserError(f"a {node.id} should be a number or a word")
+    if isinstance(action, argparse.BooleanOptionalAction):
+        wanted = yaml.SafeLoader.bool_values.get(text.lower())
+        if wanted is None:
+            raise UserError(f"{reprlib.repr(text)} should be true or false")
+        return [f"--{name}" if wanted else f"--no-{name}"]
+    if node.tag.endswith(":null") and action.default is not None:
+        raise UserError("null should be a number or a word")
+    return [] if node.tag.endswith(":null") else [f"--{name}={text}"]
 
 
 # --- evaluate.py and invert.py -------------------------------------------------------------------------
@@ -353,8 +357,10 @@ def parse_evaluate(argv=None, doc=None):
     add("--report", metavar="RUNS", help="instead: the page and tables of the experiments in this folder")
     compared = "instead: how these runs differ from the first of them, image by image, with intervals"
     add("--compare", nargs="+", metavar="RUN", help=compared)
-    add("--invert", action="store_true", help="instead: says which command does that, invert.py")
     add = parser.add_argument_group("how").add_argument
+    add("--encoder", metavar="FILE.py:FUNCTION", help="of --ckpt: where that is now; it is run")
+    add("--weights", metavar="FILE", help="of --ckpt: where its file of weights is now")
+    add("--trust-code", action="store_true", help=TRUST)
     add("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
     size = "of --images: the whole picture, or its central square (default: native where the decoder can)"
     add("--size", choices=["native", "224"], help=size)
@@ -365,17 +371,14 @@ def parse_evaluate(argv=None, doc=None):
     add("--iterations", type=positive_int, metavar="K", help=looks)
     add("--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it")
     add_running_flags(add)
-    args, unknown = parser.parse_known_args(argv)
-    if args.invert:
-        raise UserError("--invert: is a script of its own, python invert.py, which takes --ckpt or --encoder")
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    refuse_ignored(args, "report", ("ckpt", "data", "cache", "out", "iterations"))
+    args = parser.parse_args(argv)
+    of_ckpt = ("ckpt", "encoder", "weights", "trust_code", "iterations")
+    refuse_ignored(args, "report", (*of_ckpt, "data", "cache", "out"))
     refuse_ignored(args, "images", ("data", "cache"))
-    refuse_ignored(args, "compare", ("ckpt", "data", "cache", "iterations"))
+    refuse_ignored(args, "compare", (*of_ckpt, "data", "cache"))
     if args.compare and len(args.compare) < 2:
         raise UserError("--compare: takes two runs or more, the first of which the others are held against")
-    refuse_ignored(args, "baselines", ("ckpt", "iterations"))
+    refuse_ignored(args, "baselines", of_ckpt)
     if args.size and not args.images:
         raise UserError("--size: only with --images")
     if args.protocol and not args.baselines:
@@ -397,9 +400,14 @@ def parse_invert(argv=None, doc=None):
     parser = Parser(doc)
     add = parser.add_argument_group("what is inverted").add_argument
     add("--ckpt", help="start from this checkpoint's reconstructions (default: runs/best.pt)")
-    add("--encoder", help="start from noise, without a checkpoint: any that train.py takes")
+    encoder = "start from noise, without a checkpoint: any that train.py takes; with --ckpt: where its is now"
+    add("--encoder", help=encoder)
     add("--layer", help="of --encoder (default: its first, if it has a short name)")
-    add("--weights", help="of --encoder: `imagenet`, `random` or a file (default: imagenet)")
+    weights = (
+        "of --encoder: `imagenet`, `random` or a file (default: imagenet); with --ckpt: where its is now"
+    )
+    add("--weights", help=weights)
+    add("--trust-code", action="store_true", help=TRUST)
     add_input_flags(add)
     add("--images", nargs="+", metavar="PATH", help="your own pictures and folders, instead of test images")
     add("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
@@ -420,9 +428,8 @@ def parse_invert(argv=None, doc=None):
     refuse_ignored(args, "images", ("data", "split", "count", "cache"))
     args.split = args.split or ("own" if args.images else "test")
     args.count = args.count or (LARGEST if args.images else 10)
-    if args.encoder and args.ckpt:
-        raise UserError("--encoder with --ckpt: the checkpoint knows its own; give one of them")
-    if args.encoder:
+    noise = args.encoder and not args.ckpt
+    if noise:
         if args.encoder in LAYERS:
             args.layer = args.layer or list(LAYERS[args.encoder])[0]
         check_layer(args.encoder, args.layer)
@@ -430,8 +437,8 @@ def parse_invert(argv=None, doc=None):
             raise UserError(f"--encoder {args.encoder}: give a --layer; python models.py lists them")
         args.weights = args.weights or "imagenet"
         check_weights(args)
-    for name in ("layer", "weights", *INPUT):
-        if getattr(args, name) and not args.encoder:
-            raise UserError(f"--{name.replace('_', '-')}: only with --encoder")
-    args.ckpt = args.ckpt or "runs/best.pt"
+    for name in ("layer", *INPUT):
+        if getattr(args, name) and not noise:
+            raise UserError(f"--{name.replace('_', '-')}: only with --encoder and without --ckpt")
+    args.ckpt = args.ckpt or (None if noise else "runs/best.pt")
     return args

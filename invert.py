@@ -68,7 +68,7 @@ def main(args):
             raise UserError("invert.py works in one process; start it without torchrun")
     bars = disable_bars(args)
     files = picture_files(args.images or [])
-    if args.encoder:
+    if not args.ckpt:
         encoder, decode, about, out = from_noise(args)
     else:
         encoder, decode, about, out = from_checkpoint(args, device)
@@ -119,7 +119,7 @@ def from_noise(args):
 def from_checkpoint(args, device):
     """(encoder, what decodes its features, what the results are of, folder for them) of --ckpt."""
     of = {"ckpt": args.ckpt, "ckpt_sha256": digest(args.ckpt)}  # first: a training may replace it
-    inverter, checkpoint = load_inverter(args.ckpt)
+    inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)
     inverter.to(device)
     config = checkpoint["config"]
     if config["protocol"] != "documented":

@@ -5,6 +5,7 @@ python models.py --encoder timm/convnext_tiny   every layer of another
 """
 
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,12 +19,12 @@ from decoders import (
     WaveletDecoder,
     upsamplings,
 )
-from encoders import build_encoder, layers_of, programs_of, weights_key
+from encoders import build_encoder, layers_of, own_files, weights_key
 from feedback import FeedbackDecoder, ResidualDecoder
-from flags import Parser, positive_int
-from networks import own_input
-from study import DECODERS, DOCUMENTED, ENCODERS, FEEDBACK_OPTIONS, IMAGE_SIZE, INPUT, LAYERS, PROTOCOLS
-from utils import UserError, load, out_of_memory, run
+from flags import Parser, completed, encoders_of, positive_int, weights_of_each
+from networks import load_network, own_input
+from study import DECODERS, DOCUMENTED, ENCODERS, IMAGE_SIZE, INPUT, LAYERS, PROTOCOLS
+from utils import UserError, digest, load, out_of_memory, run
 
 # --- Decoders ------------------------------------------------------------------------------------------
 
@@ -170,49 +171,92 @@ def build_inverter(
 
 def inverter_of(config):
     """The Inverter that a run's configuration, {flag: value}, asks for. Raises UserError, and KeyError."""
-    names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp", *FEEDBACK_OPTIONS, *INPUT)
+    names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp", "iterations", *INPUT)
     values = {name: config[name] for name in names}
     fusion = config["fusion"] or "concat"
     return build_inverter(**values, fusion=fusion, protocol=PROTOCOLS[config["protocol"]])
 
 
-def load_inverter(path):
-    """(Inverter, checkpoint) of the best.pt at `path`, on the CPU, in eval mode, computing in float32.
+def read_checkpoint(path):
+    """The best.pt at `path`, a dictionary, its `config` with the defaults of flags that are newer.
 
-    The checkpoint, a dictionary, has `decoder`, `config`, `shape`, `weights_sha256`, `encoder_sha256`,
-    `programs`, `epoch` and `val_loss`; only what rebuilds the networks is taken from it. Raises UserError for
-    another file, and where the encoder's weights, or a user's own file, which is then not run, are not those
-    that the decoder was trained with.
+    Raises UserError for another file.
     """
     checkpoint = load(path)
-    wanted = {"decoder", "config", "shape", "weights_sha256", "encoder_sha256", "programs"}
-    wanted |= {"epoch", "val_loss"}
+    wanted = {"decoder", "config", "shape", "encoder_sha256", "programs", "epoch", "val_loss"}
     missing = wanted - set(checkpoint if type(checkpoint) is dict else ())
     if missing:
         raise UserError(f"{path}: not a best.pt of this train.py (it has no {', '.join(sorted(missing))})")
     try:
-        found = programs_of(checkpoint["config"]["encoder"])
-        if found and found != checkpoint["programs"]:
-            raise UserError(f"{path}: {', '.join(found)}: not what it was trained with; it was not run")
-        inverter = inverter_of(checkpoint["config"] | {"amp": False})
+        return checkpoint | {"config": completed(checkpoint["config"], path)}
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a best.pt of this program ({error})") from None
+
+
+def load_inverter(path, encoder=None, weights=None, trust_code=False):
+    """(Inverter, checkpoint) of the best.pt at `path`, on the CPU, in eval mode, computing in float32.
+
+    encoder, weights: those of its configuration, where files that they name lie elsewhere now. A FILE.py is
+    run if `encoder` or trust_code says so, and it is what the decoder was trained with; nothing else of a
+    checkpoint is. Raises UserError for another file, and for other weights of the encoder.
+    """
+    checkpoint = read_checkpoint(path)
+    config, programs = checkpoint["config"], checkpoint["programs"]
+    now = config | {"amp": False}
+    try:
+        for flag, given in (("encoder", encoder), ("weights", weights)):
+            now[flag] = given or config[flag]
+            if without_places(now)[flag] != without_places(config)[flag]:
+                what = f"{path} was trained with {config[flag]}, of which a file alone may lie elsewhere"
+                raise UserError(f"--{flag} {now[flag]}: {what}")
+        before, files = own_files(config["encoder"]), own_files(now["encoder"])
+        if files and not encoder and not trust_code:
+            trust = f"if you trust it, give --trust-code, or --encoder {config['encoder']}"
+            raise UserError(f"{path}: names a program that would be run, {', '.join(files)}; {trust}")
+        wanted = {file: programs[old] for old, file in zip(before, files, strict=True)}
+        wanted |= {} if encoder else programs
+        changed = [file for file in wanted if not Path(file).is_file() or digest(file) != wanted[file]]
+        if changed:
+            others = f"{', '.join(changed)}: not what it was trained with; it was not run"
+            raise UserError(f"{path}: {others} (--encoder says where it is now)")
+        inverter = inverter_of(now)
         inverter.decoder.load_state_dict(checkpoint["decoder"])
+        known = [found for found in programs.values() if found in inverter.encoder.programs.values()]
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         if out_of_memory(error):
             raise
         raise UserError(f"{path}: not a best.pt of this program ({error})") from None
-    found = inverter.encoder.weights_sha256
-    if found != checkpoint["weights_sha256"]:
-        file = checkpoint["config"]["weights"]
-        raise UserError(
-            f"{file}: SHA-256 is {found}, the decoder was trained with {checkpoint['weights_sha256']}"
-        )
-    if checkpoint["encoder_sha256"] != weights_key(inverter.encoder):
-        names = "{encoder}'s {weights} weights".format(**checkpoint["config"])
+    if checkpoint["encoder_sha256"] != weights_key(inverter.encoder, known):
+        names = "{encoder}'s {weights} weights".format(**now)
         raise UserError(
             f"{path}: was trained with other {names} up to its layer, or another mean and deviation of its "
             "images, than those found here"
         )
     return inverter.eval(), checkpoint
+
+
+def without_places(config):
+    """`encoder` and `weights` of a configuration, but for where files lie."""
+    names = encoders_of(config["encoder"])
+    sources = weights_of_each(len(names), config["weights"])
+    files = ["" if source not in ("imagenet", "random", "own") else source for source in sources]
+    return {"encoder": [name.rpartition(".py:")[2] for name in names], "weights": files}
+
+
+def load_decoder(inverter, config):
+    """Have training begin with the decoder of config["init"], another run's best.pt; that file's SHA-256.
+
+    Nothing else of it is used, and no FILE.py run. Raises UserError for a decoder that does not fit.
+    """
+    path = config["init"]
+    checkpoint = read_checkpoint(path)
+    other = checkpoint["config"]
+    theirs = f"{other['decoder']} decoder of {tuple(checkpoint['shape'])}"
+    ours = f"a {config['decoder']} decoder of {inverter.shape} here"
+    load_network(inverter.decoder, checkpoint["decoder"], f"--init {path}, a {theirs}, for {ours}")
+    if checkpoint["encoder_sha256"] != weights_key(inverter.encoder) or other["layer"] != config["layer"]:
+        print(f"*** --init {path}: was trained on other features: {other['encoder']} {other['layer']} ***")
+    return digest(path)
 
 
 def feature_shape(encoder, size=None):

@@ -2,8 +2,12 @@
 
 import difflib
 import importlib.util
+import os
+import re
 import sys
+import sysconfig
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +22,10 @@ from weights import official
 
 # torchvision's that, with their weights, turn ImageNet's normalisation into that of their training.
 TRANSFORMING = ("googlenet", "inception_v3")
+INSTALLED = re.compile(rf"{re.escape(sysconfig.get_path('stdlib'))}|.*(site|dist)-packages")
+HERE = Path(__file__).resolve().parent
+NEIGHBOURS = {}  # {FILE.py: {path: SHA-256}} of users' modules that it imported
+BEFORE = set()  # names of the modules that were there when the first FILE.py ran
 
 
 def parse(name):
@@ -69,13 +77,48 @@ def own_network(file, function):
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look
     try:
-        spec.loader.exec_module(module)
-        net = getattr(module, function)()
+        with neighbours_first(file):
+            spec.loader.exec_module(module)
+            net = getattr(module, function)()
     except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise UserError(f"{name}: {type(error).__name__}: {error}") from None
     if not isinstance(net, nn.Module):
         raise UserError(f"{name}: returns {type(net).__name__}, should be an nn.Module")
     return net
+
+
+@contextmanager
+def neighbours_first(file):
+    """Within `with`, imports find what lies beside `file` first, and this project's modules last.
+
+    What is imported is in NEIGHBOURS then, and out of the way: other modules may have the same names.
+    """
+    folder, path = Path(file).resolve().parent, sys.path[:]
+    BEFORE.update(() if BEFORE else sys.modules)
+    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if place_of(name)}
+    before = set(sys.modules)
+    sys.path[:] = [str(folder), *(place for place in path if Path(place).resolve() != HERE), str(HERE)]
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        NEIGHBOURS[str(file)] = found = {}
+        for name in sorted(sys.modules.keys() - before):
+            if place := place_of(name):
+                del sys.modules[name]
+                shown = Path(file).parent / place.relative_to(folder) if folder in place.parents else place
+                if place.is_file() and (name not in hidden or place.parent != HERE):
+                    found[str(shown)] = digest(place)
+        sys.modules.update(hidden)
+        sys.path[:] = path
+
+
+def place_of(name):
+    """The file, or folder, of an imported module that is neither built in nor installed, else None."""
+    module = sys.modules[name]
+    place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", None) or []), "")
+    if os.path.exists(place) and not INSTALLED.match(place) and name != "__main__" and name[:4] != "own_":
+        return Path(place).resolve()
 
 
 def near(name, names):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from baselines import BASELINES, thumbnail_name
-from flags import MAY_DIFFER, config_of, parse_train
+from flags import MAY_DIFFER, completed, parse_train
 from study import (
     DEFINING,
     IMAGE_SIZE,
@@ -151,6 +151,7 @@ def read_results(folder):
             raise ValueError("data, protocol and weights should be words")
         Path(results["data"]).resolve()  # or an error: no name that a folder can have
         defining(results["config"])
+        results["config"] = completed(results["config"])
         return results
     except UNREADABLE as error:
         raise UserError(f"metrics.json is not that of evaluate.py ({error!r}); evaluate again") from None
@@ -179,7 +180,7 @@ def measured(results, folder):
 
 def optimisation(config):
     """How a run's optimisation and its images differ from the study's, or ""."""
-    study = config_of(parse_train([])) | {"crop": IMAGE_SIZE}
+    study = completed({"crop": IMAGE_SIZE})
     elsewhere = (*DEFINING, *MAY_DIFFER, "weights", "data", "protocol", "seed", "deterministic", "compile")
     keys = [key for key in study if key not in elsewhere]
     return ", ".join(f"{key} {config[key]}" for key in keys if config.get(key, study[key]) != study[key])

@@ -1,7 +1,6 @@
 """What changes while a decoder trains, and the run's folder where it is kept."""
 
 import math
-import reprlib
 import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -11,10 +10,15 @@ import torch.distributed as dist
 from filelock import Timeout
 
 from encoders import weights_key
+from flags import completed
 from metrics import Meter
+from study import FORMAT
 from tracker import EVENTS
-from utils import UserError, leftovers, load, locked, make_folder, out_of_memory, results_of, save
+from utils import UserError, leftovers, load, locked, make_folder, out_of_memory, results_of, same_data, save
 
+# Names of things, whose text may differ between a run and its resumption where these are equal.
+PROOFS = {"encoder": "encoder_sha256", "weights": "encoder_sha256", "init": "init_sha256"}
+PROOFS |= {"data": "hash of the training images"}
 FILES = ("best.pt", "last.pt", "config.yaml", "history.csv", "curves.png")
 
 
@@ -45,7 +49,7 @@ def save_last(state, same, out, rank):
     """
     sums = state.meter.total()
     if rank == 0:
-        content = {"about": same, "sums": sums, "rng": torch.get_rng_state()}
+        content = {"format": FORMAT, "about": same, "sums": sums, "rng": torch.get_rng_state()}
         content |= {name: getattr(state, name) for name in PROGRESS}
         content |= {name: getattr(state, name).state_dict() for name in ("decoder", "optimizer", "scheduler")}
         save(content, out / "last.pt")
@@ -60,13 +64,17 @@ def resume(state, same, out, rank, world):
     if content is None:
         return False
     try:
+        about = completed(content["about"])
         for key, value in same.items():
-            found = content["about"].get(key)
-            if found != value:
-                raise UserError(
-                    f"--resume: {key} is {reprlib.repr(value)}, the run in {out} has "
-                    f"{reprlib.repr(found)}; give the same, or another --out"
-                )
+            found, proof = about.get(key, value), PROOFS.get(key)  # an older version may not have written it
+            if found == value or key == "patience" or proof in about and about[proof] == same[proof]:
+                continue
+            if key == "epochs" and same["schedule"] == "plateau" or key == "data" and same_data(found, value):
+                continue
+            why = ": onecycle's rates are those of so many epochs" if key == "epochs" else ""
+            why = ", and not the same content" if proof in about else why
+            given = f"{key} is {value!r}, the run in {out} has {found!r}{why}"
+            raise UserError(f"--resume: {given}; give the same, or another --out")
         for name in ("decoder", "optimizer", "scheduler"):
             getattr(state, name).load_state_dict(content[name])
         for name in PROGRESS:
@@ -80,12 +88,14 @@ def resume(state, same, out, rank, world):
     return True
 
 
-def save_best(inverter, config, state, out):
-    """Write best.pt: the decoder and what rebuilds it, nothing of the encoder."""
+def save_best(inverter, config, state, out, init_sha256=None):
+    """Write best.pt: the decoder and what rebuilds it, nothing of the encoder; init_sha256: of --init."""
     packages = ("torch", "torchvision", "timm", "lpips", "numpy")
     content = {
+        "format": FORMAT,
         "decoder": inverter.decoder.state_dict(),
         "config": config,
+        "init_sha256": init_sha256,
         "shape": list(inverter.shape),
         "weights_sha256": inverter.encoder.weights_sha256,
         "encoder_sha256": weights_key(inverter.encoder),
@@ -95,6 +105,13 @@ def save_best(inverter, config, state, out):
         "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
     }
     save(content, out / "best.pt")
+
+
+def update_best(config, out):
+    """Have best.pt name the epochs and the patience of the run that goes on now."""
+    best = load(out / "best.pt")
+    new = {name: config[name] for name in ("epochs", "patience")}
+    save(best | {"config": best["config"] | new}, out / "best.pt")
 
 
 # --- The folder ----------------------------------------------------------------------------------------

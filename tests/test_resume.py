@@ -1,19 +1,24 @@
 """Nothing is lost: interruption, resumption, locks, full disks."""
 
+import hashlib
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import cache
+from pathlib import Path
 
 import fuzz_inputs
 import kill_resume
 import pytest
 import torch
+import yaml
 from conftest import REPOSITORY
 from kill_resume import read_run, same
+from PIL import Image
 from training import parse
 
 import data
@@ -132,12 +137,133 @@ def test_too_little_memory_is_not_blamed_on_the_run(whole, run_train, error_line
     assert error_line().startswith("out of memory")
 
 
-def test_resume_with_other_images_names_them(own_photos, tmp_path, run_train, error_line):
-    flags = ("--data", own_photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet", "--resume")
-    assert run_train(*flags) == 0
-    (own_photos / "train" / "00.png").rename(own_photos / "train" / "first.png")
-    assert run_train(*flags) == 2
-    assert "--resume: training images is '8 (names " in error_line()
+def test_resume_with_other_images_is_refused(own_photos, tmp_path, run_train, error_line):
+    """Of other names or pixels, of training or validation; a folder may be written in another way."""
+    flags = ("--out", tmp_path / "run", "--epochs", 1, "--width", 8, "--quiet", "--resume")
+    assert run_train("--data", own_photos, *flags) == 0
+    assert run_train("--data", f"{own_photos}/../own_photos/", *flags) == 0
+    names = {split: data.load_split(str(own_photos), split).names[0] for split in ("train", "val")}
+    for name in names.values():
+        file = own_photos / "train" / name
+        before = file.read_bytes()
+        Image.open(file).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(file)
+        assert run_train("--data", own_photos, *flags) == 2
+        assert "--resume: hash of the " in error_line()
+        file.write_bytes(before)
+    (own_photos / "train" / names["train"]).rename(own_photos / "train" / "first.png")
+    assert run_train("--data", own_photos, *flags) == 2
+    assert "--resume: hash of the training images is '" in error_line()
+
+
+def test_more_epochs_under_a_plateau(whole, tmp_path, run_train):
+    """End at what they would have been from the start; config.yaml and best.pt say them."""
+    flags, out = whole("plateau")
+    shutil.copytree(out, tmp_path / "more")
+    more = (*flags, "--epochs", 4, "--patience", 3)
+    train.train(parse(*more, "--out", tmp_path / "more", "--resume"))
+    train.train(parse(*more, "--out", tmp_path / "whole"))
+    assert same(read_run(tmp_path / "more"), read_run(tmp_path / "whole"))
+    config = yaml.safe_load((tmp_path / "more" / "config.yaml").read_text())
+    assert (config["epochs"], config["patience"]) == (4, 3)
+    assert len((tmp_path / "more" / "history.csv").read_text().splitlines()) == 5
+
+
+def test_best_says_how_long_the_run_may_take_before_there_is_a_better(whole, tmp_path):
+    flags, out = whole("plateau")
+    shutil.copytree(out, tmp_path / "run")
+    content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    torch.save(content | {"best_loss": 0.0}, tmp_path / "run" / "last.pt")  # no epoch will be better
+    train.train(parse(*flags, "--epochs", 3, "--out", tmp_path / "run", "--resume"))
+    before, best = (utils.load(folder / "best.pt") for folder in (out, tmp_path / "run"))
+    assert best["epoch"] == before["epoch"] <= 2 and same(best["decoder"], before["decoder"])
+    assert (before["config"]["epochs"], best["config"]["epochs"]) == (2, 3)
+
+
+def test_fewer_epochs_than_are_done_change_nothing(whole, tmp_path, capsys):
+    flags, out = whole("plateau")
+    shutil.copytree(out, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    train.train(parse(*flags, "--epochs", 1, "--out", tmp_path / "run", "--resume"))
+    assert "finished after epoch 2" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_more_epochs_of_onecycle_are_refused(whole, run_train, error_line):
+    flags, out = whole("onecycle")
+    assert run_train(*flags, "--out", out, "--epochs", 4, "--resume") == 2
+    assert "epochs is 4, the run in" in (line := error_line()) and "onecycle's rates are those of" in line
+
+
+def test_runs_of_earlier_versions_go_on(whole, photos, tmp_path, run_train, error_line):
+    """Whose last.pt has less, and flags that are no more."""
+    flags, out = whole("plateau")
+    shutil.copytree(out, tmp_path / "run")
+    content = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    newer = (
+        "init",
+        "init_sha256",
+        "encoder_sha256",
+        "hash of the training images",
+        "hash of the validation images",
+    )
+    about = {key: value for key, value in content["about"].items() if key not in newer}
+    about |= {"feedback": None, "own_weights": False, "training images": "8 (names 01234567)"}
+    old = {key: value for key, value in content.items() if key != "format"}
+    torch.save(old | {"about": about}, tmp_path / "run" / "last.pt")
+    assert run_train(*flags, "--out", tmp_path / "run", "--resume", "--data", f"{photos}/") == 0
+    assert run_train(*flags, "--out", tmp_path / "run", "--resume", "--data", "sample") == 2
+    assert "--resume: data is 'sample', the run in" in error_line()
+
+
+# --- the decoder of another run -------------------------------------------------------------------------
+
+
+def test_training_starts_from_another_decoder(photos, own_photos, tmp_path, run_train, capsys):
+    """At a rate of nearly 0 the first validation is that of the run that it starts from."""
+    both = ("--decoder", "residual", "--width", 8, "--batch-size", 2, "--quiet", "--epochs", 1)
+    assert run_train(*both, "--data", photos, "--lr", 1e-3, "--seed", 1, "--out", tmp_path / "a") == 0
+    first = utils.load(tmp_path / "a" / "best.pt")
+    (own_photos / "train" / data.load_split(str(photos), "train").names[0]).unlink()  # other features
+    init = ("--init", tmp_path / "a" / "best.pt", "--lr", 1e-30)
+    assert run_train(*both, *init, "--data", photos, "--out", tmp_path / "b") == 0
+    second = utils.load(tmp_path / "b" / "best.pt")
+    assert second["val_loss"] == pytest.approx(first["val_loss"], rel=1e-6)
+    assert run_train(*both, *init, "--data", own_photos, "--out", tmp_path / "c") == 0
+    third = utils.load(tmp_path / "c" / "best.pt")
+    for name, tensor in first["decoder"].items():
+        torch.testing.assert_close(third["decoder"][name], tensor, rtol=0, atol=1e-20)
+    digest = hashlib.sha256((tmp_path / "a" / "best.pt").read_bytes()).hexdigest()
+    assert second["init_sha256"] == digest and second["config"]["init"] == f"{tmp_path}/a/best.pt"
+    assert "***" not in capsys.readouterr().out
+
+
+def test_what_training_cannot_start_from(trained, own, photos, tmp_path, run_train, error_line, capsys):
+    (tmp_path / "net.py").write_text(own.read_text() + "\nopen('ran', 'w')\n")
+    content = utils.load(trained / "best.pt")
+    of_program = content["config"] | {"encoder": f"{tmp_path}/net.py:build"}
+    torch.save(content | {"config": of_program, "encoder_sha256": "0"}, tmp_path / "own.pt")
+    flags = ("--data", photos, "--out", tmp_path / "run", "--epochs", 1, "--quiet")
+    for init, more, message in (
+        (
+            trained / "best.pt",
+            ("--decoder", "residual"),
+            "a tconv decoder of (64, 112, 112), for a residual decoder",
+        ),
+        (trained / "best.pt", ("--width", 8), "upsample.0.weight is (64, 32, 4, 4), should be (64, 8, 4, 4)"),
+        (trained / "best.pt", ("--layer", "block2"), "for a tconv decoder of (128, 56, 56) here"),
+        (trained / "last.pt", (), "not a best.pt"),
+        (tmp_path / "none.pt", (), "no such checkpoint"),
+    ):
+        assert run_train(*flags, "--init", init, *more) == 2
+        assert message in (line := error_line()) and str(init) in line
+    assert not (tmp_path / "run" / "last.pt").exists()
+    assert run_train(*flags, "--init", tmp_path / "own.pt") == 0
+    assert "own.pt: was trained on other features" in capsys.readouterr().out and not Path("ran").exists()
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "own.pt").rename(tmp_path / "moved" / "own.pt")
+    assert run_train(*flags, "--init", tmp_path / "moved" / "own.pt", "--resume") == 0
+    assert run_train(*flags, "--init", trained / "best.pt", "--resume") == 2
+    assert "--resume: init is" in (line := error_line()) and "not the same content" in line
 
 
 def test_resume_keeps_a_best_without_last(trained, photos, tmp_path, run_train, error_line):
