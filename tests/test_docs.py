@@ -51,3 +51,14 @@ def test_files_of_the_readme_are_there():
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("### How it works")[1].split("###")[0]
     named = set(re.findall(r"\*\*(\w+\.py)\*\*", text))
     assert named == {Path(path).name for path in REPOSITORY.glob("*.py")}
+
+
+def test_features_that_were_kept_are_decoded(tmp_path, monkeypatch):
+    """As the README does it."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("Encode once, decode later")[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained").symlink_to(REPOSITORY / "pretrained")
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], found := {})
+    assert (
+        found["images"].shape == (4, 3, 224, 224) and 0 <= found["images"].min() < found["images"].max() <= 1
+    )
