@@ -161,10 +161,7 @@ class JointEncoder(nn.Module):
 
 
 def weights_key(encoder, programs=None):
-    """The SHA-256 of all that an encoder computes with: its tensors, and a user's own files.
-
-    programs: the SHA-256 of these that count, where not all of them do.
-    """
+    """The SHA-256 of an encoder's tensors and of users' own files; programs: of the latter, which count."""
     found = hashlib.sha256("".join(encoder.programs.values() if programs is None else programs).encode())
     for tensor in encoder.state_dict().values():
         found.update(tensor.cpu().contiguous().numpy())

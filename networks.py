@@ -96,21 +96,21 @@ def neighbours_first(file):
     folder, path = Path(file).resolve().parent, sys.path[:]
     BEFORE.update(() if BEFORE else sys.modules)
     hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if place_of(name)}
-    before = set(sys.modules)
     sys.path[:] = [str(folder), *(place for place in path if Path(place).resolve() != HERE), str(HERE)]
     importlib.invalidate_caches()
     try:
         yield
     finally:
         NEIGHBOURS[str(file)] = found = {}
-        for name in sorted(sys.modules.keys() - before):
-            if place := place_of(name):
-                del sys.modules[name]
-                shown = Path(file).parent / place.relative_to(folder) if folder in place.parents else place
-                if place.is_file() and (name not in hidden or place.parent != HERE):
-                    found[str(shown)] = digest(place)
+        for name in sorted(filter(place_of, sys.modules)):
+            place = place_of(name)
+            shown = Path(file).parent / place.relative_to(folder) if folder in place.parents else place
+            if place.is_file() and (name not in hidden or place.parent != HERE):
+                found[str(shown)] = digest(place)
+            del sys.modules[name]
         sys.modules.update(hidden)
-        sys.path[:] = path
+        ours = (*path, str(folder), str(HERE))
+        sys.path[:] = [*path, *(place for place in sys.path if place not in ours)]
 
 
 def place_of(name):

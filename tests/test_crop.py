@@ -295,7 +295,7 @@ def test_command_line_wins_over_fast():
     ("content", "flags", "message"),
     [
         ("layer: block2\n", ["--fast"], "has no lines of `key: value` under `fast:`"),
-        ("fast: 3\n", [], "has no lines of `key: value` under `fast:`"),
+        ("fast: 3\n", [], "fast: should have lines of `key: value`"),
         ("fast:\n  lr: quick\n", [], "'quick' is not a number"),
         ("fast:\n  speed: 3\n", [], "unknown key 'speed'"),
     ],

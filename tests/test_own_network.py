@@ -238,6 +238,34 @@ def test_a_file_that_imports_this_projects_modules(tmp_path):
     assert f"{tmp_path}/net.py" in programs and not any(str(REPOSITORY) in file for file in programs)
 
 
+def test_what_its_own_path_brings(tmp_path):
+    """As a file that is used to being run from elsewhere sets it; for `forward`, too."""
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "models.py").write_text("WIDTH = 4\n")
+    (tmp_path / "src" / "only_in_forward.py").write_text("SCALE = 3\n")
+    (tmp_path / "net.py").write_text(
+        f"import sys\nsys.path.insert(0, '{tmp_path}/src')\nfrom models import WIDTH\nfrom torch import nn\n"
+        "class Net(nn.Conv2d):\n    def forward(self, x):\n        import only_in_forward\n"
+        "        return only_in_forward.SCALE * super().forward(x)\n"
+        "build = lambda: nn.Sequential(Net(3, WIDTH, 1))\n"
+    )
+    encoder = Encoder(f"{tmp_path}/net.py:build", "0", "own", input_size=8)
+    sys.path.remove(f"{tmp_path}/src")
+    files = [f"{tmp_path}/net.py", f"{tmp_path}/src/models.py", f"{tmp_path}/src/only_in_forward.py"]
+    assert [file for file in encoder.programs if str(tmp_path) in file] == files
+    assert encoder(torch.rand(1, 3, 8, 8)).shape == (1, 4, 8, 8)
+
+
+def test_a_neighbour_that_forward_imports_is_one_line(tmp_path):
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nclass Net(nn.Conv2d):\n    def forward(self, x):\n        import beside\n"
+        "build = lambda: nn.Sequential(Net(3, 4, 1))\n"
+    )
+    with pytest.raises(UserError, match="No module named 'beside'"):
+        Encoder(f"{tmp_path}/net.py:build", "0", "own", input_size=8)
+
+
 def test_relative_imports_are_one_line(tmp_path):
     (tmp_path / "net.py").write_text("from .layers import WIDTH\n")
     with pytest.raises(UserError, match="net.py:build: ImportError: attempted relative import"):
