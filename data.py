@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -122,9 +123,7 @@ def resolve(data):
         )
         return "sample"
     if data != "sample" and not Path(data).is_dir():
-        raise UserError(
-            f"--data {data}: no such folder; give one with train/ and test/, DIV2K's, or `sample`"
-        )
+        raise UserError(f"--data {data}: no such folder; give one with train/ and test/, DIV2K's or `sample`")
     return str(data)
 
 
@@ -174,9 +173,7 @@ def image_files(folder):
                 check_name(path)
                 found.append(Path(path))
     if others:
-        say(
-            f"{folder}: left out {len(others)} files that are no images by their names, such as {min(others)}"
-        )
+        say(f"{folder}: left out {len(others)} files that are no images by name, such as {min(others)}")
     return sorted(found)
 
 
@@ -400,12 +397,13 @@ def sample_tiles(split, side=RESIZE):
         for scale in sorted({short, short // 2, short // 4, side}, reverse=True):
             if scale < side:
                 continue
-            width, height = (max(side, round(length * scale / short)) for length in photo.size)
-            scaled = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
-            for top in even_steps(height, side):
-                for left in even_steps(width, side):
-                    tiles.append(scaled[top : top + side, left : left + side])
-                    names.append(f"{Path(name).stem}-{scale}-{top}-{left}")
+            size = [max(side, round(length * scale / short)) for length in photo.size]
+            scaled = np.asarray(photo.resize(size, Image.Resampling.BILINEAR))
+            # the fewest tiles that cover the photograph, evenly spaced
+            lefts, tops = (np.linspace(0, n - side, math.ceil(n / side)).astype(int) for n in size)
+            for top, left in itertools.product(tops, lefts):
+                tiles.append(scaled[top : top + side, left : left + side])
+                names.append(f"{Path(name).stem}-{scale}-{top}-{left}")
     return squares(np.stack(tiles), names)
 
 
@@ -415,11 +413,6 @@ def squares(pixels, names):
     places = np.stack([np.zeros(count, np.int64), np.arange(count) * 3 * side**2], 1)
     digests = np.array([list(hashlib.sha256(image).digest()) for image in pixels], np.uint8)
     return Images(names, torch.full((count, 2), side), [pixels.reshape(-1)], places, digests, side)
-
-
-def even_steps(length, side):
-    """Offsets of the fewest tiles of `side` pixels that cover `length` pixels, evenly spaced."""
-    return [int(offset) for offset in np.linspace(0, length - side, math.ceil(length / side))]
 
 
 def crops(images, index, tops, lefts, flips, size=IMAGE_SIZE):

@@ -32,23 +32,9 @@ from tqdm import tqdm
 import data
 from baselines import write_baselines
 from compare import compare
-from metrics import (
-    LPIPS,
-    feature_error,
-    feature_scale,
-    measure,
-    summary,
-    summary_table,
-    target,
-)
+from metrics import LPIPS, feature_error, feature_scale, measure, summary, summary_table, target
 from models import count_parameters, load_inverter
-from pictures import (
-    draw_histograms,
-    draw_iterations,
-    draw_reconstructions,
-    to_pixels,
-    write_samples,
-)
+from pictures import draw_histograms, draw_iterations, draw_reconstructions, to_pixels, write_samples
 from reconstruct import reconstruct_pictures
 from report import write_report
 from study import DOCUMENTED, FIGURES, METRICS, PROTOCOLS
@@ -108,9 +94,7 @@ def evaluate_checkpoint(args, rank, world, device):
     config = checkpoint["config"]
     if args.iterations:
         if not iterations_of(inverter):
-            raise UserError(
-                f"--iterations: {args.ckpt} has a {config['decoder']} decoder, which does not iterate"
-            )
+            raise UserError(f"--iterations: the {config['decoder']} decoder of {args.ckpt} does not iterate")
         inverter.core.iterations = args.iterations
     protocol = PROTOCOLS[config["protocol"]]
     if args.images:
@@ -158,10 +142,9 @@ def evaluate_model(
 ):
     """Reconstruct and measure the centre of `images`, of the inverter's own size: an Evaluation.
 
-    images: data.Images, of which a batch at a time is read, or uint8 (N, 256, 256, 3). Where the inverter is,
-    it computes; bars: tqdm's `disable`; protocol: that of the training. scale: what feature errors are
-    divided by; with it each iteration is measured. pictures: of how many images, evenly spaced, pixels are
-    kept.
+    images: data.Images, read a batch at a time, or uint8 (N, 256, 256, 3). protocol: that of the training.
+    scale: what feature errors are divided by; with it each iteration is measured. pictures: of how many
+    images, evenly spaced, pixels are kept.
     """
     lpips = LPIPS().to(inverter.device)
     parts = []  # of each batch, the values after each iteration

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import data
 from metrics import psnr, target
-from pictures import MADE_BY, difference, to_picture, to_pixels
+from pictures import MADE_BY, difference, to_pixels
 from study import PROTOCOLS
 from utils import UserError, atomic, digest, make_folder, out_of_memory
 
@@ -77,8 +77,9 @@ def reconstruct_pictures(args, inverter, config, bars=None):
             pair = to_pixels(wanted)[0], to_pixels(output)[0]
             about = PngImagePlugin.PngInfo()
             about.add_text("Software", f"{made_by} of {digest(file)[:16]}")
+            strip = Image.fromarray(torch.cat([*pair, difference(*pair)], 1).numpy())
             with atomic(path) as temporary:
-                to_picture(torch.cat([*pair, difference(*pair)], 1)).save(temporary, pnginfo=about)
+                strip.save(temporary, pnginfo=about)
             print(f"{file}: {psnr(output, wanted).item():.2f} dB, {path}")
         except (UserError, OSError) as error:
             failed.append(str(error))
@@ -175,7 +176,5 @@ def reach(inverter):
         if last <= half // 2:  # well before the end
             break
     else:
-        raise UserError(
-            "the picture is too large for one piece, and each part of it matters to all: --size 224"
-        )
+        raise UserError("the picture is too large for one piece, and each part matters to all: --size 224")
     return -(-max(last, 1) // inverter.stride) * inverter.stride
