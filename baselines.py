@@ -58,8 +58,7 @@ def measure_baselines(images, device, batch_size=4, bars=None, protocol=DOCUMENT
 def write_baselines(source, out, protocol, device, batch_size=4, cache=None, bars=None):
     """Measure the baselines on the test images of `source`, print them, write baselines.json to folder `out`.
 
-    And each one's results, as a run's, to a folder in `out`/baselines, for `evaluate.py --compare`. source:
-    what data.resolve returned. Raises UserError, also for a baselines.json of other data or protocol.
+    And each one's results, as a run's, to a folder in `out`/baselines, for `evaluate.py --compare`.
     """
     about = {"data": source, "protocol": protocol.name}
     refuse_other_results(out, ("baselines.json",), about)

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import operator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,9 +71,9 @@ def read_run(folder):
 def refuse_other_images(a, b):
     """Raise UserError unless two runs were measured on the same images in the same way."""
     for key in SAME:
-        same = same_data if key == "data" else operator.eq
-        if not same(a.about[key], b.about[key]):
-            raise UserError(f"--compare: {key} is {a.about[key]} in {a.name}, {b.about[key]} in {b.name}")
+        x, y = a.about[key], b.about[key]
+        if x != y and (key != "data" or not same_data(x, y)):
+            raise UserError(f"--compare: {key} is {x} in {a.name}, {y} in {b.name}")
     if a.images != b.images:
         raise UserError(f"--compare: the images in {a.name} are not those in {b.name}")
 

@@ -94,9 +94,8 @@ class Images:
     def to(self, device):
         """The same with its pixels on a GPU that has four times the room; else as it is."""
         total = 3 * int((self.sizes[:, 0] * self.sizes[:, 1]).sum())
-        if device.type != "cuda" or 4 * total > torch.cuda.mem_get_info(device)[0]:
-            return self
-        return self.at(device)
+        room = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= 4 * total
+        return self.at(device) if room else self
 
     def at(self, device):
         """The same with the pixels of all images in the memory of `device`."""
@@ -194,8 +193,7 @@ def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None, size=IMA
     A folder's train and val are 80 and 20 % of its training images, by a permutation with seed 42 (paper
     3.3.1: 640 and 160 of DIV2K's 800), unless a val/ is beside its train/. Raises UserError for a folder of
     another layout, too few images, or images that can't be read. cache: folder of the uint8 cache. protocol:
-    `published` scales the shorter side to 256 and keeps the rest of a training image, `documented` squeezes
-    all to 256×256. bars: tqdm's `disable`. size: of the crops, where not 224; images grow with it.
+    as for `decode`. bars: tqdm's `disable`. size: of the crops, where not 224; images grow with it.
     """
     side = side_of(size)
     if data == "sample":
@@ -244,13 +242,9 @@ def read_image(path, note=say):
                     raise ValueError("one transparent colour of 16 bits a channel")
                 image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
             image.load()
-            turn = None
             with suppress(Exception):  # EXIF that can't be read turns nothing
-                turn = image.getexif().get(0x0112)
-            image = to_rgb(image, note)
-        image.info = {}
-        image.getexif()[0x0112] = turn
-        return ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image, note)
     except Exception as error:  # every Pillow plugin has its own kinds
         raise UserError(f"{path}: not an image that can be read ({error}); replace or remove it") from None
 

@@ -149,9 +149,7 @@ def learning_rate(encoder, decode):
     stride = stride_of(encoder)
     if decode is None:
         return 0.1 if stride < 4 else 0.03
-    if stride < 8:
-        return 0.02
-    return 0.002 if stride < 16 else 0.001
+    return 0.02 if stride < 8 else 0.002 if stride < 16 else 0.001
 
 
 def prior_weight(encoder, decode):

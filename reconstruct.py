@@ -26,16 +26,14 @@ def picture_files(paths):
     """The image files of `paths`, and of folders among them but for our own. Raises UserError."""
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found = [file for file in data.image_files(path) if not mark_of(file).startswith(MADE_BY)]
-            if not found:
-                raise UserError(f"--images {path}: no images of yours in this folder that Pillow reads")
-            files += found
-        elif path.exists():
-            data.check_name(path)
-            files.append(path)
-        else:
+        if not path.exists():
             raise UserError(f"--images {path}: no such file or folder")
+        data.check_name(path)
+        found = data.image_files(path) if path.is_dir() else [path]
+        found = [file for file in found if file == path or not mark_of(file).startswith(MADE_BY)]
+        if not found:
+            raise UserError(f"--images {path}: no images of yours in this folder that Pillow reads")
+        files += found
     return list(dict.fromkeys(files))
 
 
@@ -105,9 +103,8 @@ def strip_paths(files, out, how=""):
 
 def mark_of(path):
     """What this program wrote into the PNG at `path` about its origin; "" where that cannot be read."""
-    with suppress(OSError, SyntaxError, ValueError):
-        with PngImagePlugin.PngImageFile(path) as picture:  # of any size
-            return str(picture.info.get("Software", ""))
+    with suppress(OSError, SyntaxError, ValueError), PngImagePlugin.PngImageFile(path) as picture:  # any size
+        return str(picture.info.get("Software", ""))
     return ""
 
 

@@ -104,10 +104,8 @@ def draw_images(images, path, count=6):
     chosen = [images[i] for i in evenly_spaced(len(images), count)]
     grid = {"original": [(decoded(image["original"]), image["name"]) for image in chosen]}
     for name in dict.fromkeys(name for image in chosen for name in image["runs"]):
-        grid[name] = []
-        for image in chosen:
-            run = image["runs"].get(name)
-            grid[name].append(run and (decoded(run["picture"]), f"{run['psnr']:.2f} dB"))
+        runs = [image["runs"].get(name) for image in chosen]
+        grid[name] = [run and (decoded(run["picture"]), f"{run['psnr']:.2f} dB") for run in runs]
     draw_grid(grid, path)
 
 

@@ -278,8 +278,7 @@ def load(path, what="checkpoint", legacy=False):
     """Load a file that `save` wrote, onto the CPU, running no code from it.
 
     Every byte is checked against the archive's CRC-32; legacy: a file in PyTorch's format before 1.6, which
-    is no archive, is read too. Raises UserError, naming `path` and `what` it should have been, for a file
-    that is missing, damaged or of another kind; what memory is too small for is raised as it is.
+    is no archive, is read too. Raises UserError, naming `path` and `what` it should have been.
     """
     import torch
 
@@ -351,9 +350,8 @@ def select_device(name):
     device = torch.device(name)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: PyTorch has no such GPU of Apple's here; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        here = torch.cuda.device_count()
-        raise UserError(f"--device {name}: this machine has {here} CUDA devices; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(f"--device {name}: this machine has {count} CUDA devices; use --device cpu")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where graphs are recorded, too
     torch.backends.cuda.matmul.allow_tf32 = False
