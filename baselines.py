@@ -13,16 +13,6 @@ from study import DOCUMENTED, IMAGE_SIZE, METRICS
 from utils import make_folder, refuse_other_results, write_csv, write_result
 
 
-def constant_colour(targets, mean):
-    """One colour for all images."""
-    return mean.expand_as(targets)
-
-
-def mean_colour(targets, mean):
-    """The mean colour of each."""
-    return targets.mean((2, 3), keepdim=True).expand_as(targets)
-
-
 def thumbnail(side, targets, mean):
     """Each reduced to side×side pixels, the size of a layer's map, and enlarged again."""
     reduced = F.adaptive_avg_pool2d(targets, (side, side))
@@ -36,7 +26,10 @@ def thumbnail_name(side):
 # Of the maps of the study's layers, from the deepest on: VGG16's, ResNet34's, ViT's and AlexNet's.
 SIDES = (6, 7, 13, 14, 27, 28, 56, 112)
 # By name, what makes images of targets, (B, 3, H, W) in [0, 1] both, and of all, their mean colour.
-BASELINES = {"constant colour": constant_colour, "mean colour": mean_colour}
+BASELINES = {
+    "constant colour": lambda targets, mean: mean.expand_as(targets),  # one for all images
+    "mean colour": lambda targets, mean: targets.mean((2, 3), keepdim=True).expand_as(targets),
+}
 BASELINES |= {thumbnail_name(side): partial(thumbnail, side) for side in SIDES}
 
 
@@ -59,16 +52,13 @@ def measure_baselines(images, device, batch_size=4, bars=None, protocol=DOCUMENT
                 for metric, value in measure(baseline(wanted, mean), wanted, lpips, protocol).items():
                     values[name][metric] += value
             bar.update(len(wanted))
-    return {
-        name: {metric: np.array(value) for metric, value in found.items()} for name, found in values.items()
-    }
+    return {name: {key: np.array(found[key]) for key in METRICS} for name, found in values.items()}
 
 
 def write_baselines(source, out, protocol, device, batch_size=4, cache=None, bars=None):
     """Measure the baselines on the test images of `source`, print them, write baselines.json to folder `out`.
 
-    And each one's results, as a run's, to a folder in `out`/baselines, for `evaluate.py --compare`. source:
-    what data.resolve returned. Raises UserError, also for a baselines.json of other data or protocol.
+    And each one's results, as a run's, to a folder in `out`/baselines, for `evaluate.py --compare`.
     """
     about = {"data": source, "protocol": protocol.name}
     refuse_other_results(out, ("baselines.json",), about)

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import operator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +11,7 @@ from scipy.special import stdtrit
 
 from pictures import drawable, save_figure
 from study import METRICS
-from utils import UNREADABLE, UserError, make_folder, read_result, same_data, seed_folders, write_csv
+from utils import UserError, make_folder, read_result, reading, same_data, seed_folders, write_csv
 
 ALL = "over images and seeds"  # the interval that a difference can be told by
 SAME = ("data", "protocol", "images", "size")  # of two runs, or their difference says nothing
@@ -60,31 +59,21 @@ def read_runs(folder):
 
 def read_run(folder):
     """The Measured of one evaluation, of one seed. Raises UserError for a folder that holds none."""
-    try:
+    with reading(f"--compare {folder}: not results of this program", "evaluate again"):
         found = read_result(folder / "metrics.json")
         with open(folder / "per_image.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         values = {name: np.array([[float(row[name]) for row in rows]]) for name in METRICS}
         about = {key: found[key] for key in SAME}
         return Measured(str(folder), about, [row["image"] for row in rows], values)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"--compare {folder}: has no {Path(error.filename).name}; evaluate it first"
-        ) from None
-    except OSError:  # which names the file
-        raise
-    except UNREADABLE as error:
-        raise UserError(
-            f"--compare {folder}: not results of this program ({error!r}); evaluate again"
-        ) from None
 
 
 def refuse_other_images(a, b):
     """Raise UserError unless two runs were measured on the same images in the same way."""
     for key in SAME:
-        same = same_data if key == "data" else operator.eq
-        if not same(a.about[key], b.about[key]):
-            raise UserError(f"--compare: {key} is {a.about[key]} in {a.name}, {b.about[key]} in {b.name}")
+        x, y = a.about[key], b.about[key]
+        if x != y and (key != "data" or not same_data(x, y)):
+            raise UserError(f"--compare: {key} is {x} in {a.name}, {y} in {b.name}")
     if a.images != b.images:
         raise UserError(f"--compare: the images in {a.name} are not those in {b.name}")
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -93,9 +94,8 @@ class Images:
     def to(self, device):
         """The same with its pixels on a GPU that has four times the room; else as it is."""
         total = 3 * int((self.sizes[:, 0] * self.sizes[:, 1]).sum())
-        if device.type != "cuda" or 4 * total > torch.cuda.mem_get_info(device)[0]:
-            return self
-        return self.at(device)
+        room = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= 4 * total
+        return self.at(device) if room else self
 
     def at(self, device):
         """The same with the pixels of all images in the memory of `device`."""
@@ -122,9 +122,7 @@ def resolve(data):
         )
         return "sample"
     if data != "sample" and not Path(data).is_dir():
-        raise UserError(
-            f"--data {data}: no such folder; give one with train/ and test/, DIV2K's, or `sample`"
-        )
+        raise UserError(f"--data {data}: no such folder; give one with train/ and test/, DIV2K's or `sample`")
     return str(data)
 
 
@@ -174,9 +172,7 @@ def image_files(folder):
                 check_name(path)
                 found.append(Path(path))
     if others:
-        say(
-            f"{folder}: left out {len(others)} files that are no images by their names, such as {min(others)}"
-        )
+        say(f"{folder}: left out {len(others)} files that are no images by name, such as {min(others)}")
     return sorted(found)
 
 
@@ -197,8 +193,7 @@ def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None, size=IMA
     A folder's train and val are 80 and 20 % of its training images, by a permutation with seed 42 (paper
     3.3.1: 640 and 160 of DIV2K's 800), unless a val/ is beside its train/. Raises UserError for a folder of
     another layout, too few images, or images that can't be read. cache: folder of the uint8 cache. protocol:
-    `published` scales the shorter side to 256 and keeps the rest of a training image, `documented` squeezes
-    all to 256×256. bars: tqdm's `disable`. size: of the crops, where not 224; images grow with it.
+    as for `decode`. bars: tqdm's `disable`. size: of the crops, where not 224; images grow with it.
     """
     side = side_of(size)
     if data == "sample":
@@ -247,13 +242,9 @@ def read_image(path, note=say):
                     raise ValueError("one transparent colour of 16 bits a channel")
                 image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
             image.load()
-            turn = None
             with suppress(Exception):  # EXIF that can't be read turns nothing
-                turn = image.getexif().get(0x0112)
-            image = to_rgb(image, note)
-        image.info = {}
-        image.getexif()[0x0112] = turn
-        return ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image, note)
     except Exception as error:  # every Pillow plugin has its own kinds
         raise UserError(f"{path}: not an image that can be read ({error}); replace or remove it") from None
 
@@ -400,12 +391,13 @@ def sample_tiles(split, side=RESIZE):
         for scale in sorted({short, short // 2, short // 4, side}, reverse=True):
             if scale < side:
                 continue
-            width, height = (max(side, round(length * scale / short)) for length in photo.size)
-            scaled = np.asarray(photo.resize((width, height), Image.Resampling.BILINEAR))
-            for top in even_steps(height, side):
-                for left in even_steps(width, side):
-                    tiles.append(scaled[top : top + side, left : left + side])
-                    names.append(f"{Path(name).stem}-{scale}-{top}-{left}")
+            size = [max(side, round(length * scale / short)) for length in photo.size]
+            scaled = np.asarray(photo.resize(size, Image.Resampling.BILINEAR))
+            # the fewest tiles that cover the photograph, evenly spaced
+            lefts, tops = (np.linspace(0, n - side, math.ceil(n / side)).astype(int) for n in size)
+            for top, left in itertools.product(tops, lefts):
+                tiles.append(scaled[top : top + side, left : left + side])
+                names.append(f"{Path(name).stem}-{scale}-{top}-{left}")
     return squares(np.stack(tiles), names)
 
 
@@ -415,11 +407,6 @@ def squares(pixels, names):
     places = np.stack([np.zeros(count, np.int64), np.arange(count) * 3 * side**2], 1)
     digests = np.array([list(hashlib.sha256(image).digest()) for image in pixels], np.uint8)
     return Images(names, torch.full((count, 2), side), [pixels.reshape(-1)], places, digests, side)
-
-
-def even_steps(length, side):
-    """Offsets of the fewest tiles of `side` pixels that cover `length` pixels, evenly spaced."""
-    return [int(offset) for offset in np.linspace(0, length - side, math.ceil(length / side))]
 
 
 def crops(images, index, tops, lefts, flips, size=IMAGE_SIZE):

@@ -32,23 +32,9 @@ from tqdm import tqdm
 import data
 from baselines import write_baselines
 from compare import compare
-from metrics import (
-    LPIPS,
-    feature_error,
-    feature_scale,
-    measure,
-    summary,
-    summary_table,
-    target,
-)
+from metrics import LPIPS, feature_error, feature_scale, measure, summary, summary_table, target
 from models import count_parameters, load_inverter
-from pictures import (
-    draw_histograms,
-    draw_iterations,
-    draw_reconstructions,
-    to_pixels,
-    write_samples,
-)
+from pictures import draw_histograms, draw_iterations, draw_reconstructions, to_pixels, write_samples
 from reconstruct import reconstruct_pictures
 from report import write_report
 from study import DOCUMENTED, FIGURES, METRICS, PROTOCOLS
@@ -106,12 +92,11 @@ def evaluate_checkpoint(args, rank, world, device):
     inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)
     inverter.to(device)
     config = checkpoint["config"]
+    iterations = getattr(inverter.core, "iterations", 0)  # how often the decoder looks at the encoder
+    if args.iterations and not iterations:
+        raise UserError(f"--iterations: the {config['decoder']} decoder of {args.ckpt} does not iterate")
     if args.iterations:
-        if not iterations_of(inverter):
-            raise UserError(
-                f"--iterations: {args.ckpt} has a {config['decoder']} decoder, which does not iterate"
-            )
-        inverter.core.iterations = args.iterations
+        inverter.core.iterations = iterations = args.iterations
     protocol = PROTOCOLS[config["protocol"]]
     if args.images:
         if rank == 0:
@@ -123,12 +108,11 @@ def evaluate_checkpoint(args, rank, world, device):
         out = out / f"iterations-{args.iterations}"
     out = Path(args.out or out)
     about = {"data": source, "config": config, "ckpt_sha256": sha256}
-    scale = None
-    if iterations_of(inverter):
-        about["iterations"] = iterations_of(inverter)
-        divisor, scale = feature_scale(inverter.encoder, images)
+    about |= {"iterations": iterations} if iterations else {}
     refuse_other_results(out, RESULTS, about)
-    if scale:
+    scale = None
+    if iterations:
+        divisor, scale = feature_scale(inverter.encoder, images)
         about[divisor] = scale
     if len(images) < world:
         raise UserError(f"{source}: {len(images)} test images for {world} processes; start no more than that")
@@ -144,11 +128,6 @@ def evaluate_checkpoint(args, rank, world, device):
         write_evaluation(found, images.names, inverter, checkpoint, about, milliseconds, out)
 
 
-def iterations_of(inverter):
-    """How often the decoder looks at the encoder; 0 for those that do not."""
-    return getattr(inverter.core, "iterations", 0)
-
-
 # --- Measuring -------------------------------------------------------------------------------------------
 
 
@@ -158,10 +137,9 @@ def evaluate_model(
 ):
     """Reconstruct and measure the centre of `images`, of the inverter's own size: an Evaluation.
 
-    images: data.Images, of which a batch at a time is read, or uint8 (N, 256, 256, 3). Where the inverter is,
-    it computes; bars: tqdm's `disable`; protocol: that of the training. scale: what feature errors are
-    divided by; with it each iteration is measured. pictures: of how many images, evenly spaced, pixels are
-    kept.
+    images: data.Images, read a batch at a time, or uint8 (N, 256, 256, 3). protocol: that of the training.
+    scale: what feature errors are divided by; with it each iteration is measured. pictures: of how many
+    images, evenly spaced, pixels are kept.
     """
     lpips = LPIPS().to(inverter.device)
     parts = []  # of each batch, the values after each iteration
@@ -178,9 +156,7 @@ def evaluate_model(
             wanted = target(batch, protocol).clamp(0, 1)
             parts.append([])
             made = inverter.iterates(features)
-            if not scale:
-                made = made[-1:]  # the last alone
-            for image in made:
+            for image in made if scale else made[-1:]:
                 output = image.clamp(0, 1)
                 values = measure(output, wanted, lpips, protocol)
                 if scale:
@@ -220,8 +196,7 @@ def gather(found):
     """Put together what each process measured of its part of the images."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, found)
-    pictures = {}
-    first = 0
+    pictures, first = {}, 0
     for part in parts:
         pictures |= {first + number: pair for number, pair in part.pictures.items()}
         first += len(part.values["psnr"])

@@ -32,12 +32,11 @@ from decoders import resize
 from encoders import build_encoder
 from metrics import LPIPS, SMALLEST, feature_error, feature_scale, measure, psnr, summary
 from models import load_inverter
-from pictures import draw_grid, drawable, from_worst_to_best, save_figure, to_picture, to_pixels
+from pictures import draw_grid, drawable, from_worst_to_best, save_figure, to_pixels
 from reconstruct import picture_files, read_square
 from study import FIGURES, INPUT
 from utils import (
     INVERSION,
-    UNREADABLE,
     UserError,
     digest,
     disable_bars,
@@ -46,6 +45,7 @@ from utils import (
     make_folder,
     processes,
     read_result,
+    reading,
     refuse_other_results,
     select_device,
     write_csv,
@@ -68,14 +68,9 @@ def main(args):
             raise UserError("invert.py works in one process; start it without torchrun")
     bars = disable_bars(args)
     files = picture_files(args.images or [])
-    if not args.ckpt:
-        encoder, decode, about, out = from_noise(args)
-    else:
-        encoder, decode, about, out = from_checkpoint(args, device)
+    encoder, decode, about, out = from_checkpoint(args, device) if args.ckpt else from_noise(args)
     about["split"] = args.split
-    if args.split != "test":
-        out = out / args.split
-    out = Path(args.out or out)
+    out = Path(args.out or (out if args.split == "test" else out / args.split))
     if encoder.input_size < SMALLEST:
         raise UserError(f"--input-size {encoder.input_size}: LPIPS wants at least {SMALLEST} pixels")
     encoder.to(device)
@@ -123,9 +118,7 @@ def from_checkpoint(args, device):
     inverter.to(device)
     config = checkpoint["config"]
     if config["protocol"] != "documented":
-        raise UserError(
-            f"{args.ckpt}: invert.py wants pictures to start from; this one was trained as published"
-        )
+        raise UserError(f"{args.ckpt}: invert.py wants pictures to start from; this was trained as published")
     source, out = " ".join(args.images or []), Path(args.ckpt).parent
     if not source:
         source, out = data.of_checkpoint(args.data, config["data"], args.ckpt)
@@ -139,9 +132,7 @@ def from_checkpoint(args, device):
 
 def total_variation(images):
     """Mean squared difference of neighbouring pixels, (B,), of images (B, 3, H, W): the prior, with β = 2."""
-    across = images.diff(dim=3).square()
-    down = images.diff(dim=2).square()
-    return across.mean((1, 2, 3)) + down.mean((1, 2, 3))
+    return sum(images.diff(dim=dim).square().mean((1, 2, 3)) for dim in (3, 2))
 
 
 def stride_of(encoder):
@@ -153,15 +144,12 @@ def learning_rate(encoder, decode):
     """Adam's: from noise 0.1, from stride 4 on 0.03; from a decoder 0.02, from 8 on 0.002, from 16 on 0.001.
 
     What a large rate undoes of a decoder's output, the features of deep layers do not bring back. Chosen on
-    validation images, at strides from 2 to 37 (docs/inversion.md); AlexNet's conv1, at 8.3, is better with
-    0.02 from a decoder's output and with 0.1 from noise.
+    validation images, at strides from 2 to 37 (docs/inversion.md).
     """
     stride = stride_of(encoder)
     if decode is None:
         return 0.1 if stride < 4 else 0.03
-    if stride < 8:
-        return 0.02
-    return 0.002 if stride < 16 else 0.001
+    return 0.02 if stride < 8 else 0.002 if stride < 16 else 0.001
 
 
 def prior_weight(encoder, decode):
@@ -214,8 +202,8 @@ def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=1.0, bars=None
 
 def noise(batch, first):
     """Grey with a little noise, like `batch` (B, 3, H, W), whose first image is number `first` of all."""
-    generators = [torch.Generator().manual_seed(number) for number in range(first, first + len(batch))]
-    draws = [torch.randn(batch.shape[1:], generator=generator) for generator in generators]
+    numbers, shape = range(first, first + len(batch)), batch.shape[1:]
+    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(number)) for number in numbers]
     return (0.5 + 0.05 * torch.stack(draws)).clamp(0, 1).to(batch.device)
 
 
@@ -267,15 +255,9 @@ def invert_images(encoder, decode, pixels, scale, batch_size=4, bars=None, **opt
 def read_course(folder):
     """(label, {"step", "seconds", "psnr"}) of the inversion whose results are in `folder`."""
     file = Path(folder, "inversion.json")
-    try:
+    with reading(f"{file}: not a result of this invert.py", "invert again"):
         content = read_result(file)
         return f"{content['encoder']} {content['layer']} from {content['start']}", content["course"]
-    except FileNotFoundError:
-        raise UserError(f"--course {folder}: has no {file.name}; python invert.py writes one") from None
-    except OSError:  # which names the file
-        raise
-    except UNREADABLE:
-        raise UserError(f"{file}: not a result of this invert.py; invert again") from None
 
 
 def draw_courses(courses, path):
@@ -293,19 +275,19 @@ def draw_courses(courses, path):
 
 def write_inversion(pictures, values, names, about, out):
     """Print the table and write the files to the folder `out`; about: what inversion.json also says."""
+    labels = {"start": about["start"], "inversion": "inversion"}
     print(f"{'':<16}" + "".join(f"{label:>20}" for label in FIGURES.values()))
     for kind, columns in values.items():
         cells = [f"{columns[name].mean():.4f} ± {columns[name].std():.4f}" for name in FIGURES]
-        print(f"{about['start'] if kind == 'start' else kind:<16}" + "".join(f"{cell:>20}" for cell in cells))
+        print(f"{labels[kind]:<16}" + "".join(f"{cell:>20}" for cell in cells))
     (out / "inversion.json").unlink(missing_ok=True)
     header = ["image", *(f"{kind}_{name}" for kind in values for name in FIGURES)]
     columns = [values[kind][name].tolist() for kind in values for name in FIGURES]
     write_csv(out / "inversion.csv", header, zip(names, *columns, strict=True))
-    rows = {"original": [], about["start"]: [], "inversion": []}
-    for i in from_worst_to_best(values["inversion"]["psnr"]):
-        rows["original"].append((to_picture(pictures["original"][i]), names[i]))
-        for label, kind in ((about["start"], "start"), ("inversion", "inversion")):
-            rows[label].append((to_picture(pictures[kind][i]), f"{values[kind]['psnr'][i]:.2f} dB"))
+    chosen = from_worst_to_best(values["inversion"]["psnr"])
+    rows = {"original": [(pictures["original"][i], names[i]) for i in chosen]}
+    for kind, label in labels.items():
+        rows[label] = [(pictures[kind][i], f"{values[kind]['psnr'][i]:.2f} dB") for i in chosen]
     draw_grid(rows, out / "inversion.png")
     means = {kind: {name: summary(values[kind][name]) for name in FIGURES} for kind in values}
     write_result(out / "inversion.json", about | {"metrics": means})

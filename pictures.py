@@ -18,11 +18,6 @@ def to_pixels(images):
     return (255 * images).round().byte().permute(0, 2, 3, 1).cpu()
 
 
-def to_picture(pixels):
-    """uint8 pixels (H, W, 3) as a PIL image."""
-    return Image.fromarray(pixels.numpy())
-
-
 def difference(a, b):
     """5 × |a − b| of uint8 pixels."""
     return (5 * (a.int() - b.int()).abs()).clamp(max=255).byte()
@@ -50,7 +45,7 @@ def drawable(text, most=60):
 
 
 def draw_grid(rows, path):
-    """A figure of `rows`: {label: [(PIL image, what stands above it) or None, …]}, all equally long."""
+    """A figure of `rows`: {label: [(uint8 image, what stands above it) or None, …]}, all equally long."""
     columns = len(next(iter(rows.values())))
     figure = Figure(figsize=(2.2 * columns + 0.4, 2.4 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -59,7 +54,7 @@ def draw_grid(rows, path):
         for axis, cell in zip(line, cells, strict=True):
             axis.set(xticks=[], yticks=[])
             if cell:
-                axis.imshow(cell[0])
+                axis.imshow(np.asarray(cell[0]))
                 axis.set_title(drawable(cell[1], 24), fontsize=8)
     save_figure(figure, path)
 
@@ -70,13 +65,11 @@ def draw_reconstructions(pictures, names, psnr, path, label="original"):
     pictures: {number of an image: (target, reconstruction), uint8 (H, W, 3)}; names, psnr: those of all N
     images. label: of the row of targets.
     """
-    rows = {label: [], "reconstruction": [], "5 × difference": []}
     numbers = np.array(list(pictures))
-    for number in numbers[from_worst_to_best(psnr[numbers])]:
-        target, output = pictures[number]
-        rows[label].append((to_picture(target), names[number]))
-        rows["reconstruction"].append((to_picture(output), f"{psnr[number]:.2f} dB"))
-        rows["5 × difference"].append((to_picture(difference(target, output)), ""))
+    chosen = numbers[from_worst_to_best(psnr[numbers])]
+    rows = {label: [(pictures[number][0], names[number]) for number in chosen]}
+    rows["reconstruction"] = [(pictures[number][1], f"{psnr[number]:.2f} dB") for number in chosen]
+    rows["5 × difference"] = [(difference(*pictures[number]), "") for number in chosen]
     draw_grid(rows, path)
 
 
@@ -116,4 +109,4 @@ def write_samples(pictures, path, count=24):
             for kind, pixels in zip(("original", "reconstruction"), pictures[number], strict=True):
                 # with full colour, for 5× differences
                 with archive.open(f"{number:05}-{kind}.jpg", "w") as file:
-                    to_picture(pixels).save(file, "JPEG", quality=90, subsampling=0)
+                    Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=90, subsampling=0)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import data
 from metrics import psnr, target
-from pictures import MADE_BY, difference, to_picture, to_pixels
+from pictures import MADE_BY, difference, to_pixels
 from study import PROTOCOLS
 from utils import UserError, atomic, digest, make_folder, out_of_memory
 
@@ -26,16 +26,14 @@ def picture_files(paths):
     """The image files of `paths`, and of folders among them but for our own. Raises UserError."""
     files = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found = [file for file in data.image_files(path) if not mark_of(file).startswith(MADE_BY)]
-            if not found:
-                raise UserError(f"--images {path}: no images of yours in this folder that Pillow reads")
-            files += found
-        elif path.exists():
-            data.check_name(path)
-            files.append(path)
-        else:
+        if not path.exists():
             raise UserError(f"--images {path}: no such file or folder")
+        data.check_name(path)
+        found = data.image_files(path) if path.is_dir() else [path]
+        found = [file for file in found if file == path or not mark_of(file).startswith(MADE_BY)]
+        if not found:
+            raise UserError(f"--images {path}: no images of yours in this folder that Pillow reads")
+        files += found
     return list(dict.fromkeys(files))
 
 
@@ -77,8 +75,9 @@ def reconstruct_pictures(args, inverter, config, bars=None):
             pair = to_pixels(wanted)[0], to_pixels(output)[0]
             about = PngImagePlugin.PngInfo()
             about.add_text("Software", f"{made_by} of {digest(file)[:16]}")
+            strip = Image.fromarray(torch.cat([*pair, difference(*pair)], 1).numpy())
             with atomic(path) as temporary:
-                to_picture(torch.cat([*pair, difference(*pair)], 1)).save(temporary, pnginfo=about)
+                strip.save(temporary, pnginfo=about)
             print(f"{file}: {psnr(output, wanted).item():.2f} dB, {path}")
         except (UserError, OSError) as error:
             failed.append(str(error))
@@ -104,9 +103,8 @@ def strip_paths(files, out, how=""):
 
 def mark_of(path):
     """What this program wrote into the PNG at `path` about its origin; "" where that cannot be read."""
-    with suppress(OSError, SyntaxError, ValueError):
-        with PngImagePlugin.PngImageFile(path) as picture:  # of any size
-            return str(picture.info.get("Software", ""))
+    with suppress(OSError, SyntaxError, ValueError), PngImagePlugin.PngImageFile(path) as picture:  # any size
+        return str(picture.info.get("Software", ""))
     return ""
 
 
@@ -175,7 +173,5 @@ def reach(inverter):
         if last <= half // 2:  # well before the end
             break
     else:
-        raise UserError(
-            "the picture is too large for one piece, and each part of it matters to all: --size 224"
-        )
+        raise UserError("the picture is too large for one piece, and each part matters to all: --size 224")
     return -(-max(last, 1) // inverter.stride) * inverter.stride

@@ -15,7 +15,7 @@ from PIL import Image
 from pictures import draw_grid, drawable, save_figure
 from results import is_experiment, joined, read_history, result_rows
 from study import DIGITS, IMAGE_SIZE, METRICS
-from utils import UNREADABLE, UserError, evenly_spaced, seed_folders, write_csv, write_text
+from utils import UserError, evenly_spaced, reading, seed_folders, write_csv, write_text
 
 PAGE = Path(__file__).with_name("report.html")
 
@@ -79,8 +79,7 @@ def other_weights(row):
 
 def draw_results(rows, path):
     """Published and measured metrics of the experiments as bars, the baselines as dashed lines."""
-    colours = [row for row in rows if not is_experiment(row) and row["experiment"].endswith(" colour")]
-    baselines = [row for row in colours if "psnr" in row]
+    baselines = [row for row in rows if not is_experiment(row) and row["experiment"].endswith(" colour")]
     rows = [row for row in rows if is_experiment(row)]
     figure = Figure(figsize=(14, 0.3 * len(rows) + 0.5), layout="constrained")
     places = np.arange(len(rows))
@@ -105,10 +104,8 @@ def draw_images(images, path, count=6):
     chosen = [images[i] for i in evenly_spaced(len(images), count)]
     grid = {"original": [(decoded(image["original"]), image["name"]) for image in chosen]}
     for name in dict.fromkeys(name for image in chosen for name in image["runs"]):
-        grid[name] = []
-        for image in chosen:
-            run = image["runs"].get(name)
-            grid[name].append(run and (decoded(run["picture"]), f"{run['psnr']:.2f} dB"))
+        runs = [image["runs"].get(name) for image in chosen]
+        grid[name] = [run and (decoded(run["picture"]), f"{run['psnr']:.2f} dB") for run in runs]
     draw_grid(grid, path)
 
 
@@ -146,12 +143,12 @@ def test_images(runs, rows):
         if row["size"] != IMAGE_SIZE:
             source += f", {row['size']}×{row['size']}"
         try:
-            for name, original, run in reconstructions(path):
-                image = {"name": name, "data": source, "original": original, "runs": {}}
-                images.setdefault((source, name), image)["runs"][row["experiment"]] = run
-        except UNREADABLE as error:
-            damage = f"{path.name}: damaged, or not per_image.csv's ({error}); evaluate again"
-            row["note"] = joined(row["note"], damage)
+            with reading(f"{path.name}: damaged, or not per_image.csv's", "evaluate again"):
+                for name, original, run in reconstructions(path):
+                    image = {"name": name, "data": source, "original": original, "runs": {}}
+                    images.setdefault((source, name), image)["runs"][row["experiment"]] = run
+        except UserError as error:
+            row["note"] = joined(row["note"], str(error))
     return list(images.values())
 
 

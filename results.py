@@ -3,23 +3,14 @@
 import csv
 import json
 import math
-import operator
 from pathlib import Path
 
 import numpy as np
 
 from baselines import BASELINES, thumbnail_name
 from flags import MAY_DIFFER, completed, parse_train
-from study import (
-    DEFINING,
-    IMAGE_SIZE,
-    ITERATIONS,
-    METRICS,
-    PROTOCOLS,
-    PUBLISHED,
-    Published,
-)
-from utils import UNREADABLE, UserError, read_result, same_data, seed_folders, seeds_of
+from study import DEFINING, IMAGE_SIZE, ITERATIONS, METRICS, PROTOCOLS, PUBLISHED, Published
+from utils import UserError, read_result, reading, same_data, seed_folders, seeds_of
 
 CONFIGS = Path(__file__).with_name("configs")
 
@@ -36,37 +27,39 @@ def result_rows(runs):
     found = [path.parent for path in (*runs.glob("metrics.json"), *runs.glob("*/metrics.json"))]
     found += [path.parent.parent for path in runs.glob("*/seed[0-9]*/metrics.json")]
     others = {str(folder.relative_to(runs)) for folder in found} - PUBLISHED.keys()  # `.` is `runs` itself
-    rows = []
-    for name in [*PUBLISHED, *sorted(others)]:
-        row = {}
-        experiment = name if name in PUBLISHED else None
-        folder, *more = seed_folders(runs / name)
-        try:
-            if (folder / "metrics.json").exists():
-                results = read_results(folder)
-                experiment = experiment_of(results["config"], experiments)
-                row |= measured(results, folder)
-                seeds = [row]
-                for other in more:
-                    others_results = read_results(other)
-                    refuse_another(results, others_results, other)
-                    seeds.append(measured(others_results, other))
-                if more:
-                    row = over_seeds(seeds)
-                if name in PUBLISHED and experiment != name:
-                    row["note"] = joined(other_than(results["config"], experiments[name]), row["note"])
-                if folder.parent == runs / name:
-                    row["note"] = joined(row["note"], *seeds_that_are_missing(runs / name))
-            else:
-                row["note"] = not_measured(folder)
-        except UserError as error:
-            row["note"] = str(error).removeprefix(f"{runs}/")
-        rows.append({"experiment": name} | published(experiment) | row)
+    rows = [run_row(runs, name, experiments) for name in [*PUBLISHED, *sorted(others)]]
     baselines = baseline_rows(runs)
     note_below(rows, baselines)
     rows += baselines
     label_data(rows)
     return rows
+
+
+def run_row(runs, name, experiments):
+    """The row of the run in folder `name` of `runs`, or of its seeds; experiments: {name: what makes it}."""
+    experiment = name if name in PUBLISHED else None
+    seeds, first = [], None
+    try:
+        for folder in seed_folders(runs / name):
+            results = read_results(folder)
+            first = first or results
+            refuse_another(first, results, folder)
+            config = defining(results["config"])
+            experiment = next((key for key, wanted in experiments.items() if wanted == config), None)
+            seeds.append(measured(results, folder))
+        row = over_seeds(seeds) if len(seeds) > 1 else seeds[0]
+        notes = [row["note"]]
+        if name in PUBLISHED and experiment != name:
+            others = [f"{key} {config[key]}" for key in DEFINING if config[key] != experiments[name][key]]
+            notes.insert(0, f"not this experiment: {', '.join(others)}")
+        if folder != runs / name:
+            missing = [path for path in seeds_of(runs / name) if not (path / "metrics.json").exists()]
+            notes += [f"{path.name} {not_measured(path)}" for path in missing]
+        row["note"] = joined(*notes)
+    except UserError as error:
+        row = (seeds[0] if seeds else {}) | {"note": str(error).removeprefix(f"{runs}/")}
+    values = PUBLISHED[experiment]._asdict() if experiment else dict.fromkeys(Published._fields)
+    return {"experiment": name} | {f"published_{key}": value for key, value in values.items()} | row
 
 
 def not_measured(folder):
@@ -77,21 +70,15 @@ def not_measured(folder):
     return "not finished" if (folder / "last.pt").exists() else "not run"
 
 
-def seeds_that_are_missing(run):
-    """What is to be said of a run's seeds that were begun, but have no metrics.json."""
-    missing = [path for path in seeds_of(run) if not (path / "metrics.json").exists()]
-    return [f"{path.name} {not_measured(path)}" for path in missing]
-
-
 def refuse_another(results, others, folder):
     """Raise UserError where metrics.json in `folder` is not that of another seed of the same."""
     for name in results["config"]:
         a, b = (found["config"].get(name) for found in (results, others))
         if a != b and name not in ("seed", *MAY_DIFFER):
             raise UserError(f"{folder.name}: {name} is {b}, of another seed {a}")
-    for name, same in (("data", same_data), ("protocol", operator.eq), ("iterations", operator.eq)):
+    for name in ("data", "iterations"):
         a, b = results.get(name), others.get(name)  # of the test images
-        if not same(a, b):
+        if a != b and (name != "data" or not same_data(a, b)):
             raise UserError(f"{folder.name}: {name} is {b}, of another seed {a}")
 
 
@@ -121,26 +108,11 @@ def defining(config):
     return {key: config[key] for key in DEFINING}
 
 
-def experiment_of(config, experiments):
-    """The name of the experiment that has this configuration, or None."""
-    return next((name for name, wanted in experiments.items() if defining(config) == wanted), None)
-
-
-def other_than(config, wanted):
-    """How a run's configuration differs from the experiment that its folder is called after."""
-    differences = [f"{key} {config[key]}" for key in DEFINING if config[key] != wanted[key]]
-    return f"not this experiment: {', '.join(differences)}"
-
-
-def published(experiment):
-    """What the study published of an experiment, as a part of a row; None: of no experiment."""
-    values = PUBLISHED.get(experiment, [None] * len(Published._fields))
-    return {f"published_{name}": value for name, value in zip(Published._fields, values, strict=True)}
-
-
 def read_results(folder):
     """The content of metrics.json in `folder`, whose numbers are finite. Raises UserError."""
-    try:
+    if not (folder / "metrics.json").exists():
+        raise UserError(not_measured(folder))
+    with reading("metrics.json is not that of evaluate.py", "evaluate again"):
         results = read_result(folder / "metrics.json")
         numbers = [results[name][kind] for name in METRICS for kind in ("mean", "std")]
         numbers += [results[name] for name in ("parameters", "inference_ms", "epoch", "size")]
@@ -153,28 +125,24 @@ def read_results(folder):
         defining(results["config"])
         results["config"] = completed(results["config"])
         return results
-    except UNREADABLE as error:
-        raise UserError(f"metrics.json is not that of evaluate.py ({error!r}); evaluate again") from None
 
 
 def measured(results, folder):
     """What metrics.json, its content, and history.csv in `folder` say, as a part of a row."""
+    config, weights, asked = results["config"], results["weights"], results.get("iterations")
     row = means(results)
-    row |= {
-        key: results[key] for key in ("parameters", "inference_ms", "epoch", "data", "protocol", "weights")
-    }
-    row |= {key: results["config"].get(key) for key in ("encoder", "decoder", "seed")}
-    row["resolution"] = results["shape"][1]
-    row["size"] = results["size"]
+    copied = ("parameters", "inference_ms", "epoch", "data", "protocol", "weights")
+    row |= {key: results[key] for key in copied}
+    row |= {key: config.get(key) for key in ("encoder", "decoder", "seed")}
+    row |= {"resolution": results["shape"][1], "size": results["size"]}
     history, damage = read_history(folder)
     seconds = history.get("seconds", []) + history.get("val_seconds", [])
     row["minutes"] = sum(filter(None, seconds)) / 60 if seconds else None
-    weights = {"imagenet": "", "random": "random weights (control)"}.get(
-        row["weights"], f"weights {row['weights']}"
-    )
-    budget = optimisation(results["config"])
-    notes = weights, unusual(row["protocol"]), budget, asked(results), inversion(folder, results), damage
-    row["note"] = joined(*notes)
+    notes = [{"imagenet": "", "random": "random weights (control)"}.get(weights, f"weights {weights}")]
+    notes += [unusual(row["protocol"]), optimisation(config)]
+    if asked and asked != (config.get("iterations") or ITERATIONS):
+        notes.append(f"asked for {asked} iterations")
+    row["note"] = joined(*notes, inversion(folder, results), damage)
     return row
 
 
@@ -184,13 +152,6 @@ def optimisation(config):
     elsewhere = (*DEFINING, *MAY_DIFFER, "weights", "data", "protocol", "seed", "deterministic", "compile")
     keys = [key for key in study if key not in elsewhere]
     return ", ".join(f"{key} {config[key]}" for key in keys if config.get(key, study[key]) != study[key])
-
-
-def asked(results):
-    """What a note says of an evaluation with more or fewer iterations than the training had, or ""."""
-    found = results.get("iterations")
-    trained = results["config"].get("iterations") or ITERATIONS
-    return f"asked for {found} iterations" if found and found != trained else ""
 
 
 def means(metrics):
@@ -217,18 +178,17 @@ def inversion(folder, results):
     if not (folder / "inversion.json").exists():
         return ""
     try:
-        found = read_result(folder / "inversion.json")
-        config = results["config"]
-        same = {name: config[name] for name in ("encoder", "layer", "weights")}
-        same |= {"start": config["decoder"], "data": results["data"]}
-        if any(found.get(name) != value for name, value in same.items()):
-            return ""
-        start, end = (found["metrics"][kind]["psnr"]["mean"] for kind in ("start", "inversion"))
-        return f"inverted: {end:.2f} dB from {start:.2f} ({found['images']} images)"
+        with reading("inversion.json is not that of invert.py", "invert again"):
+            found = read_result(folder / "inversion.json")
+            config = results["config"]
+            same = {name: config[name] for name in ("encoder", "layer", "weights")}
+            same |= {"start": config["decoder"], "data": results["data"]}
+            if any(found.get(name) != value for name, value in same.items()):
+                return ""
+            start, end = (found["metrics"][kind]["psnr"]["mean"] for kind in ("start", "inversion"))
+            return f"inverted: {end:.2f} dB from {start:.2f} ({found['images']} images)"
     except UserError as error:
         return str(error).removeprefix(f"{folder}/")
-    except UNREADABLE as error:
-        return f"inversion.json is not that of invert.py ({error!r}); invert again"
 
 
 def read_history(folder):
@@ -240,11 +200,12 @@ def read_history(folder):
     if not path.exists():
         return {}, ""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        return {key: [finite(row[key]) for row in rows] for key in rows[0]}, ""
-    except UNREADABLE as error:
-        return {}, f"history.csv is not that of train.py ({error}); train again"
+        with reading("history.csv is not that of train.py", "train again"):
+            with open(path, newline="", encoding="utf-8") as file:
+                rows = list(csv.DictReader(file))
+            return {key: [finite(row[key]) for row in rows] for key in rows[0]}, ""
+    except UserError as error:
+        return {}, str(error)
 
 
 def finite(text):
@@ -260,20 +221,19 @@ def baseline_rows(runs):
         return []
     rows = []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        Path(found["data"]).resolve()  # or an error: no name that a folder can have
-        about = {"data": found["data"], "protocol": PROTOCOLS[found["protocol"]].name}
-        about["note"] = joined("baseline, no features", unusual(about["protocol"]))
-        for name, metrics in found["baselines"].items():
-            row = {"experiment": name} | means(metrics) | about
-            if name not in BASELINES or not all(math.isfinite(row[key]) for key in means(metrics)):
-                raise ValueError(f"{name!r} is no baseline, or a number of it not finite")
-            rows.append(row)
+        with reading(f"{path.name} is not that of evaluate.py --baselines", "remove it and measure again"):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            Path(found["data"]).resolve()  # or an error: no name that a folder can have
+            about = {"data": found["data"], "protocol": PROTOCOLS[found["protocol"]].name}
+            about["note"] = joined("baseline, no features", unusual(about["protocol"]))
+            for name, metrics in found["baselines"].items():
+                numbers = means(metrics)
+                if name not in BASELINES or not all(map(math.isfinite, numbers.values())):
+                    raise ValueError(f"{name!r} is no baseline, or a number of it not finite")
+                rows.append({"experiment": name} | numbers | about)
         return rows
-    except UNREADABLE as error:
-        advice = "remove it and measure again"
-        note = f"{path.name} is not that of evaluate.py --baselines ({error!r}); {advice}"
-        return [{"experiment": path.name, "note": note}]
+    except UserError as error:
+        return [{"experiment": path.name, "note": str(error)}]
 
 
 def note_below(rows, baselines):
@@ -282,28 +242,25 @@ def note_below(rows, baselines):
     Those are each image's mean colour, and each image reduced to as many pixels as the layer has positions;
     baselines are of images of IMAGE_SIZE.
     """
-    for limit in baselines:
-        for row in rows:
-            if "psnr" not in row or row["protocol"] != limit.get("protocol") or row["size"] != IMAGE_SIZE:
+    for row in rows:
+        if row.get("size") != IMAGE_SIZE:  # or not measured
+            continue
+        for limit in baselines:
+            if limit["experiment"] not in ("mean colour", thumbnail_name(row["resolution"])):
                 continue
-            own = ("mean colour", thumbnail_name(row["resolution"]))
-            if limit["experiment"] not in own or row["psnr"] >= limit["psnr"]:
-                continue
-            if same_data(row["data"], limit["data"]):
+            same = row["protocol"] == limit["protocol"] and same_data(row["data"], limit["data"])
+            if same and row["psnr"] < limit["psnr"]:
                 row["note"] = joined(row["note"], f"below {limit['experiment']}")
 
 
 def label_data(rows):
     """Have the column `data` name each folder as shortly as tells it from the others."""
-    sources = {row["data"] for row in rows if "data" in row}
-    labels = {source: source for source in sources}  # `.` has no parts
-    for source in sources:
-        parts = Path(source).parts
-        others = [other for other in sources if not same_data(source, other)]
-        for length in range(1, len(parts) + 1):
-            labels[source] = str(Path(*parts[-length:]))
-            if not any(Path(other).parts[-length:] == parts[-length:] for other in others):
-                break
+    rows = [row for row in rows if "data" in row]
+    sources = {row["data"] for row in rows}
     for row in rows:
-        if "data" in row:
-            row["data"] = labels[row["data"]]
+        source, parts = row["data"], Path(row["data"]).parts
+        others = [Path(other).parts for other in sources if not same_data(source, other)]
+        for length in range(1, len(parts) + 1):  # none of `.`
+            row["data"] = str(Path(*parts[-length:]))
+            if all(other[-length:] != parts[-length:] for other in others):
+                break

@@ -31,18 +31,6 @@ RESULTS = (  # files of an evaluation; the first says what was measured, and is 
 )
 INVERSION = ("inversion.json", "inversion.csv", "inversion.png")  # files of invert.py, likewise
 GROUPS = itertools.count()  # of processes, so far
-UNREADABLE = (  # what reading a file that is not as it should be can raise
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RuntimeError,  # also of nesting that is too deep
-    OSError,
-    EOFError,
-    csv.Error,
-    zipfile.BadZipFile,
-)
 ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours and bold type, which PyTorch's messages have
 
 
@@ -206,13 +194,26 @@ def write_result(path, content):
     write_text(path, json.dumps(content, indent=2))
 
 
+@contextmanager
+def reading(what, advice):
+    """Raise UserError of `what`, why and `advice`, where the block cannot read a file or make sense of it."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # json, csv, zipfile and what looks into their content have many kinds
+        raise UserError(f"{what} ({error!r}); {advice}") from None
+
+
 def read_result(path):
-    """The content of the result at `path`. Raises UserError if its checkpoint is there, and another now."""
+    """The content of the result at `path`. Raises UserError for none, or one of an earlier checkpoint."""
+    command = "invert" if path.name in INVERSION else "evaluate"
+    if not path.exists():
+        raise UserError(f"{path.parent}: has no {path.name}; {command} it first")
     content = json.loads(path.read_text(encoding="utf-8"))
     ckpt = path.parent / content["ckpt"] if "ckpt_sha256" in content else None  # older results have none
     if ckpt and ckpt.is_file() and digest(ckpt) != content["ckpt_sha256"]:
-        again = "invert" if path.name in INVERSION else "evaluate"
-        raise UserError(f"{path} is of an earlier {ckpt.name}; {again} again")
+        raise UserError(f"{path} is of an earlier {ckpt.name}; {command} again")
     return content
 
 
@@ -221,7 +222,7 @@ def results_of(run):
     found = [run / name for name in RESULTS + INVERSION]
     for files in (RESULTS, INVERSION):
         for path in (*run.glob(f"*/{files[0]}"), *run.glob(f"*/*/{files[0]}")):
-            with suppress(*UNREADABLE):
+            with suppress(Exception):  # of another program
                 ckpt = json.loads(path.read_text(encoding="utf-8"))["ckpt"]
                 if (path.parent / ckpt).resolve() == (run / "best.pt").resolve():
                     found += [path.with_name(name) for name in files]
@@ -234,31 +235,24 @@ def refuse_other_results(out, files, about):
     files: RESULTS, INVERSION or that of the baselines, of which the first, a JSON file, has the keys and
     values of `about`, a dictionary; its `data` and `ckpt` may have another name for the same.
     """
-    best = out / "best.pt"
+    best, first = out / "best.pt", out / files[0]
     if "ckpt_sha256" in about and best.exists() and digest(best) != about["ckpt_sha256"]:
         raise UserError(f"{best}: is another than --ckpt, or newer by now; give another --out")
-    found = [name for name in files if (out / name).exists()]
-    if not found:
-        return
     advice = "give another --out, or remove it"
-    if found[0] != files[0]:
-        if best.exists():  # an evaluation of it was interrupted
-            return
-        raise UserError(f"{out / found[0]}: no finished evaluation wrote it; {advice}")
-    try:
-        content = json.loads((out / files[0]).read_text(encoding="utf-8"))
+    if not first.exists():
+        found = [out / name for name in files if (out / name).exists()]
+        if found and not best.exists():  # else an evaluation of it was interrupted
+            raise UserError(f"{found[0]}: no finished evaluation wrote it; {advice}")
+        return
+    with reading(f"{first}: not a result of this program", advice):
+        content = json.loads(first.read_text(encoding="utf-8"))
         if "config" in about:
             content["config"] = about["config"] | content["config"]  # which may lack flags that are newer
         other = [key for key in about if key != "ckpt_sha256" and content.get(key) != about[key]]
-        for key, place in (("data", content.get("data")), ("ckpt", out / content.get("ckpt", ""))):
-            if key in other and same_data(place, about[key]):
-                other.remove(key)
-    except OSError:  # which names the file
-        raise
-    except UNREADABLE:
-        raise UserError(f"{out / files[0]}: not a result of this program; {advice}") from None
+        places = {"data": content.get("data"), "ckpt": out / content.get("ckpt", "")}
+        other = [key for key in other if key not in places or not same_data(places[key], about[key])]
     if other:
-        raise UserError(f"{out / files[0]}: is the result of another {other[0]}; {advice}")
+        raise UserError(f"{first}: is the result of another {other[0]}; {advice}")
 
 
 def digest(path, algorithm="sha256"):
@@ -284,8 +278,7 @@ def load(path, what="checkpoint", legacy=False):
     """Load a file that `save` wrote, onto the CPU, running no code from it.
 
     Every byte is checked against the archive's CRC-32; legacy: a file in PyTorch's format before 1.6, which
-    is no archive, is read too. Raises UserError, naming `path` and `what` it should have been, for a file
-    that is missing, damaged or of another kind; what memory is too small for is raised as it is.
+    is no archive, is read too. Raises UserError, naming `path` and `what` it should have been.
     """
     import torch
 
@@ -352,17 +345,13 @@ def select_device(name):
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:N or mps") from None
-    if device.type not in ("cpu", "cuda", "mps"):
+    if not re.fullmatch(r"(cpu|mps)(:0)?|cuda(:0|:[1-9]\d?)?", name):
         raise UserError(f"--device {name}: use auto, cpu, cuda, cuda:N or mps")
-    if device.type == "mps" and (device.index or not torch.backends.mps.is_available()):
+    device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(f"--device {name}: PyTorch has no such GPU of Apple's here; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        here = torch.cuda.device_count()
-        raise UserError(f"--device {name}: this machine has {here} CUDA devices; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise UserError(f"--device {name}: this machine has {count} CUDA devices; use --device cpu")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # where graphs are recorded, too
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -184,4 +184,4 @@ def test_iterations_want_a_decoder_that_iterates(
     assert run_train("--iterations", 2, "--data", photos, "--out", tmp_path) == 2
     assert "--iterations: only with --decoder feedback" in error_line()
     assert run_evaluate("--ckpt", trained / "best.pt", "--iterations", 2) == 2
-    assert "tconv decoder, which does not iterate" in error_line()
+    assert f"the tconv decoder of {trained / 'best.pt'} does not iterate" in error_line()

@@ -160,7 +160,7 @@ def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, capsys, fi
     assert line.get_label() == "vgg16 block1 from tconv" and (tmp_path / "course.png").exists()
     capsys.readouterr()
     assert run_invert("--course", tmp_path) == 2
-    assert "has no inversion.json; python invert.py writes one" in error_line()
+    assert "has no inversion.json; invert it first" in error_line()
     (tmp_path / "inversion.json").write_text("[" * 100_000)
     assert run_invert("--course", tmp_path) == 2
     assert "not a result of this invert.py" in error_line()
