@@ -10,12 +10,12 @@ which computes the target's features under autograd, and a look at the loss ever
 its own, and both run in one go, the steps by turns, so that what else the machine does slows both: ratios can
 be compared between machines, times cannot. On CUDA the step is timed with CUDA graphs, bfloat16 and
 torch.compile on and off too, and steps of attention and frequency at full size; there plain's ratio is its
-CPU's as well, which launches its kernels, and its step copies the batch to the GPU, where ours was cut. A
-step of best.yaml is timed by Muon and by Adam.
+CPU's as well, which launches its kernels, and its step copies the batch to the GPU, where ours was cut.
+Not for Windows, which does not say how much memory a process took.
 """
 
 from flags import Parser, config_of, parse_train, positive_int
-from utils import UserError, run, select_device, tf32, timed, wait, write_text
+from utils import UserError, run, select_device, tf32, wait, write_text
 
 
 def make_parser():
@@ -25,9 +25,7 @@ def make_parser():
     parser.add_argument("--quality", metavar="FOLDER", help="instead: wall time to the study's quality there")
     parser.add_argument("--images", type=positive_int, default=60, help="photographs to train on")
     parser.add_argument("--batch-size", type=positive_int, help="time the training step alone, of so many")
-    parser.add_argument(
-        "--rounds", type=positive_int, default=5, help="of six steps, plain and ours by turns"
-    )
+    parser.add_argument("--rounds", type=positive_int, default=5, help="of six steps, taken by turns")
     parser.add_argument("--device", default="auto", help="as of train.py")
     return parser
 
@@ -38,6 +36,7 @@ if __name__ == "__main__":
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -55,6 +54,7 @@ import data
 import prepare
 import train
 from evaluate import evaluate_model
+from graphs import UNRECORDED, Graphs
 from kept import keep_crops
 from metrics import TERMS, Loss, Meter
 from models import inverter_of, load_inverter
@@ -65,6 +65,8 @@ from signals import Signals
 STUDY = {"psnr": 27.92, "ssim": 0.862, "lpips": 0.0236}
 FAST = ("--config", "configs/fast.yaml")
 TRIALS = 9  # of its number of epochs, from one on
+VARIANTS = ("--no-graphs", "--no-tf32", "--amp", "--compile", "--amp --compile")  # of a step on CUDA
+RECORDED = 30  # calls after which the CUDA graphs of all kinds of steps are recorded
 
 
 class Ours:
@@ -76,104 +78,89 @@ class Ours:
         self.device = device
         self.cache = f"{folder}/cache"
         self.images = data.load_split(folder, "train", self.cache, bars=True).to(device)
+        self.steps = prepare.steps_of_a_pass(len(self.images), self.config["batch_size"], world=1)
+        self.steps *= self.config["passes"]
         self.inverter = inverter_of(self.config).to(device)
         self.config["crop"] = self.config["crop"] or self.inverter.size
         self.loss = Loss(self.config["mse_weight"], self.config["lpips_weight"]).to(device)
         if self.config["compile"]:
             self.inverter.compile()
-        self.optimizer = prepare.make_optimizer(self.inverter, 1e-4, self.config["optimizer"])
-        self.compute = train.way_to_compute(args.graphs, device)
+        optimizer = prepare.make_optimizer(self.inverter, 1e-4, self.config["optimizer"])
+        scheduler = prepare.make_scheduler(optimizer, self.config, self.steps, 1e-7)
+        self.state = train.State(self.inverter.decoder, optimizer, scheduler, Meter(TERMS, device))
+        graphs = args.graphs and device.type == "cuda"
+        self.compute = Graphs(train.gradients) if graphs else train.gradients
 
-    def batch(self):
-        """The first batch, (B, 3, N, N) in [0, 1]."""
-        plan = data.epoch_plan(self.images.sizes, 42, 0, self.config["crop"])
-        plan = [part[: self.config["batch_size"]] for part in plan]
-        return data.crops(self.images, *plan, self.config["crop"]).to(self.device)
+    def batches(self):
+        """Those of the first epoch: crops (B, 3, N, N) in [0, 1], and their features, where they are kept."""
+        kept = None
+        if self.config["kept_crops"]:
+            kept = keep_crops(self.images, self.inverter, self.config, self.cache, True)
+        self.state.step = 0
+        return train.epoch_batches(self.images, kept, self.config, self.state, self.steps, 0, 1, self.device)
 
     def step(self, batch):
         """One step; the loss."""
-        options = (self.loss, self.optimizer, self.config["clip_grad"], self.compute)
+        options = (self.loss, self.state.optimizer, self.config["clip_grad"], self.compute)
         with tf32(self.config["tf32"]):
             terms = train.train_step(self.inverter.train(), batch, None, *options)
         return terms["loss"].mean()
 
     def epoch(self):
-        """An epoch, from the first step on; the number of its steps."""
-        steps = prepare.steps_of_a_pass(len(self.images), self.config["batch_size"], world=1)
-        scheduler = prepare.make_scheduler(self.optimizer, self.config, steps, 1e-7)
-        state = train.State(self.inverter.decoder, self.optimizer, scheduler, Meter(TERMS, self.device))
-        kept = None
-        if self.config["kept_crops"]:
-            kept = keep_crops(self.images, self.inverter, self.config, self.cache, True)
-        batches = train.epoch_batches(self.images, kept, self.config, state, steps, 0, 1, self.device)
-        options = (self.config, steps, Signals(self.device), True, self.compute)
-        train.train_epoch(self.inverter, batches, self.loss, state, *options)
-        return steps
+        """An epoch, from the first step on."""
+        options = (self.config, self.steps, Signals(self.device), True, self.compute)
+        train.train_epoch(self.inverter, self.batches(), self.loss, self.state, *options)
 
 
 def bench_step(plain, folder, device, batch_size, rounds, show):
-    """A training step: plain and ours, and on CUDA its variants."""
-    flags = ("--batch-size", str(batch_size))
-    ours = Ours(folder, device, *flags)
-    batch = ours.batch()
-    if len(batch) < batch_size:
-        raise UserError(f"--batch-size {batch_size}: {len(batch)} photographs train here; more --images")
-    plain.keep(batch.cpu().contiguous().numpy())
-    functions = {"plain": plain.step, "ours": lambda: ours.step(batch)}
+    """A training step: plain and ours; its variants on CUDA; without a `batch_size`, other decoders', too."""
+    same = ["--batch-size", str(batch_size or 4)]
+    kinds = {"ours": same}
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        for _ in range(5):
-            ours.step(batch)
-        show(cuda_peak_gib=torch.cuda.max_memory_reserved(device) / 2**30)
-        for more in (["--no-graphs"], ["--no-tf32"], ["--amp"], ["--compile"], ["--amp", "--compile"]):
-            other = Ours(folder, device, *flags, *more)
-            functions[f"ours, {' '.join(more)}"] = lambda other=other: other.step(batch)
-    seconds = by_turns(device, functions, rounds, before=5)
-    for name, value in seconds.items():
-        show(**{f"step_ms {name}": 1000 * value, f"images_per_second {name}": batch_size / value})
+        kinds |= {f"ours, {more}": [*same, *more.split()] for more in VARIANTS}
+    if not batch_size:
+        if device.type == "cuda":  # all 12,544 positions
+            kinds |= {name: ["--decoder", name, "--amp"] for name in ("attention", "frequency")}
+        best = ["--config", "configs/best.yaml", "--optimizer"]
+        kinds |= {f"best.yaml, {name}": [*best, name] for name in ("muon", "adam")}
+    functions = {"plain": plain.step}
+    for name, flags in kinds.items():
+        ours = Ours(folder, device, *flags)
+        batch, _ = next(ours.batches())
+        functions[name] = partial(ours.step, batch)
+        if name == "ours":
+            plain.keep(batch.cpu().contiguous().numpy())
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            before = torch.cuda.memory_reserved(device)
+            for _ in range(UNRECORDED + 2):
+                functions[name]()
+            show(**{f"cuda_gib {name}": (torch.cuda.memory_reserved(device) - before) / 2**30})
+    seconds = by_turns(device, functions, rounds)
+    show(**{f"step_ms {name}": 1000 * value for name, value in seconds.items()})
     show(step_speedup=seconds["plain"] / seconds["ours"])
 
 
-def bench_large(folder, device, show):
-    """Steps of experiments 6 and 8 at batch 4, all 12,544 positions, in bfloat16."""
-    for decoder in ("attention", "frequency"):
-        ours = Ours(folder, device, "--decoder", decoder, "--amp")
-        batch = ours.batch()
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_reserved(device)
-        seconds = timed(device, partial(ours.step, batch), 10)
-        peak = (torch.cuda.memory_reserved(device) - before) / 2**30
-        show(**{f"{decoder}_step_ms": 1000 * seconds, f"{decoder}_cuda_gib": peak})
+def bench_epoch(plain, folder, device, rounds, show):
+    """Second epochs: a step, plain and ours; an image, by --crop, and by --kept-crops at the deepest layer.
 
-
-def bench_best(folder, device, rounds, show):
-    """A step of configs/best.yaml by Muon, its optimiser, and by Adam."""
-    functions = {}
-    for optimizer in ("muon", "adam"):
-        ours = Ours(folder, device, "--config", "configs/best.yaml", "--optimizer", optimizer)
-        functions[optimizer] = partial(ours.step, ours.batch())
-    seconds = by_turns(device, functions, rounds, before=30 if device.type == "cuda" else 0)
-    show(best_step_ms={name: 1000 * value for name, value in seconds.items()})
-
-
-def bench_cheap_epochs(folder, device, rounds, show):
-    """What an image of an epoch costs: by --crop at a shallow layer, by --kept-crops at the deepest."""
-    functions, images = {}, {}
+    Ours leaves a fifth of the photographs for validation.
+    """
+    slow = plain.epoch(sorted(Path(folder, "train").iterdir()))
     count = len(data.load_split(folder, "train", f"{folder}/cache", bars=True))
-    for name, flags in {
+    kinds = {
         "block1": [],
         "block1, crop 64": ["--batch-size", str(min(16, count)), "--crop", "64"],
         "block5": ["--layer", "block5"],
         "block5, kept": ["--layer", "block5", "--kept-crops", "1"],
-    }.items():
-        ours = Ours(folder, device, *flags)
-        images[name] = len(ours.images)
-        functions[name] = ours.epoch
-    seconds = by_turns(device, functions, rounds, times=2, before=4 if device.type == "cuda" else 0)
-    costs = {name: 1000 * value / images[name] for name, value in seconds.items()}
-    show(image_ms=costs)
-    show(crop_speedup=costs["block1"] / costs["block1, crop 64"])
-    show(kept_crops_speedup=costs["block5"] / costs["block5, kept"])
+    }
+    functions = {name: Ours(folder, device, *flags).epoch for name, flags in kinds.items()}
+    seconds = by_turns(device, functions, rounds, times=2)
+    fast = seconds["block1"] / prepare.steps_of_a_pass(count, 4, world=1)
+    show(plain_epoch_step_ms=1000 * slow, epoch_step_ms=1000 * fast, epoch_speedup=slow / fast)
+    show(image_ms={name: 1000 * value / count for name, value in seconds.items()})
+    show(crop_speedup=seconds["block1"] / seconds["block1, crop 64"])
+    show(kept_crops_speedup=seconds["block5"] / seconds["block5, kept"])
 
 
 def bench_quality(folder, device, show):
@@ -214,39 +201,18 @@ def mean_metrics(inverter, images):
     return {name: float(value.mean()) for name, value in values.items()}
 
 
-def bench_epoch(plain, ours, folder, show):
-    """A step of the second epoch: ours leaves a fifth of the photographs for validation."""
-    slow = plain.epoch(sorted(Path(folder, "train").iterdir()))
-    ours.epoch()
-    start = wait(ours.device)
-    steps = ours.epoch()
-    fast = (wait(ours.device) - start) / steps
-    show(plain_epoch_step_ms=1000 * slow, epoch_step_ms=1000 * fast)
-    show(epoch_speedup=slow / fast)
-
-
-def bench_evaluation(plain, ours, folder, show):
-    """All three metrics of the photographs, the same in both; ours has seen the images before."""
-    files = data.image_files(Path(folder, "train"))
-    Path(folder, "again").mkdir()
-    Path(folder, "again", "test").symlink_to(Path(folder, "train"))
-    source = (f"{folder}/again", "test", f"{folder}/cache")
-    data.load_split(*source)
-    ours.inverter.decoder.load_state_dict(
-        {key: torch.from_numpy(value) for key, value in plain.weights().items()}
-    )
-    start = wait(ours.device)
-    expected = np.mean(plain.evaluate(files), 0)
-    slow = (wait(ours.device) - start) / len(files)
-    start = wait(ours.device)
-    pixels = data.load_split(*source)[:]
-    values = evaluate_model(ours.inverter, pixels, bars=True).values
-    fast = (wait(ours.device) - start) / len(files)
-    found = [values[name].mean() for name in ("psnr", "ssim", "lpips")]
-    if not np.allclose(found, expected, rtol=1e-3):
-        raise RuntimeError(f"the metrics differ: plain {expected}, ours {found}")
-    show(plain_eval_images_per_second=1 / slow, eval_images_per_second=1 / fast)
-    show(eval_speedup=slow / fast)
+def bench_evaluation(plain, folder, device, show):
+    """All three metrics of the photographs; ours has seen the images before."""
+    inverter = Ours(folder, device).inverter
+    source = (folder, "train", f"{folder}/cache")
+    files = [Path(folder, "train", name) for name in data.load_split(*source).names]
+    start = wait(device)
+    plain.evaluate(files)
+    slow = (wait(device) - start) / len(files)
+    start = wait(device)
+    evaluate_model(inverter, data.load_split(*source)[:], bars=True)
+    fast = (wait(device) - start) / len(files)
+    show(plain_eval_images_per_second=1 / slow, eval_images_per_second=1 / fast, eval_speedup=slow / fast)
 
 
 def make_photographs(folder, count):
@@ -266,13 +232,10 @@ def make_photographs(folder, count):
         list(pool.map(make, range(count)))
 
 
-def by_turns(device, functions, rounds, times=6, before=0):
-    """{name: median seconds} of `functions`, called by turns, `times` in a row without the first.
-
-    before: how often each is called beforehand, until its CUDA graphs are recorded.
-    """
+def by_turns(device, functions, rounds, times=6):
+    """{name: median seconds} of `functions`, called by turns, `times` in a row without the first."""
     for function in functions.values():
-        for _ in range(before):
+        for _ in range(RECORDED if device.type == "cuda" else 0):
             function()
     seconds = {name: [] for name in functions}
     for _ in range(rounds):
@@ -286,18 +249,11 @@ def by_turns(device, functions, rounds, times=6, before=0):
 
 
 def child_gib(*command):
-    """Peak memory in GiB of the largest child so far, after running `command`.
-
-    Raises UserError if that fails. NaN on Windows, which does not say.
-    """
+    """Peak memory in GiB of the largest child so far, after running `command`; UserError if that fails."""
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
     if done.returncode:
         raise UserError(f"{command[1]} ended with status {done.returncode}, as it says above")
-    if sys.platform == "win32":
-        return float("nan")
-    import resource
-
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, not KiB
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / unit
 
@@ -336,16 +292,10 @@ def bench_speed(args, device, show):
             show(training_peak_gib=child_gib("train.py", *flags))
         prepare.set_up()
         with elsewhere(device) as plain:
-            bench_step(plain, folder, device, args.batch_size or 4, args.rounds, show)
-            if args.batch_size:
-                return
-            ours = Ours(folder, device)
-            if device.type == "cuda":
-                bench_large(folder, device, show)
-            bench_best(folder, device, args.rounds, show)
-            bench_cheap_epochs(folder, device, args.rounds, show)
-            bench_epoch(plain, ours, folder, show)
-            bench_evaluation(plain, ours, folder, show)
+            bench_step(plain, folder, device, args.batch_size, args.rounds, show)
+            if not args.batch_size:
+                bench_epoch(plain, folder, device, args.rounds, show)
+                bench_evaluation(plain, folder, device, show)
 
 
 if __name__ == "__main__":

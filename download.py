@@ -14,14 +14,12 @@ from tqdm import tqdm
 
 from utils import UserError, digest, locked
 
+SITE = "https://data.vision.ee.ethz.ch/cvl/DIV2K"
 DIV2K = (  # url, md5, bytes (None: as the server says)
-    (
-        "https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_train_HR.zip",
-        "bdc2d9338d4e574fe81bf7d158758658",
-        3_530_603_713,
-    ),
-    ("https://data.vision.ee.ethz.ch/cvl/DIV2K/DIV2K_valid_HR.zip", "9fcdda83005c5e5997799b69f955ff88", None),
+    (f"{SITE}/DIV2K_train_HR.zip", "bdc2d9338d4e574fe81bf7d158758658", 3_530_603_713),
+    (f"{SITE}/DIV2K_valid_HR.zip", "9fcdda83005c5e5997799b69f955ff88", None),
 )
+ATTEMPTS = 5
 
 
 def download_div2k(root, archives=None, bars=None):
@@ -43,15 +41,15 @@ def download_div2k(root, archives=None, bars=None):
             (root / name).unlink()
 
 
-def fetch(url, path, md5, size=None, attempts=5, bars=None):
-    """Download `url` to `path` through `path`.part, resuming up to `attempts` times, and check size and MD5.
+def fetch(url, path, md5, size=None, bars=None):
+    """Download `url` to `path` through `path`.part, in at most ATTEMPTS parts, and check size and MD5.
 
     Nothing is fetched if `path` is there and has that MD5.
     """
     if path.exists() and digest(path, "md5") == md5:
         return
     part = path.with_name(f"{path.name}.part")
-    for attempt in range(attempts):
+    for attempt in range(ATTEMPTS):
         have = part.stat().st_size if part.exists() else 0
         if have and have == size:
             break
@@ -79,8 +77,7 @@ def fetch(url, path, md5, size=None, attempts=5, bars=None):
             reason = f"HTTP {error.code} {error.reason}"
         except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(error)
-        if attempt < attempts - 1:
-            time.sleep(attempt)
+        time.sleep(attempt)
     else:
         raise UserError(f"{url}: {reason}; run again to go on from {part}")
     if (found := digest(part, "md5")) != md5:

@@ -25,7 +25,9 @@ class Graphs:
 
     def __call__(self, model, images, features, loss, optimizer, clip=0):
         """What `gradients` does and returns, whose tensors the next call overwrites."""
-        kind = kind_of(model, images, features)
+        modes = tuple(module.training for module in model.decoder.modules())
+        again = getattr(model.core, "again", False)
+        kind = images.shape, features is None, modes, again  # what decides which kernels are launched
         self.steps[kind] += 1
         if self.steps[kind] <= UNRECORDED:
             return self.gradients(model, images, features, loss, optimizer, clip)
@@ -45,16 +47,11 @@ class Graphs:
         inputs = images.clone(), None if features is None else features.clone()
         graph = torch.cuda.CUDAGraph()
         optimizer.zero_grad()  # so that the graph has gradients of its own
-        cause = None
         try:
             with torch.cuda.graph(graph, pool=self.pool):
-                try:
-                    terms = self.gradients(model, *inputs, loss, optimizer, clip)
-                except RuntimeError as error:
-                    cause = error  # what is raised behind it says only that the recording failed
-                    raise
+                terms = self.gradients(model, *inputs, loss, optimizer, clip)
         except RuntimeError as error:
-            cause = cause or error
+            cause = error.__context__ or error  # what is raised behind it says only that the recording failed
             if out_of_memory(cause):
                 raise cause from None
             reason = first_line(cause)
@@ -62,9 +59,3 @@ class Graphs:
         self.pool = graph.pool()
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         return graph, inputs, terms, [(parameter, parameter.grad) for parameter in parameters]
-
-
-def kind_of(model, images, features):
-    """All that decides which kernels a step launches, but for values."""
-    modes = tuple(module.training for module in model.decoder.modules())
-    return tuple(images.shape), features is None, modes, getattr(model.core, "again", False)

@@ -1,10 +1,10 @@
 """Features of seeded crops, encoded once and kept on disk, for layers whose features are small."""
 
+import itertools
 import json
 import math
 import shutil
 import sys
-import time
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data import crops, epoch_plan, short_hash
 from encoders import weights_key
-from utils import UserError, atomic, leftovers, locked, user_cache
+from utils import UserError, atomic, leftovers, locked, timed, user_cache
 
 ENCODED = 16  # crops at a time
 DTYPE = np.float16  # a thousandth of the validation loss, at most, from float32 (tests/test_crop.py)
@@ -81,22 +81,19 @@ def write_features(path, images, inverter, places, size, size_on_disk, bars):
             f"{free / 1e9:.2f} GB left; fewer of them, or another --cache"
         )
     parts = torch.arange(len(images)).split(ENCODED)
-    encode(images, inverter, places[0], parts[0], size)  # the first takes longer
-    start = time.perf_counter()
-    encode(images, inverter, places[0], parts[0], size)
-    minutes = (time.perf_counter() - start) * len(parts) * len(places) / 60
+    seconds = timed(inverter.device, lambda: encode(images, inverter, places[0], parts[0], size), 1)
+    minutes = seconds * len(parts) * len(places) / 60
     print(
         f"encoding {len(places)} crops of each of {len(images)} images once: {gigabytes} in {path}, "
         f"about {minutes:.1f} min",
         file=sys.stderr,
     )
     total = len(places) * len(images)
-    with atomic(path) as temporary, open(temporary, "wb") as file:
-        with tqdm(None, "Encoding crops", total, unit="crop", disable=bars) as bar:
-            for where in places:
-                for part in parts:
-                    file.write(encode(images, inverter, where, part, size))
-                    bar.update(len(part))
+    bar = tqdm(None, "Encoding crops", total, unit="crop", disable=bars)
+    with bar, atomic(path) as temporary, open(temporary, "wb") as file:
+        for where, part in itertools.product(places, parts):
+            file.write(encode(images, inverter, where, part, size))
+            bar.update(len(part))
 
 
 def encode(images, inverter, places, part, size):

@@ -43,17 +43,14 @@ class Plain:
         self.encoder = torchvision.models.vgg16().features[:5].eval().requires_grad_(False).to(device)
         trunk = imagenet_weights("vgg16")
         self.encoder.load_state_dict({key: trunk[f"features.{key}"] for key in self.encoder.state_dict()})
-        self.decoder = (
-            build_decoder("tconv", (64, 112, 112)).to(memory_format=torch.contiguous_format).to(device)
-        )
+        self.decoder = build_decoder("tconv", (64, 112, 112)).to(memory_format=torch.contiguous_format)
+        self.decoder.to(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision's remarks on the lpips package's arguments
             self.lpips = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False)
-        places = {key.split(".", 1)[1]: key for key in self.lpips.net.state_dict()}
-        trunk = {
-            key: value for key, value in imagenet_weights("alexnet").items() if key.startswith("features.")
-        }
-        self.lpips.net.load_state_dict({places[key.removeprefix("features.")]: trunk[key] for key in trunk})
+        state = imagenet_weights("alexnet")
+        places = {key: f"features.{key.split('.', 1)[1]}" for key in self.lpips.net.state_dict()}
+        self.lpips.net.load_state_dict({key: state[place] for key, place in places.items()})
         self.lpips.requires_grad_(False).to(device)
         self.optimizer = torch.optim.Adam(self.decoder.parameters(), lr=1e-4)
         self.normalize = T.Normalize(IMAGENET_MEAN, IMAGENET_STD)
@@ -113,9 +110,6 @@ class Plain:
             ssim = structural_similarity(y, x, channel_axis=2, data_range=1, **window)
             values.append((psnr, ssim, self.lpips(output, image, normalize=True).item()))
         return values
-
-    def weights(self):
-        return {key: value.cpu().numpy() for key, value in self.decoder.state_dict().items()}
 
 
 @contextmanager

@@ -69,9 +69,8 @@ def check_crop(inverter, config, images, world):
         if out_of_memory(error):
             raise
         raise UserError(f"--crop {crop}: {layer} takes no such image ({error})") from None
-    smallest = config["batch_size"]  # of several processes, which all have full batches
-    if world == 1:
-        smallest = images % config["batch_size"] or config["batch_size"]
+    left = images % config["batch_size"] if world == 1 else 0  # several processes have full batches
+    smallest = left or config["batch_size"]
     joined = world > 1 and inverter.device.type == "cuda"  # batch norm counts over all processes there
     if smallest == 1 and shape[1:] == (1, 1) and not joined:  # it may want more than one value
         try:

@@ -49,11 +49,6 @@ class Signals:
     def handle(self, number, frame):
         self.received = self.received or number
 
-    @property
-    def costly(self):
-        """Whether to `check` makes GPUs wait for each other."""
-        return dist.is_initialized() and self.device.type == "cuda"
-
     def check(self):
         """Raise Interrupted if any process has received a signal."""
         received = self.received

@@ -20,8 +20,9 @@ EVENTS = "events.out.tfevents.*"  # TensorBoard's files in the folder of a run
 
 
 class Tracker:
-    """Sends each epoch to `tensorboard`, `wandb` or, for `none`, nowhere; out: the run's folder.
+    """Writes each epoch for TensorBoard, into the run's folder `out`; nowhere for the kind `none`.
 
+    wandb: Weights & Biases, too, reads what is written, into its project `feature-inversion` and `out`/wandb.
     It can't stop a training: whatever goes wrong (a package is missing, the disk full, the network down) is
     one warning on stderr, and it is off from then on. It draws no random numbers.
     """
@@ -30,10 +31,11 @@ class Tracker:
         self.kind = kind
         self.out = Path(out)
         self.config = config
+        self.opened = ExitStack()
         self.writer = None
 
     def log(self, row, better, targets, outputs):
-        """Send `row` of the history and some validation targets and outputs, (N, 3, H, W) in [0, 1].
+        """Write `row` of the history and some validation targets and outputs, (N, 3, H, W) in [0, 1].
 
         better: `row` has the lowest validation loss so far, so that its metrics are the run's.
         """
@@ -44,54 +46,52 @@ class Tracker:
             scalars |= {f"{name}/train": row[f"train_{name}"], f"{name}/validation": row[f"val_{name}"]}
             if better:
                 scalars[f"best/{name}"] = row[f"val_{name}"]
-        scalars = {name: value for name, value in scalars.items() if not math.isnan(value)}
         try:
             if self.writer is None:  # only now, so that a run that never gets this far leaves nothing
-                backend = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}[self.kind]
-                self.writer = backend(self.out, self.config, row["epoch"])
-            self.writer.log(row["epoch"], scalars, validation_grid(targets, outputs))
-        except Exception as error:  # each backend has its own kinds
+                self.open(row["epoch"])
+            for name, value in scalars.items():
+                if not math.isnan(value):
+                    self.writer.add_scalar(name, value, row["epoch"])
+            picture = validation_grid(targets, outputs)
+            self.writer.add_image("validation: original, reconstruction", picture, row["epoch"])
+            self.writer.flush()  # raises what its thread has met
+        except Exception as error:  # each package has its own
             warn(self.kind, error)
             self.close()
             self.kind = "none"
 
+    def open(self, epoch):
+        """Begin with `epoch`: those of the same number, of an epoch that was interrupted, are void."""
+        if self.kind == "wandb":
+            import wandb
+
+            latest = self.out / "wandb" / "latest-run"  # its link to a folder `run-DATE-ID`
+            before = latest.resolve().name.rsplit("-", 1)[1] if epoch > 1 and latest.exists() else None
+            about = {"project": "feature-inversion", "name": self.out.name, "dir": self.out}
+            about |= {"config": self.config, "id": before, "resume": "allow", "sync_tensorboard": True}
+            # Without a time limit it would wait for a network for ever.
+            settings = wandb.Settings(console="off", finish_timeout=60)
+            self.opened.callback(wandb.init(**about, settings=settings).finish)
+        from torch.utils.tensorboard.summary import hparams
+
+        self.writer = self.opened.enter_context(summary_writer(self.out, purge_step=epoch))
+        values = {
+            key: value if isinstance(value, (int, float, str)) else str(value)
+            for key, value in self.config.items()
+        }
+        final = dict.fromkeys([f"best/{name}" for name in TERMS] + [f"test/{name}" for name in METRICS])
+        for summary in hparams(values, final):  # not add_hparams, which makes a run of its own
+            self.writer.file_writer.add_summary(summary)
+
     def close(self):
-        if self.writer:
-            with suppress(Exception):
-                self.writer.close()
-            self.writer = None
+        with suppress(Exception):
+            self.opened.close()
 
 
 def warn(kind, error):
     """Say in one line on stderr that a tracker is off, and why."""
     reason = " ".join(str(error).split()) or type(error).__name__
     print(f"warning: --tracker {kind} is off, the rest goes on: {reason[:200]}", file=sys.stderr)
-
-
-class TensorBoard:
-    """Event files in the run's folder: scalars, pictures, hyper-parameters. epoch: the first to come."""
-
-    def __init__(self, out, config, epoch):
-        from torch.utils.tensorboard.summary import hparams
-
-        self.opened = ExitStack()  # those of an epoch that was interrupted are void
-        self.writer = self.opened.enter_context(summary_writer(out, purge_step=epoch))
-        values = {
-            key: value if isinstance(value, (int, float, str)) else str(value)
-            for key, value in config.items()
-        }
-        final = dict.fromkeys([f"best/{name}" for name in TERMS] + [f"test/{name}" for name in METRICS])
-        for summary in hparams(values, final):  # not add_hparams, which makes a run of its own
-            self.writer.file_writer.add_summary(summary)
-
-    def log(self, epoch, scalars, picture):
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, epoch)
-        self.writer.add_image("validation: original, reconstruction", picture, epoch)
-        self.writer.flush()  # raises what its thread has met
-
-    def close(self):
-        self.opened.close()
 
 
 @contextmanager
@@ -128,28 +128,6 @@ def add_test_metrics(out, epoch, means):
             writer.flush()
     except Exception as error:
         warn("tensorboard", error)
-
-
-class WeightsAndBiases:
-    """A run of the project `feature-inversion`, in wandb/ in the run's folder. epoch: the first to come."""
-
-    def __init__(self, out, config, epoch):
-        import wandb
-
-        latest = out / "wandb" / "latest-run"  # wandb's link to a folder `run-DATE-ID`
-        before = latest.resolve().name.rsplit("-", 1)[1] if epoch > 1 and latest.exists() else None
-        # Without a time limit it would wait for a network for ever.
-        settings = wandb.Settings(console="off", finish_timeout=60)
-        about = {"project": "feature-inversion", "name": out.name, "dir": out, "config": config}
-        self.image = wandb.Image
-        self.run = wandb.init(**about, id=before, resume="allow", settings=settings)
-
-    def log(self, epoch, scalars, picture):
-        picture = (255 * picture).byte().permute(1, 2, 0).cpu().numpy()
-        self.run.log(scalars | {"validation: original, reconstruction": self.image(picture)}, step=epoch)
-
-    def close(self):
-        self.run.finish()
 
 
 def validation_grid(targets, outputs):

@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 import data
+import prepare
 from encoders import weights_key
 from feedback import FeedbackDecoder
 from graphs import Graphs
@@ -38,38 +39,11 @@ from kept import keep_crops
 from metrics import TERMS, Loss, Meter, target
 from models import inverter_of, load_decoder
 from muon import Muon
-from prepare import (
-    check_crop,
-    description,
-    download,
-    make_optimizer,
-    make_scheduler,
-    measure_features,
-    set_up,
-    steps_of_a_pass,
-)
 from signals import Interrupted, Signals
-from state import (
-    State,
-    claim,
-    hold,
-    remove_what_will_not_be_true,
-    resume,
-    save_best,
-    save_last,
-    update_best,
-)
+from state import State, claim, hold, remove_what_will_not_be_true, resume, save_best, save_last, update_best
 from study import PROTOCOLS
 from tracker import Tracker, draw_curves, epoch_line, write_history
-from utils import (
-    UserError,
-    disable_bars,
-    evenly_spaced,
-    processes,
-    select_device,
-    tf32,
-    write_text,
-)
+from utils import UserError, disable_bars, evenly_spaced, processes, select_device, tf32, write_text
 
 VALIDATED = 4  # images at a time
 KEPT_FEATURES = 2**28  # bytes of validation features that are computed once; shallow layers' are larger
@@ -87,11 +61,11 @@ def train(args):
 def train_here(args, held, rank, world, device):
     """`train`, in one of `world` processes; held: what the run's lock is released with."""
     # --- networks
-    set_up(args.deterministic)
+    prepare.set_up(args.deterministic)
     torch.manual_seed(args.seed)
     bars = disable_bars(args, rank)
     if args.download:
-        download(args)
+        prepare.download(args)
     config = config_of(args) | {"data": data.resolve(args.data)}
     protocol = PROTOCOLS[config["protocol"]]
     out = Path(args.out)
@@ -111,21 +85,21 @@ def train_here(args, held, rank, world, device):
         train_images = data.subset(train_images, evenly_spaced(len(train_images), config["train_images"]))
     train_images, val_images = train_images.to(device), val_images.to(device)
     val_numbers = evenly_spaced(len(val_images), config["val_images"] or len(val_images))
-    steps = steps_of_a_pass(len(train_images), config["batch_size"], world) * config["passes"]
+    steps = prepare.steps_of_a_pass(len(train_images), config["batch_size"], world) * config["passes"]
 
-    check_crop(inverter, config, len(train_images), world)
+    prepare.check_crop(inverter, config, len(train_images), world)
     loss = Loss(config["mse_weight"], config["lpips_weight"], protocol).to(device)
     if world > 1 and device.type == "cuda":
         inverter.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(inverter.decoder)
     if hasattr(inverter.decoder, "deviation") and not config["init"]:  # --init has its own
-        measure_features(inverter, train_images, config)
+        prepare.measure_features(inverter, train_images, config)
     if config["compile"]:
         inverter.compile()
     model = DistributedDataParallel(inverter) if world > 1 else inverter
-    optimizer = make_optimizer(inverter, config["lr"], config["optimizer"])
-    scheduler = make_scheduler(optimizer, config, steps, protocol.lowest_lr)
+    optimizer = prepare.make_optimizer(inverter, config["lr"], config["optimizer"])
+    scheduler = prepare.make_scheduler(optimizer, config, steps, protocol.lowest_lr)
     state = State(inverter.decoder, optimizer, scheduler, Meter(TERMS, device))
-    print(description(config, inverter, len(train_images), len(val_numbers), steps, world, device))
+    print(prepare.description(config, inverter, len(train_images), len(val_numbers), steps, world, device))
 
     # --- resume, or make room for a new run
     same = {key: value for key, value in config.items() if key not in MAY_DIFFER}
@@ -137,54 +111,52 @@ def train_here(args, held, rank, world, device):
     if resumed:
         how = "finished" if finished(state, config) else "resumed"
         print(f"{how} after epoch {state.epoch}, step {state.step}")
-    if rank == 0 and not finished(state, config):
-        remove_what_will_not_be_true(out, resumed)
-    if not resumed:
-        save_last(state, same, out, rank)  # a run can be resumed from its first moment on
-    if rank == 0 and not finished(state, config):
-        if resumed and state.best_epoch:
-            update_best(config, out)
-        write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-
     kept = None
-    if config["kept_crops"] and not finished(state, config):
-        kept = keep_crops(train_images, inverter, config, args.cache, disable_bars(args))
+    if not finished(state, config):
+        if rank == 0:
+            remove_what_will_not_be_true(out, resumed)
+        save_last(state, same, out, rank)  # a run can be resumed from its first moment on
+        if rank == 0:
+            if state.best_epoch:
+                update_best(config, out)
+            write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        if config["kept_crops"]:
+            kept = keep_crops(train_images, inverter, config, args.cache, disable_bars(args))
 
     # --- the loop
     tracker = Tracker("none" if rank else args.tracker, out, config)
+    held.callback(tracker.close)
     known = {}  # validation features
-    compute = way_to_compute(args.graphs and world == 1, device)
-    try:
-        with Signals(device) as signals:
-            while not finished(state, config):
-                try:
-                    batches = epoch_batches(train_images, kept, config, state, steps, rank, world, device)
-                    trained = train_epoch(model, batches, loss, state, config, steps, signals, bars, compute)
-                    start = time.perf_counter()
-                    numbers = val_numbers[rank::world]
-                    validated, targets, outputs = validate(
-                        inverter, val_images, numbers, loss, known, world, signals, bars
-                    )
-                    val_seconds = time.perf_counter() - start
-                except Interrupted:
-                    save_last(state, same, out, rank)
-                    where = f"epoch {state.epoch + 1} after step {state.step}"
-                    print(f"stopped in {where}; go on with: {resumption(world)}")
-                    sys.exit(128 + signals.received)
-                images = len(train_images) * config["passes"]
-                row, better = end_epoch(state, trained, validated, val_seconds, images)
-                if rank == 0:
-                    if better:
-                        remove_what_will_not_be_true(out, resumed=True)  # results of the best until now
-                        save_best(inverter, config, state, out, init_sha256)
-                    write_history(state.history, out / "history.csv")
-                    draw_curves(state.history, out / "curves.png")
-                    tracker.log(row, better, targets, outputs)
-                    if not bars:  # --quiet
-                        print(epoch_line(row, config["epochs"], better), flush=True)
-                save_last(state, same, out, rank)  # last: what was interrupted before is done again
-    finally:
-        tracker.close()
+    graphs = args.graphs and world == 1 and device.type == "cuda"
+    compute = Graphs(gradients) if graphs else gradients
+    signals = held.enter_context(Signals(device))
+    while not finished(state, config):
+        try:
+            batches = epoch_batches(train_images, kept, config, state, steps, rank, world, device)
+            trained = train_epoch(model, batches, loss, state, config, steps, signals, bars, compute)
+            start = time.perf_counter()
+            numbers = val_numbers[rank::world]
+            validated, *shown = validate(inverter, val_images, numbers, loss, known, world, signals, bars)
+            val_seconds = time.perf_counter() - start
+        except Interrupted:
+            save_last(state, same, out, rank)
+            where = f"epoch {state.epoch + 1} after step {state.step}"
+            again = shlex.join([flag for flag in sys.argv if flag not in ("--overwrite", "--resume")])
+            how = "python" if world == 1 else "torchrun, as before,"
+            print(f"stopped in {where}; go on with: {how} {again} --resume")
+            sys.exit(128 + signals.received)
+        images = len(train_images) * config["passes"]
+        row, better = end_epoch(state, trained, validated, val_seconds, images)
+        if rank == 0:
+            if better:
+                remove_what_will_not_be_true(out, resumed=True)  # results of the best until now
+                save_best(inverter, config, state, out, init_sha256)
+            write_history(state.history, out / "history.csv")
+            draw_curves(state.history, out / "curves.png")
+            tracker.log(row, better, *shown)
+            if not bars:  # --quiet
+                print(epoch_line(row, config["epochs"], better), flush=True)
+        save_last(state, same, out, rank)  # last: what was interrupted before is done again
     print(f"best: epoch {state.best_epoch}, validation loss {state.best_loss:.4f}, in {out / 'best.pt'}")
     return state
 
@@ -238,16 +210,11 @@ def gradients(model, images, features, loss, optimizer, clip):
     return {name: value.detach() for name, value in terms.items()}
 
 
-def way_to_compute(graphs, device):
-    """What computes a step's gradients: `gradients`, or on a GPU, where `graphs` are wanted, Graphs of it."""
-    return Graphs(gradients) if graphs and device.type == "cuda" else gradients
-
-
 def train_step(model, images, features, loss, optimizer, clip=0, compute=gradients):
     """One step on `images` (B, 3, N, N) in [0, 1]; {term of the loss: (B,)}, without gradient.
 
     features: theirs, where they are known, else None. clip: the largest norm of the gradient; 0: any.
-    compute: `way_to_compute`'s.
+    compute: `gradients`, or Graphs of it.
     """
     core = getattr(model, "module", model).core  # DistributedDataParallel's is inside
     if isinstance(core, FeedbackDecoder):
@@ -260,8 +227,7 @@ def train_step(model, images, features, loss, optimizer, clip=0, compute=gradien
 def train_epoch(model, batches, loss, state, config, steps, signals, bars, compute=gradients):
     """Train on `batches` to the end of the epoch, which is counted in `state`; averages of the loss's terms.
 
-    compute: `way_to_compute`'s. Raises UserError for a loss that is not finite, and Interrupted where a
-    signal arrived.
+    Raises UserError for a loss that is not finite, and Interrupted where a signal arrived.
     """
     start = time.perf_counter() - state.seconds
     losses = []
@@ -272,7 +238,9 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars, compu
             model.train()
             done = state.epoch * steps + state.step
             if config["freeze_bn"] and done >= config["freeze_bn"]:
-                freeze_batch_norm(state.decoder)
+                for layer in state.decoder.modules():  # batch norm's statistics stay as they are
+                    if isinstance(layer, (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)):
+                        layer.eval()
             terms = train_step(model, batch, features, loss, state.optimizer, config["clip_grad"], compute)
             if config["schedule"] == "onecycle" and state.step + 1 < steps:  # else `end_epoch` does it
                 state.scheduler.step()
@@ -286,16 +254,10 @@ def train_epoch(model, batches, loss, state, config, steps, signals, bars, compu
                 bar.set_postfix(loss=f"{losses[-1]:.4f}")
                 losses.clear()
             state.seconds = time.perf_counter() - start
-            if last or state.step % LOOKS == 0 or not signals.costly:
+            alone = not dist.is_initialized() or signals.device.type == "cpu"  # else a look has GPUs wait
+            if last or state.step % LOOKS == 0 or alone:
                 signals.check()
     return state.meter.averages()
-
-
-def freeze_batch_norm(decoder):
-    """Have batch norm normalise as it will in validation, by running statistics, which stay as they are."""
-    for layer in decoder.modules():
-        if isinstance(layer, (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)):
-            layer.eval()
 
 
 def check_finite(losses, epoch, step):
@@ -353,10 +315,8 @@ def end_epoch(state, trained, validated, val_seconds, images):
     row |= {f"train_{name}": trained[name] for name in TERMS}
     row |= {f"val_{name}": validated[name] for name in TERMS}
     row |= {"lr": state.optimizer.param_groups[0]["lr"], "seconds": round(state.seconds, 2)}
-    row |= {
-        "images_per_second": round(images / max(state.seconds, 1e-9), 2),
-        "val_seconds": round(val_seconds, 2),
-    }
+    row["images_per_second"] = round(images / max(state.seconds, 1e-9), 2)
+    row["val_seconds"] = round(val_seconds, 2)
     if isinstance(state.scheduler, ReduceLROnPlateau):
         state.scheduler.step(validated["loss"])
     else:
@@ -374,13 +334,6 @@ def end_epoch(state, trained, validated, val_seconds, images):
     else:
         state.bad_epochs += 1
     return row, better
-
-
-def resumption(world):
-    """The command that goes on with this run."""
-    flags = [flag for flag in sys.argv if flag not in ("--overwrite", "--resume")]
-    again = shlex.join([*flags, "--resume"])
-    return f"python {again}" if world == 1 else f"torchrun, as before, {again}"
 
 
 if __name__ == "__main__":

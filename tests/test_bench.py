@@ -4,49 +4,17 @@ import os
 import signal
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from training import CPU, parse
 
 import bench
+import data
 import plain
 import train
+from evaluate import evaluate_model
 from utils import UserError
-
-
-def test_plain_loop_trains_as_ours_does(own_photos):
-    ours = bench.Ours(str(own_photos), CPU, "--batch-size", "2")
-    theirs = plain.Plain(CPU)
-    batch = ours.batch()
-    for _ in range(3):
-        assert theirs.step(batch.contiguous()) == pytest.approx(float(ours.step(batch)), rel=1e-4)
-
-
-def test_too_few_photographs():
-    with pytest.raises(UserError, match="at least 6"):
-        bench.bench(bench.make_parser().parse_args(["--images", "5"]))
-
-
-def test_step_of_any_batch(own_photos):
-    figures = {}
-    arguments = (plain.Plain(CPU), str(own_photos), CPU)
-    bench.bench_step(*arguments, 1, 1, lambda **values: figures.update(values))
-    assert figures["images_per_second ours"] == pytest.approx(1000 / figures["step_ms ours"])
-    assert figures["step_speedup"] == pytest.approx(figures["step_ms plain"] / figures["step_ms ours"])
-    with pytest.raises(UserError, match="--batch-size 64: 8 photographs train here; more --images"):
-        bench.bench_step(*arguments, 64, 1, None)
-
-
-def test_every_part_is_timed(own_photos):
-    """The functions that a benchmark calls, each with the parts that it promises."""
-    for path in sorted((own_photos / "train").iterdir())[5:]:
-        path.unlink()
-    figures = {}
-    bench.bench_cheap_epochs(str(own_photos), CPU, 1, lambda **values: figures.update(values))
-    assert set(figures["image_ms"]) == {"block1", "block1, crop 64", "block5", "block5, kept"}
-    assert figures["kept_crops_speedup"] > 1
-    bench.bench_best(str(own_photos), CPU, 1, lambda **values: figures.update(values))
-    assert set(figures["best_step_ms"]) == {"muon", "adam"} and min(figures["best_step_ms"].values()) > 0
 
 
 @pytest.fixture
@@ -60,19 +28,61 @@ def loader_of_one_process(monkeypatch):
     monkeypatch.setattr(torch.utils.data, "DataLoader", single)
 
 
-def test_evaluation_measures_what_plain_does_and_epochs_are_timed(own_photos, loader_of_one_process):
-    """It raises where the metrics of scikit-image and of the lpips package are not ours."""
+def test_plain_loop_trains_as_ours_does(own_photos):
+    ours = bench.Ours(str(own_photos), CPU, "--batch-size", "2")
+    theirs = plain.Plain(CPU)
+    batch, _ = next(ours.batches())
+    for _ in range(3):
+        assert theirs.step(batch.contiguous()) == pytest.approx(float(ours.step(batch)), rel=1e-4)
+
+
+def test_too_few_photographs():
+    with pytest.raises(UserError, match="at least 6"):
+        bench.bench(bench.make_parser().parse_args(["--images", "5"]))
+
+
+def test_step_of_any_batch(own_photos):
+    figures = {}
+    arguments = (plain.Plain(CPU), str(own_photos), CPU)
+    bench.bench_step(*arguments, 1, 1, lambda **values: figures.update(values))
+    assert set(figures) == {"step_ms plain", "step_ms ours", "step_speedup"}
+    assert figures["step_speedup"] == pytest.approx(figures["step_ms plain"] / figures["step_ms ours"])
+    with pytest.raises(UserError, match="--batch-size 64 × 1 processes: more than the 8 training images"):
+        bench.bench_step(*arguments, 64, 1, None)
+
+
+def test_every_part_is_timed(own_photos, loader_of_one_process):
+    """The functions that a benchmark calls, each with the parts that it promises."""
     for path in sorted((own_photos / "train").iterdir())[5:]:
         path.unlink()
     figures = {}
-    ours = bench.Ours(str(own_photos), CPU)
-    arguments = (plain.Plain(CPU), ours, str(own_photos), lambda **values: figures.update(values))
-    bench.bench_evaluation(*arguments)
-    ratio = figures["eval_images_per_second"] / figures["plain_eval_images_per_second"]
-    assert figures["eval_speedup"] == pytest.approx(ratio)
-    bench.bench_epoch(*arguments)
+    arguments = (plain.Plain(CPU), str(own_photos), CPU)
+    bench.bench_epoch(*arguments, 1, lambda **values: figures.update(values))
     ratio = figures["plain_epoch_step_ms"] / figures["epoch_step_ms"]
     assert figures["epoch_speedup"] == pytest.approx(ratio)
+    assert figures["epoch_step_ms"] == pytest.approx(4 * figures["image_ms"]["block1"])
+    assert set(figures["image_ms"]) == {"block1", "block1, crop 64", "block5", "block5, kept"}
+    assert figures["kept_crops_speedup"] > 1
+    bench.bench_step(*arguments, None, 1, lambda **values: figures.update(values))
+    assert min(figures[f"step_ms {name}"] for name in ("ours", "best.yaml, muon", "best.yaml, adam")) > 0
+
+
+def test_evaluation_measures_what_plain_does(own_photos):
+    """The metrics of scikit-image and of the lpips package are ours."""
+    for path in sorted((own_photos / "train").iterdir())[5:]:
+        path.unlink()
+    images = data.load_split(str(own_photos), "train")
+    files = [own_photos / "train" / name for name in images.names]
+    inverter, theirs = bench.Ours(str(own_photos), CPU).inverter, plain.Plain(CPU)
+    inverter.decoder.load_state_dict(theirs.decoder.state_dict())
+    values = evaluate_model(inverter, images[:], bars=True).values
+    expected = theirs.evaluate(files)
+    found = [values[name].mean() for name in ("psnr", "ssim", "lpips")]
+    assert np.allclose(found, np.mean(expected, 0), rtol=1e-3)
+    figures = {}
+    bench.bench_evaluation(theirs, str(own_photos), CPU, lambda **values: figures.update(values))
+    ratio = figures["eval_images_per_second"] / figures["plain_eval_images_per_second"]
+    assert figures["eval_speedup"] == pytest.approx(ratio)
 
 
 def test_time_to_quality_of_a_decoder_that_is_good_at_once(own_photos, monkeypatch, loader_of_one_process):
@@ -111,4 +121,4 @@ def test_a_process_that_fails_is_one_line():
     with pytest.raises(UserError, match="the plain loop's process ended"):
         with plain.elsewhere(CPU) as loop:
             os.kill(loop._manager._process.pid, signal.SIGKILL)
-            loop.weights()
+            loop.step()
