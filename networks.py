@@ -15,7 +15,7 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from flags import check_encoder
+from flags import check_encoder, encoders_of
 from study import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError, digest
 from weights import official
@@ -119,6 +119,22 @@ def place_of(name):
     place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", None) or []), "")
     if os.path.exists(place) and not INSTALLED.match(place) and name != "__main__" and name[:4] != "own_":
         return Path(place).resolve()
+
+
+def own_files(encoder):
+    """The users' own files that an encoder's name, or several names joined by `+`, say."""
+    return [name.rpartition(":")[0] for name in encoders_of(encoder) if ".py:" in name]
+
+
+def programs_of(encoder):
+    """{file: its SHA-256} of `own_files` and, once these have run, of the users' modules that they import."""
+    found = {}
+    for file in own_files(encoder):
+        found |= {file: digest(file)} | NEIGHBOURS.get(file, {})
+    for name in sorted(sys.modules.keys() - BEFORE) if found and BEFORE else ():  # where they run, not before
+        if (place := place_of(name)) and place.is_file() and place.parent != HERE:
+            found[str(place)] = digest(place)
+    return found
 
 
 def near(name, names):

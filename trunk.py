@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from networks import build_network, near
+from networks import build_network, near, own_input
+from study import ENCODERS
 from utils import UserError, first_line
 
 SPOTS = ((0, 1), (1, 4), (2, 2), (3, 0), (4, 3))  # rows and columns of five spots, which are uncorrelated
@@ -24,13 +26,13 @@ class Trace:
     """A whole pass of `net` over `images`, module by module, by their paths.
 
     begun, ended: in this order; outputs: {path: what `look` makes of its first}; passed: {path: how many had
-    begun then, and ended}; costs: {path: what `cost` said then}.
+    begun then, and ended}.
     """
 
-    def __init__(self, net, images, look=lambda output: output, cost=lambda: 0):
+    def __init__(self, net, images, look=lambda output: output):
         self.begun, self.ended = [], []
-        self.outputs, self.passed, self.costs = {}, {}, {}
-        self.look, self.cost = look, cost
+        self.outputs, self.passed = {}, {}
+        self.look = look
         handles = []
         for path, module in net.named_modules():
             handles.append(module.register_forward_pre_hook(partial(self.begin, path)))
@@ -46,7 +48,6 @@ class Trace:
     def end(self, path, module, inputs, output):
         self.ended.append(path)
         if path not in self.outputs:
-            self.costs[path] = self.cost()
             self.outputs[path] = self.look(output)
             self.passed[path] = len(self.begun), len(self.ended)
 
@@ -270,6 +271,45 @@ def as_map(x, layout):
         x = x.unflatten(0, (-1, windows, windows))  # (B, rows, columns, C, h, w)
         x = x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
     return x
+
+
+def layers_of(encoder, input_size=None, check=True):
+    """{path: ((C, H, W), multiply-adds up to there)} of the modules that can be a layer, as they run.
+
+    input_size: of the images; the network's own where None. check: that a spot that moves in the image moves
+    in the feature maps, with random weights; else shapes decide. Raises UserError where there is no layer.
+    """
+    name = ENCODERS.get(encoder, encoder)
+    size = input_size or own_input(name)["input_size"]
+
+    def follow(net, images):
+        images = 4 * moving_spot(size) - 2 if check else images
+        orders = token_orders(net)
+
+        def look(output):
+            cost = counter.get_total_flops() / (2 * len(images))
+            if check:
+                return cost, find_layout(output, size, orders), getattr(output, "shape", None)
+            return cost, next(iter(layouts_of(output.shape, len(images))), None), output.shape
+
+        with FlopCounterMode(display=False) as counter:
+            own = Trace(net, images, look)
+        larger = {}
+        if check and any(layout is None for _, layout, _ in own.outputs.values()):
+            with suppress(Exception):  # many networks take no other size
+                find = partial(find_grid, size=2 * size)
+                larger = Trace(net, 4 * moving_spot(2 * size) - 2, find).outputs
+        layers = {}
+        for path, (cost, layout, shape) in own.outputs.items():
+            layout = layout or larger.get(path)
+            if path and own.ended.count(path) == 1 and layout:
+                layers[path] = tuple(as_map(torch.empty(shape), layout).shape[1:]), cost
+        return layers
+
+    layers = tried(follow, name, size, ["cpu"])
+    if not layers:
+        raise UserError(f"--encoder {encoder}: no module in it runs once and gives feature maps")
+    return layers
 
 
 class ConvReLU(nn.Conv2d):
