@@ -43,12 +43,11 @@ class Encoder(nn.Module):
         paths = [path_of(encoder, part, protocol) for part in layer.split("+")]
         own = own_input(name)
         self.input_size = input_size or own["input_size"]
-        self.programs = programs_of(name)
         self.weights_sha256 = None
         with torch.random.fork_rng(devices=[]):
             unused = unused_modules(name, paths, self.input_size)
             torch.manual_seed(seed)
-            if weights == "imagenet" and self.programs:
+            if weights == "imagenet" and ".py:" in name:
                 weights = "own"
             loaded = weights not in ("random", "own")
             with NoInitialisation() if loaded else nullcontext():
@@ -57,12 +56,12 @@ class Encoder(nn.Module):
         leave_out(net, unused)
         if weights == "imagenet":
             state = imagenet_weights(name.removeprefix("torchvision/"), net.state_dict())
-            load_network(net, resampled(net, state), "--weights imagenet")
         elif loaded:
             state = weights_from_file(weights, net.state_dict())
-            load_network(net, resampled(net, state), f"--weights {weights}")
             self.weights_sha256 = digest(weights)
-        if not self.programs:  # torchvision's and timm's run their rows as a whole
+        if loaded:
+            load_network(net, resampled(net, state), f"--weights {weights}")
+        if ".py:" not in name:  # torchvision's and timm's run their rows as a whole
             fuse(net, paths)
         self.trunk = Trunk(net, paths).to(memory_format=torch.channels_last)
         if not protocol.own_normalization:
@@ -125,18 +124,13 @@ class JointEncoder(nn.Module):
 
     def join(self, found):
         """What the encoders give, a map or a list of maps each, as one."""
-        maps = []
-        for part in found:
-            maps += part if isinstance(part, list) else [part]
+        maps = [x for part in found for x in (part if isinstance(part, list) else [part])]
         size = torch.Size(max(x.shape[side] for x in maps) for side in (2, 3))
         return torch.cat([resize(x, size) for x in maps], 1)
 
 
 def weights_key(encoder, programs=None):
-    """The SHA-256 of all that an encoder computes with: its tensors, and a user's own files.
-
-    programs: the SHA-256 of these that count, where not all of them do.
-    """
+    """The SHA-256 of an encoder's tensors and of a user's own files; programs: theirs that alone count."""
     found = hashlib.sha256("".join(encoder.programs.values() if programs is None else programs).encode())
     for tensor in encoder.state_dict().values():
         found.update(tensor.cpu().contiguous().numpy())

@@ -146,36 +146,32 @@ def build_inverter(
     input_size=None,
     mean=None,
     std=None,
-    fusion="concat",
+    fusion=None,
     **options,
 ):
     """An Inverter of these names, its decoder untrained, on the CPU. Raises UserError.
 
-    input_size, mean, std: of the encoder's images, where not its own. fusion: of several encoders. options:
-    build_decoder's.
+    input_size, mean, std: of the encoder's images, where not its own. fusion: of several encoders, `concat`
+    where None. options: build_decoder's.
     """
     frozen = build_encoder(encoder, layer, weights, seed, protocol, input_size, mean, std)
     channels, heights, widths = zip(*frozen.shapes, strict=True)
     shape = (sum(channels), max(heights), max(widths))
     net = build_decoder(decoder, shape, width, seed, size=frozen.input_size, **options)
     if len(channels) > 1:
-        net = decoders.Fused(net, channels, fusion)
+        net = decoders.Fused(net, channels, fusion or "concat")
     return Inverter(frozen, net, shape, amp, protocol.normalized_target)
 
 
 def inverter_of(config):
     """The Inverter that a run's configuration, {flag: value}, asks for. Raises UserError, and KeyError."""
-    names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp", "iterations", *INPUT)
+    names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp", "iterations", "fusion", *INPUT)
     values = {name: config[name] for name in names}
-    fusion = config["fusion"] or "concat"
-    return build_inverter(**values, fusion=fusion, protocol=PROTOCOLS[config["protocol"]])
+    return build_inverter(**values, protocol=PROTOCOLS[config["protocol"]])
 
 
 def read_checkpoint(path):
-    """The best.pt at `path`, a dictionary, its `config` with the defaults of flags that are newer.
-
-    Raises UserError for another file.
-    """
+    """The best.pt at `path`, its `config` with the defaults of newer flags. UserError for another file."""
     checkpoint = load(path)
     wanted = {"decoder", "config", "shape", "encoder_sha256", "programs", "epoch", "val_loss"}
     missing = wanted - set(checkpoint if type(checkpoint) is dict else ())
@@ -221,11 +217,9 @@ def load_inverter(path, encoder=None, weights=None, trust_code=False):
             raise
         raise UserError(f"{path}: not a best.pt of this program ({error})") from None
     if checkpoint["encoder_sha256"] != weights_key(inverter.encoder, known):
-        names = "{encoder}'s {weights} weights".format(**now)
-        raise UserError(
-            f"{path}: was trained with other {names} up to its layer, or another mean and deviation of its "
-            "images, than those found here"
-        )
+        names = f"{now['encoder']}'s {now['weights']} weights up to its layer"
+        images = "another mean and deviation of its images, than those found here"
+        raise UserError(f"{path}: was trained with other {names}, or {images}")
     return inverter.eval(), checkpoint
 
 

@@ -130,10 +130,10 @@ def programs_of(encoder):
     """{file: its SHA-256} of `own_files` and, once these have run, of the users' modules that they import."""
     found = {}
     for file in own_files(encoder):
-        found |= {file: digest(file)} | NEIGHBOURS.get(file, {})
-    for name in sorted(sys.modules.keys() - BEFORE) if found and BEFORE else ():  # where they run, not before
-        if (place := place_of(name)) and place.is_file() and place.parent != HERE:
-            found[str(place)] = digest(place)
+        found |= {file: digest(file)} | NEIGHBOURS[file]
+        for name in sorted(sys.modules.keys() - BEFORE):  # that `forward` imports
+            if (place := place_of(name)) and place.is_file() and place.parent != HERE:
+                found[str(place)] = digest(place)
     return found
 
 
@@ -143,10 +143,7 @@ def near(name, names):
 
 
 class NoInitialisation(TorchFunctionMode):
-    """Leaves parameters as they are allocated: a large network that is loaded next is built in no time.
-
-    load_network asks for every one of them. What is no parameter is initialised as ever.
-    """
+    """Leaves parameters as they are allocated, since load_network replaces all; buffers are initialised."""
 
     SKIPPED = (
         torch.Tensor.uniform_,
@@ -175,10 +172,8 @@ def own_input(name):
         if own := timm.get_pretrained_cfg(rest):  # some have none
             return {"input_size": own.input_size[1], "mean": own.mean, "std": own.std}
     if source == "torchvision":
-        own = official(rest).transforms()
-        mean, std = tuple(own.mean), tuple(own.std)
-        if rest in TRANSFORMING:
-            mean = std = (0.5, 0.5, 0.5)
+        own, half = official(rest).transforms(), (0.5, 0.5, 0.5)
+        mean, std = (half, half) if rest in TRANSFORMING else (tuple(own.mean), tuple(own.std))
         return {"input_size": own.crop_size[0], "mean": mean, "std": std}
     return {"input_size": IMAGE_SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
