@@ -18,10 +18,7 @@ def upsamplings(height, size):
 
 
 def resize(x, size):
-    """`x` (B, C, H, W) as (B, C, *size), bilinear: maps to each other's size, or to an image's.
-
-    The latter for AlexNet's 27, 13 and 6, which are no power of two below 224.
-    """
+    """`x` (B, C, H, W) as (B, C, *size), bilinear: maps to each other's size, or to an image's."""
     if x.shape[2:] == size:
         return x
     return resize_by_products(x, size) if x.is_cuda else F.interpolate(x, size, mode="bilinear")
@@ -29,12 +26,10 @@ def resize(x, size):
 
 def resize_by_products(x, size):
     """What F.interpolate gives, as matrix products: on a GPU its own gradient is not repeatable, or slow."""
-    height, width = size
-    rows = bilinear_weights(x.shape[2], height, x)
-    columns = bilinear_weights(x.shape[3], width, x)
+    rows, columns = (bilinear_weights(*pair, x) for pair in zip(x.shape[2:], size, strict=True))
     x = columns @ x.permute(0, 2, 3, 1)  # (B, H, width, C), as channels last lies in memory
     x = rows @ x.flatten(2)  # (B, height, width · C)
-    return x.unflatten(2, (width, -1)).permute(0, 3, 1, 2)
+    return x.unflatten(2, (size[1], -1)).permute(0, 3, 1, 2)
 
 
 def bilinear_weights(old, new, like):
@@ -68,9 +63,8 @@ class TransposedConv(nn.Module):
 
 def conv_bn(channels, out, kernel=3):
     """A convolution that keeps H×W, then BN, whose own shift makes a bias idle."""
-    return nn.Sequential(
-        nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(out)
-    )
+    conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out))
 
 
 def conv_block(channels, out, kernel=3):
@@ -117,8 +111,7 @@ class ResidualBlock(nn.Module):
 class ResidualUpsampling(nn.Module):
     """Progressive upsampling with residual blocks (paper 3.2.2): (B, C, H, W) → (B, out, size, size).
 
-    Each 2× halves the channels, down to `out`, and the last one goes to `out` at once: a convolution at
-    full size costs four times what its parameters cost one step earlier.
+    Each 2× halves the channels, down to `out`; the last goes to `out` at once, for full size is dear.
     """
 
     def __init__(self, channels, out, height, size):
@@ -202,17 +195,15 @@ class FrequencyDecoder(nn.Module):
     """Frequency-aware decoder (paper 3.2.2): features (B, C, H, W) → images (B, 3, size, size) in [0, 1].
 
     width: channels that the features are projected to, and that each pathway of 3×3 convolutions halves.
-    Nearly all parameters are in the pathways, at the features' resolution or half of it.
     """
 
     def __init__(self, shape, width=1280, size=IMAGE_SIZE):
         super().__init__()
         channels, height, _ = shape
         half = max(width // 2, 1)
-        layers = ((width, half), (half, half), (half, half))
         self.project = conv_block(channels, width, 1)
-        self.low = nn.Sequential(*(conv_block(*layer) for layer in layers))
-        self.high = nn.Sequential(*(conv_block(*layer) for layer in layers))
+        self.low = nn.Sequential(*(conv_block(wide, half) for wide in (width, half, half)))
+        self.high = nn.Sequential(*(conv_block(wide, half) for wide in (width, half, half)))
         self.fusion = nn.Sequential(ChannelAttention(2 * half), SpatialAttention())  # which band, which place
         self.attention = nn.Sequential(SpatialChannelAttention(2 * half), SpatialChannelAttention(2 * half))
         self.head = ImageHead(2 * half, max(width // 32, 8), height, size)
@@ -287,10 +278,8 @@ class TransformerBlock(nn.Module):
         self.attention = nn.Sequential(nn.LayerNorm(width), MultiHeadAttention(width))
         # 8 × width rather than the usual 4: attention over 12,544 positions costs far more time per
         # channel than the MLP, so the parameters of a 512-wide transformer are cheaper here.
-        hidden = 8 * width
-        self.mlp = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width)
-        )
+        wider, narrower = nn.Linear(width, 8 * width), nn.Linear(8 * width, width)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), wider, nn.GELU(), narrower)
 
     def forward(self, x):
         map_size = x.shape[2:]
@@ -304,8 +293,7 @@ class TransformerBlock(nn.Module):
 class AttentionDecoder(nn.Module):
     """Attention decoder (paper 3.2.2): features (B, C, H, W) → images (B, 3, size, size) in [0, 1].
 
-    width: channels of a token; the map goes to TransposedConv with the features' own channels, or `width` if
-    fewer.
+    width: channels of a token; TransposedConv gets the features' own channels, or `width` if fewer.
     """
 
     def __init__(self, shape, width=384, size=IMAGE_SIZE):

@@ -1,44 +1,16 @@
 """Frozen encoders: any network of torchvision or timm, or one's own, up to any of its layers."""
 
 import hashlib
-import sys
-from collections import Counter
-from contextlib import nullcontext, suppress
-from functools import partial
+from contextlib import nullcontext
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from decoders import resize
 from flags import check_layer, encoders_of, weights_of_each
-from networks import (
-    BEFORE,
-    HERE,
-    NEIGHBOURS,
-    NoInitialisation,
-    build_network,
-    load_network,
-    own_input,
-    place_of,
-    resampled,
-)
+from networks import NoInitialisation, build_network, load_network, own_input, programs_of, resampled
 from study import DOCUMENTED, ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LAYERS
-from trunk import (
-    SPOTS,
-    Trace,
-    Trunk,
-    as_map,
-    find_grid,
-    find_layout,
-    fuse,
-    layouts_of,
-    leave_out,
-    moving_spot,
-    token_orders,
-    tried,
-    unused_modules,
-)
+from trunk import Trunk, fuse, leave_out, token_orders, unused_modules
 from utils import UserError, digest
 from weights import imagenet_weights, weights_from_file
 
@@ -71,12 +43,11 @@ class Encoder(nn.Module):
         paths = [path_of(encoder, part, protocol) for part in layer.split("+")]
         own = own_input(name)
         self.input_size = input_size or own["input_size"]
-        self.programs = programs_of(name)
         self.weights_sha256 = None
         with torch.random.fork_rng(devices=[]):
             unused = unused_modules(name, paths, self.input_size)
             torch.manual_seed(seed)
-            if weights == "imagenet" and self.programs:
+            if weights == "imagenet" and ".py:" in name:
                 weights = "own"
             loaded = weights not in ("random", "own")
             with NoInitialisation() if loaded else nullcontext():
@@ -85,12 +56,12 @@ class Encoder(nn.Module):
         leave_out(net, unused)
         if weights == "imagenet":
             state = imagenet_weights(name.removeprefix("torchvision/"), net.state_dict())
-            load_network(net, resampled(net, state), "--weights imagenet")
         elif loaded:
             state = weights_from_file(weights, net.state_dict())
-            load_network(net, resampled(net, state), f"--weights {weights}")
             self.weights_sha256 = digest(weights)
-        if not self.programs:  # torchvision's and timm's run their rows as a whole
+        if loaded:
+            load_network(net, resampled(net, state), f"--weights {weights}")
+        if ".py:" not in name:  # torchvision's and timm's run their rows as a whole
             fuse(net, paths)
         self.trunk = Trunk(net, paths).to(memory_format=torch.channels_last)
         if not protocol.own_normalization:
@@ -153,35 +124,17 @@ class JointEncoder(nn.Module):
 
     def join(self, found):
         """What the encoders give, a map or a list of maps each, as one."""
-        maps = []
-        for part in found:
-            maps += part if isinstance(part, list) else [part]
+        maps = [x for part in found for x in (part if isinstance(part, list) else [part])]
         size = torch.Size(max(x.shape[side] for x in maps) for side in (2, 3))
         return torch.cat([resize(x, size) for x in maps], 1)
 
 
 def weights_key(encoder, programs=None):
-    """The SHA-256 of an encoder's tensors and of users' own files; programs: of the latter, which count."""
+    """The SHA-256 of an encoder's tensors and of a user's own files; programs: theirs that alone count."""
     found = hashlib.sha256("".join(encoder.programs.values() if programs is None else programs).encode())
     for tensor in encoder.state_dict().values():
         found.update(tensor.cpu().contiguous().numpy())
     return found.hexdigest()
-
-
-def own_files(encoder):
-    """The users' own files that an encoder's name, or several names joined by `+`, say."""
-    return [name.rpartition(":")[0] for name in encoders_of(encoder) if ".py:" in name]
-
-
-def programs_of(encoder):
-    """{file: its SHA-256} of `own_files` and, once these have run, of the users' modules that they import."""
-    found = {}
-    for file in own_files(encoder):
-        found |= {file: digest(file)} | NEIGHBOURS.get(file, {})
-    for name in sorted(sys.modules.keys() - BEFORE) if found and BEFORE else ():  # where they run, not before
-        if (place := place_of(name)) and place.is_file() and place.parent != HERE:
-            found[str(place)] = digest(place)
-    return found
 
 
 def build_encoder(encoder, layer, *options, **more):
@@ -198,49 +151,3 @@ def path_of(encoder, layer, protocol):
         paths = list(LAYERS[encoder].values())
         path = paths[(paths.index(path) + protocol.vit_shift) % len(paths)]
     return path
-
-
-def layers_of(encoder, input_size=None, check=True):
-    """{path: ((C, H, W), multiply-adds up to there)} of the modules that can be a layer, as they run.
-
-    input_size: of the images; the network's own where None. check: that a spot that moves in the image moves
-    in the feature maps, with random weights; else shapes decide, and nothing is computed. Raises UserError
-    where there is no layer.
-    """
-    name = ENCODERS.get(encoder, encoder)
-    size = input_size or own_input(name)["input_size"]
-
-    def trace(net, side, find, cost=lambda: 0):
-        def look(output):
-            return find(output), tuple(output.shape) if torch.is_tensor(output) else None
-
-        images = 4 * moving_spot(side) - 2
-        return Trace(net, images.to(next(net.parameters()).device), look, cost)
-
-    def follow(net, images):
-        orders = token_orders(net) if check else []
-
-        def find(output):
-            if check:
-                return find_layout(output, size, orders)
-            return next(iter(layouts_of(output.shape, 1 + len(SPOTS))), None)
-
-        with FlopCounterMode(display=False) as counter:
-            own = trace(net, size, find, counter.get_total_flops)
-        larger = {}
-        if check and any(shape and not layout for layout, shape in own.outputs.values()):
-            with suppress(Exception):  # many networks take no other size
-                larger = trace(net, 2 * size, partial(find_grid, size=2 * size)).outputs
-        runs = Counter(own.ended)
-        layers = {}
-        for path, (layout, shape) in own.outputs.items():
-            layout = layout or larger.get(path, [None])[0]
-            if path and runs[path] == 1 and layout:
-                maps = as_map(torch.empty(shape, device="meta"), layout._replace(order=None))
-                layers[path] = tuple(maps.shape[1:]), own.costs[path] / (2 * (1 + len(SPOTS)))
-        return layers
-
-    layers = tried(follow, name, size, ("cpu",) if check else ("meta", "cpu"))
-    if not layers:
-        raise UserError(f"--encoder {encoder}: no module in it runs once and gives feature maps")
-    return layers

@@ -14,13 +14,10 @@ class Refinement(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
-        nn.init.zeros_(self.body[-1].weight)
-        nn.init.zeros_(self.body[-1].bias)
+        first, last = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.body = nn.Sequential(first, nn.GELU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, x):
         return x + self.body(x)
@@ -35,14 +32,13 @@ class PixelShuffleHead(nn.Module):
     def __init__(self, channels, steps, shade=0.0):
         super().__init__()
         self.layers = nn.Sequential()
-        for step in range(1, steps + 1):
+        scale = 2 if steps else 1  # where a pixel has a position of its own
+        for step in range(1, max(steps, 1) + 1):
             out = max(channels // 2, 32) if step < steps else 3
-            self.layers.extend([nn.Conv2d(channels, 4 * out, 3, padding=1), nn.PixelShuffle(2)])
+            self.layers.extend([nn.Conv2d(channels, scale**2 * out, 3, padding=1), nn.PixelShuffle(scale)])
             if step < steps:
                 self.layers.append(nn.GELU())
             channels = out
-        if not steps:  # a position for every pixel
-            self.layers.extend([nn.Conv2d(channels, 3, 3, padding=1), nn.Identity()])
         nn.init.constant_(self.last.bias, shade / GAIN)
 
     @property
@@ -122,23 +118,21 @@ class FeedbackDecoder(ResidualDecoder):
 
     def forward(self, z, size, encoder):
         """size: of the images, or None; encoder: images (B, 3, H, W) → features like z."""
-        h = self.hidden(z)
-        start = self.head(h, size or self.size)
-        images = [start]
+        hidden = h = self.hidden(z)
+        image = self.head(h, size or self.size)
+        images = [image]
         if self.training and self.again:
             with torch.no_grad():
-                start = self.round(start, h, z, encoder, self.in_a_round)[-1]
-        for done in range(0, self.iterations, self.in_a_round):
-            images += self.round(start, h, z, encoder, min(self.iterations - done, self.in_a_round))
-            start = images[-1]
-        return images
-
-    def round(self, image, h, z, encoder, count):
-        """What `count` iterations make of `image` (B, 3, H, W), one after the other."""
-        images = []
-        for _ in range(count):
-            residual = (encoder(image) - z) / self.deviation
-            h, change = self.steps[0](residual, h, image.shape[2:])
-            image = image + change
+                for _ in range(self.in_a_round):
+                    image, h = self.iterate(image, h, z, encoder)
+        for done in range(self.iterations):
+            h = h if done % self.in_a_round else hidden
+            image, h = self.iterate(image, h, z, encoder)
             images.append(image)
         return images
+
+    def iterate(self, image, h, z, encoder):
+        """An image (B, 3, H, W) that is closer to z, and what h is then."""
+        residual = (encoder(image) - z) / self.deviation
+        h, change = self.steps[0](residual, h, image.shape[2:])
+        return image + change, h

@@ -14,12 +14,13 @@ from study import DECODERS, INPUT, ITERATIONS, LAYERS, PROTOCOLS
 from utils import UserError
 
 # Flags that say how to run, not what: they are no part of a run's configuration.
-NOT_CONFIG = ("config", "fast", "resume", "overwrite", "download", "cache", "graphs", "tracker")
-NOT_CONFIG += ("quiet", "bars")
+NOT_CONFIG = "config fast resume overwrite download cache graphs tracker quiet bars".split()
 MAY_DIFFER = ("out", "device", "tf32")  # between a run and its resumption, or another of its seeds
 NO_KEYS = ("help", "config", "fast")  # flags that a YAML file has no values for
 GONE = ("feedback", "own_weights")  # flags of an earlier version
 TRUST = "run the FILE.py that --ckpt names, if it is what it was trained with"
+OFF = {"action": argparse.BooleanOptionalAction, "default": False}  # of a switch
+ON = OFF | {"default": True}
 LARGEST = 2**31 - 1  # of a whole number; seeds go to 2**32 - 1
 
 
@@ -55,9 +56,8 @@ def number(kind, text, minimum, maximum=LARGEST):
             raise ValueError
         value = kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not {'a whole' if kind is int else 'a'} number"
-        ) from None
+        what = "a whole number" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
     if not minimum <= value:
         raise argparse.ArgumentTypeError(f"{text} is not {'positive' if minimum else 'zero or positive'}")
     if value > maximum:
@@ -105,18 +105,16 @@ def check_layer(encoder, layer):
     for name in encoders_of(encoder):
         check_encoder(name)
     if encoder in LAYERS and layer not in LAYERS[encoder]:
-        raise UserError(
-            f"--layer {layer}: not a layer of {encoder}; choose from {', '.join(LAYERS[encoder])}"
-        )
+        names = ", ".join(LAYERS[encoder])
+        raise UserError(f"--layer {layer}: not a layer of {encoder}; choose from {names}")
 
 
 def add_running_flags(add):
     """What every script that computes takes; add: a group's add_argument."""
     add("--cache", help="folder of decoded images and kept crops (default: ~/.cache/feature-inversion)")
     add("--device", default="auto", help="auto (cuda or cpu), cpu, cuda, cuda:N, or mps: Apple's")
-    switch = {"action": argparse.BooleanOptionalAction, "default": False}
-    add("--quiet", **switch, help="no progress: neither bars nor a line an epoch")
-    add("--bars", **switch, help="progress bars even where there is no terminal")
+    add("--quiet", **OFF, help="no progress: neither bars nor a line an epoch")
+    add("--bars", **OFF, help="progress bars even where there is no terminal")
 
 
 def add_input_flags(add):
@@ -169,7 +167,6 @@ def train_parser(doc=None):
     """train.py's flags; each is also a key of the YAML file, with `_` for `-`."""
     layers = "; ".join(f"{encoder}: {list(names)[0]}…{list(names)[-1]}" for encoder, names in LAYERS.items())
     parser = Parser(doc)
-    switch = argparse.BooleanOptionalAction
     add = parser.add_argument_group("what is inverted, and by what").add_argument
     names = f"{', '.join(LAYERS)}, timm/NAME, torchvision/NAME or FILE.py:FUNCTION"
     add("--encoder", default="vgg16", help=f"frozen network: {names}")
@@ -180,27 +177,23 @@ def train_parser(doc=None):
     add("--width", type=positive_int, help="the decoder's main number of channels (default: its own)")
     joined = "of several encoders, A+B with --layer a+b: as they are, weighed, or weighed at each position"
     add("--fusion", choices=["concat", "weighted", "attention"], help=f"{joined} (default: concat)")
-    looks = "of the feedback decoder: how often it looks at the encoder and corrects the image"
-    looks += f" (default: {ITERATIONS})"
+    looks = f"of the feedback decoder: how often it corrects the image (default: {ITERATIONS})"
     add("--iterations", type=positive_int, metavar="K", help=looks)
-    init = "start from the decoder of another run, its best.pt: on other data, say, or at other rates"
-    add("--init", metavar="BEST.PT", help=init)
+    add("--init", metavar="BEST.PT", help="start from another run's decoder, on other data or at other rates")
     add = parser.add_argument_group("images").add_argument
     add("--data", help="folder of DIV2K or with train/ and test/; `sample` (default: DIV2K if there)")
-    add("--download", action=switch, default=False, help="first fetch DIV2K (3.7 GB) into --data")
+    add("--download", **OFF, help="first fetch DIV2K (3.7 GB) into --data")
     crop = "side of a training crop in pixels: a multiple of the layer's stride (default: the input size)"
     add("--crop", type=positive_int, metavar="N", help=crop)
     kept = "encode N crops of each image once and keep them in the cache: for deep layers; 0: none"
     add("--kept-crops", type=whole_number, default=0, metavar="N", help=kept)
-    some = "on N of its images, evenly spaced (default: all)"
-    add("--train-images", type=positive_int, metavar="N", help=f"train {some}")
-    add("--val-images", type=positive_int, metavar="N", help=f"validate {some}")
+    add("--train-images", type=positive_int, metavar="N", help="train on N, evenly spaced (default: all)")
+    add("--val-images", type=positive_int, metavar="N", help="validate on N, evenly spaced (default: all)")
     add = parser.add_argument_group("training (defaults: the study's)").add_argument
     add("--epochs", type=positive_int, default=30, help="at most; validation follows each")
     add("--passes", type=positive_int, default=1, help="through the training images, in an epoch")
     add("--batch-size", type=positive_int, default=4, help="images a step, per process")
-    both = "adam, or muon, which learns more in the same time in shallow layers (muon.py)"
-    add("--optimizer", choices=["adam", "muon"], default="adam", help=both)
+    add("--optimizer", choices=["adam", "muon"], default="adam", help="muon: faster in shallow layers")
     add("--lr", type=positive_float, default=1e-4, help="learning rate; onecycle: the highest")
     add("--schedule", choices=["plateau", "onecycle"], default="plateau", help="of the learning rate")
     clip = "scale a gradient of a larger norm down to this one; 0: never"
@@ -209,25 +202,20 @@ def train_parser(doc=None):
     add("--freeze-bn", type=whole_number, default=0, metavar="STEPS", help=freeze)
     add("--patience", type=positive_int, default=15, help="epochs without a better validation loss")
     add("--mse-weight", type=non_negative_float, default=0.5, help="weight of MSE in the loss")
-    lpips = "weight of LPIPS in the loss; 0: not computed"
-    add("--lpips-weight", type=non_negative_float, default=0.5, help=lpips)
+    add("--lpips-weight", type=non_negative_float, default=0.5, help="weight of LPIPS; 0: not computed")
     add("--protocol", choices=list(PROTOCOLS), default="documented", help="published: the study's code")
     add("--seed", type=seed, default=42, help="of initialisation, order, crops and flips")
     add = parser.add_argument_group("running").add_argument
     add("--config", help="YAML file with values of these flags; the command line wins")
-    fast = "also the values under `fast:` in --config: an optimisation tuned for that experiment"
-    add("--fast", action="store_true", help=fast)
+    add("--fast", action="store_true", help="also the values under `fast:` in --config, tuned for it")
     add("--out", default="runs", help="folder of this run")
-    add("--resume", action=switch, default=False, help="go on from last.pt in --out, if it is there")
-    add("--overwrite", action=switch, default=False, help="replace the run in --out")
-    repeatable = "repeatable on CUDA too (not the attention decoder there)"
-    add("--deterministic", action=switch, default=True, help=repeatable)
-    fast = "on CUDA: the training's float32 convolutions and products in TF32"
-    add("--tf32", action=switch, default=True, help=fast)
-    add("--amp", action=switch, default=False, help="encoder and decoder in bfloat16 (slow on CPUs)")
-    add("--compile", action=switch, default=False, help="torch.compile them first; for long runs")
-    graphs = "on CUDA record a step's kernels and launch them at once; one process only, equal results"
-    add("--graphs", action=switch, default=True, help=graphs)
+    add("--resume", **OFF, help="go on from last.pt in --out, if it is there")
+    add("--overwrite", **OFF, help="replace the run in --out")
+    add("--deterministic", **ON, help="repeatable on CUDA too (not the attention decoder there)")
+    add("--tf32", **ON, help="on CUDA: the training's float32 convolutions and products in TF32")
+    add("--amp", **OFF, help="encoder and decoder in bfloat16 (slow on CPUs)")
+    add("--compile", **OFF, help="torch.compile them first; for long runs")
+    add("--graphs", **ON, help="on CUDA launch a step's recorded kernels at once; one process, equal results")
     trackers = ["tensorboard", "wandb", "none"]
     add("--tracker", choices=trackers, default="tensorboard", help="live curves; wandb: install it")
     add_running_flags(add)
@@ -245,9 +233,8 @@ def parse_train(argv=None, doc=None):
         args = parser.parse_args([*read_config(args.config, parser, args.fast), *argv])
     check_layer(args.encoder, args.layer)
     if args.fusion and len(encoders_of(args.encoder)) == 1:
-        raise UserError(
-            f"--fusion: joins several encoders, A+B with --layer a+b; there is one, {args.encoder}"
-        )
+        one = f"there is one, {args.encoder}"
+        raise UserError(f"--fusion: joins several encoders, A+B with --layer a+b; {one}")
     check_weights(args)
     if args.protocol == "published" and (args.mean or args.std):
         raise UserError("--mean and --std: --protocol published has ImageNet's; leave them out")
@@ -256,9 +243,7 @@ def parse_train(argv=None, doc=None):
     if args.resume and args.overwrite:
         raise UserError("--resume with --overwrite: give one of them, or --no-resume, --no-overwrite")
     if not args.mse_weight and not args.lpips_weight:
-        raise UserError(
-            "--mse-weight 0 --lpips-weight 0: nothing to minimise; give at least one a positive weight"
-        )
+        raise UserError("--mse-weight 0 --lpips-weight 0: nothing to minimise; give one a positive weight")
     return args
 
 
@@ -288,58 +273,53 @@ def read_config(path, parser, fast=False):
     actions = {action.dest: action for action in parser._actions if action.dest not in NO_KEYS}
     try:
         with open(path, encoding="utf-8") as file:
-            flags = flags_of(yaml.compose(file, yaml.SafeLoader), actions | {"fast": actions})
-        tuned = flags.pop("fast", {})
+            nodes = nodes_of(yaml.compose(file, yaml.SafeLoader))
+        tuned = nodes_of(nodes.pop("fast")) if "fast" in nodes else {}
         if fast and not tuned:
             raise UserError("has no lines of `key: value` under `fast:`, which --fast takes")
+        flags = {name: as_flags(name, nodes[name], actions) for name in nodes}
+        tuned = {name: as_flags(name, tuned[name], actions) for name in tuned}
         parser.parse_args([*sum(flags.values(), []), *sum(tuned.values(), [])])
     except (yaml.YAMLError, OSError, RecursionError, ValueError, UserError) as error:
         raise UserError(f"--config {path}: {error}") from None
     return sum((flags | tuned if fast else flags).values(), [])
 
 
-def flags_of(node, actions):
-    """{key: its value as a part of a command line} of a YAML node, a mapping. Raises UserError.
-
-    actions: {key: what defines the flag, or of a mapping in it the same}.
-    """
+def nodes_of(node):
+    """{key: node of its value} of a YAML node, a mapping. Raises UserError."""
     if not isinstance(node, yaml.MappingNode):
         raise UserError("should have lines of `key: value`")
-    flags = {}
+    nodes = {}
     for key, value in node.value:
-        name = str(key.value)
-        if name in flags:
-            raise UserError(f"has the key {name} twice")
-        if name in GONE and value.value in ("null", "false", "residual"):
-            continue
-        if name not in actions:
-            raise UserError(f"unknown key {reprlib.repr(name)}; the keys are {', '.join(actions)}")
-        try:
-            inner = actions[name]
-            flags[name] = flags_of(value, inner) if isinstance(inner, dict) else as_flags(inner, value)
-        except UserError as error:
-            raise UserError(f"{name}: {error}") from None
-    return flags
+        if str(key.value) in nodes:
+            raise UserError(f"has the key {key.value} twice")
+        nodes[str(key.value)] = value
+    return nodes
 
 
-def as_flags(action, node):
-    """A YAML node of the flag that `action` defines, as a part of a command line. Raises UserError.
+def as_flags(name, node, actions):
+    """A key and the YAML node of its value as a part of a command line. Raises UserError.
 
-    The flag gets the text as it stands, as from a command line: a seed 010 is 10, a layer 0.10 not 0.1.
+    actions: what defines each flag. It gets the text as it stands, as from a command line: a seed 010 is 10,
+    a layer 0.10 not 0.1.
     """
-    name, text = action.dest.replace("_", "-"), node.value
+    text, null = node.value, node.tag.endswith(":null")
+    if name in GONE and text in ("null", "false", "residual"):
+        return []
+    if name not in actions:
+        raise UserError(f"unknown key {reprlib.repr(name)}; the keys are {', '.join(actions)}, fast")
+    action, flag = actions[name], name.replace("_", "-")
     if isinstance(node, yaml.SequenceNode) and action.type is three_numbers:
         text = ",".join(str(part.value) for part in text)
     elif not isinstance(node, yaml.ScalarNode):
-        raise UserError(f"a {node.id} should be a number or a word")
+        raise UserError(f"{name}: a {node.id} should be a number or a word")
     if isinstance(action, argparse.BooleanOptionalAction):
-        wanted = yaml.SafeLoader.bool_values.get(text.lower())
-        if wanted is None:
-            raise UserError(f"{reprlib.repr(text)} should be true or false")
-        return [f"--{name}" if wanted else f"--no-{name}"]
-    if node.tag.endswith(":null") and action.default is not None:
-        raise UserError("null should be a number or a word")
-    return [] if node.tag.endswith(":null") else [f"--{name}={text}"]
+        if text.lower() not in yaml.SafeLoader.bool_values:
+            raise UserError(f"{name}: {reprlib.repr(text)} should be true or false")
+        return [f"--{flag}" if yaml.SafeLoader.bool_values[text.lower()] else f"--no-{flag}"]
+    if null and action.default is not None:
+        raise UserError(f"{name}: null should be a number or a word")
+    return [] if null else [f"--{flag}={text}"]
 
 
 # --- evaluate.py and invert.py -------------------------------------------------------------------------
@@ -349,26 +329,21 @@ def parse_evaluate(argv=None, doc=None):
     """evaluate.py's command line → argparse.Namespace. Raises UserError."""
     parser = Parser(doc)
     what = parser.add_argument_group("what to do")
-    add = what.add_argument
-    add("--ckpt", help="measure this checkpoint, which train.py wrote (default: runs/best.pt)")
+    what.add_argument("--ckpt", help="measure this checkpoint, which train.py wrote (default: runs/best.pt)")
     add = what.add_mutually_exclusive_group().add_argument
     add("--images", nargs="+", metavar="PATH", help="instead: reconstruct these pictures and folders")
     add("--baselines", action="store_true", help="instead: what needs no features, on --data as of train.py")
     add("--report", metavar="RUNS", help="instead: the page and tables of the experiments in this folder")
-    compared = "instead: how these runs differ from the first of them, image by image, with intervals"
-    add("--compare", nargs="+", metavar="RUN", help=compared)
+    add("--compare", nargs="+", metavar="RUN", help="instead: how they differ from the first, image by image")
     add = parser.add_argument_group("how").add_argument
     add("--encoder", metavar="FILE.py:FUNCTION", help="of --ckpt: where that is now; it is run")
     add("--weights", metavar="FILE", help="of --ckpt: where its file of weights is now")
     add("--trust-code", action="store_true", help=TRUST)
     add("--data", help="folder whose test images to use, or `sample` (default: the checkpoint's)")
-    size = "of --images: the whole picture, or its central square (default: native where the decoder can)"
-    add("--size", choices=["native", "224"], help=size)
+    add("--size", choices=["native", "224"], help="of --images: whole (default, if it can), or their centre")
     add("--protocol", choices=list(PROTOCOLS), help="of --baselines (default: documented)")
-    out = "folder for the results (default: the checkpoint's, and in it one named like other --data)"
-    add("--out", help=out)
-    looks = "of a feedback decoder: how often it looks at the encoder (default: as in training)"
-    add("--iterations", type=positive_int, metavar="K", help=looks)
+    add("--out", help="folder for the results (default: the checkpoint's, or in it one named like --data)")
+    add("--iterations", type=positive_int, metavar="K", help="of feedback decoders (default: as in training)")
     add("--batch-size", type=positive_int, default=4, help="images at a time; results don't depend on it")
     add_running_flags(add)
     args = parser.parse_args(argv)
@@ -400,13 +375,9 @@ def parse_invert(argv=None, doc=None):
     parser = Parser(doc)
     add = parser.add_argument_group("what is inverted").add_argument
     add("--ckpt", help="start from this checkpoint's reconstructions (default: runs/best.pt)")
-    encoder = "start from noise, without a checkpoint: any that train.py takes; with --ckpt: where its is now"
-    add("--encoder", help=encoder)
+    add("--encoder", help="start from noise: any that train.py takes; with --ckpt: where its FILE.py is now")
     add("--layer", help="of --encoder (default: its first, if it has a short name)")
-    weights = (
-        "of --encoder: `imagenet`, `random` or a file (default: imagenet); with --ckpt: where its is now"
-    )
-    add("--weights", help=weights)
+    add("--weights", help="`imagenet` (default), `random` or a file; with --ckpt: where its file is now")
     add("--trust-code", action="store_true", help=TRUST)
     add_input_flags(add)
     add("--images", nargs="+", metavar="PATH", help="your own pictures and folders, instead of test images")

@@ -11,28 +11,22 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from decoders import (
-    AttentionDecoder,
-    FrequencyDecoder,
-    Fused,
-    TransposedConv,
-    WaveletDecoder,
-    upsamplings,
-)
-from encoders import build_encoder, layers_of, own_files, weights_key
+import decoders
+from encoders import build_encoder, weights_key
 from feedback import FeedbackDecoder, ResidualDecoder
 from flags import Parser, completed, encoders_of, positive_int, weights_of_each
-from networks import load_network, own_input
+from networks import load_network, own_files, own_input
 from study import DECODERS, DOCUMENTED, ENCODERS, IMAGE_SIZE, INPUT, LAYERS, PROTOCOLS
+from trunk import layers_of
 from utils import UserError, digest, load, out_of_memory, run
 
 # --- Decoders ------------------------------------------------------------------------------------------
 
 BUILDERS = {
-    "tconv": TransposedConv,
-    "frequency": FrequencyDecoder,
-    "wavelet": WaveletDecoder,
-    "attention": AttentionDecoder,
+    "tconv": decoders.TransposedConv,
+    "frequency": decoders.FrequencyDecoder,
+    "wavelet": decoders.WaveletDecoder,
+    "attention": decoders.AttentionDecoder,
     "residual": ResidualDecoder,
     "feedback": FeedbackDecoder,
 }
@@ -89,7 +83,7 @@ class Inverter(nn.Module):
     @property
     def core(self):
         """The decoder without what joins several sources."""
-        return self.decoder.decoder if isinstance(self.decoder, Fused) else self.decoder
+        return self.decoder.decoder if isinstance(self.decoder, decoders.Fused) else self.decoder
 
     @property
     def look(self):
@@ -132,7 +126,7 @@ class Inverter(nn.Module):
     @property
     def stride(self):
         """Pixels of an image from one position of the features to the next; of several layers, the most."""
-        return 2 ** upsamplings(min(height for _, height, _ in self.encoder.shapes), self.size)
+        return 2 ** decoders.upsamplings(min(height for _, height, _ in self.encoder.shapes), self.size)
 
     def compile(self):
         """torch.compile both networks, in place."""
@@ -152,36 +146,32 @@ def build_inverter(
     input_size=None,
     mean=None,
     std=None,
-    fusion="concat",
+    fusion=None,
     **options,
 ):
     """An Inverter of these names, its decoder untrained, on the CPU. Raises UserError.
 
-    input_size, mean, std: of the encoder's images, where not its own. fusion: of several encoders. options:
-    build_decoder's.
+    input_size, mean, std: of the encoder's images, where not its own. fusion: of several encoders, `concat`
+    where None. options: build_decoder's.
     """
     frozen = build_encoder(encoder, layer, weights, seed, protocol, input_size, mean, std)
     channels, heights, widths = zip(*frozen.shapes, strict=True)
     shape = (sum(channels), max(heights), max(widths))
     net = build_decoder(decoder, shape, width, seed, size=frozen.input_size, **options)
     if len(channels) > 1:
-        net = Fused(net, channels, fusion)
+        net = decoders.Fused(net, channels, fusion or "concat")
     return Inverter(frozen, net, shape, amp, protocol.normalized_target)
 
 
 def inverter_of(config):
     """The Inverter that a run's configuration, {flag: value}, asks for. Raises UserError, and KeyError."""
-    names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp", "iterations", *INPUT)
+    names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp", "iterations", "fusion", *INPUT)
     values = {name: config[name] for name in names}
-    fusion = config["fusion"] or "concat"
-    return build_inverter(**values, fusion=fusion, protocol=PROTOCOLS[config["protocol"]])
+    return build_inverter(**values, protocol=PROTOCOLS[config["protocol"]])
 
 
 def read_checkpoint(path):
-    """The best.pt at `path`, a dictionary, its `config` with the defaults of flags that are newer.
-
-    Raises UserError for another file.
-    """
+    """The best.pt at `path`, its `config` with the defaults of newer flags. UserError for another file."""
     checkpoint = load(path)
     wanted = {"decoder", "config", "shape", "encoder_sha256", "programs", "epoch", "val_loss"}
     missing = wanted - set(checkpoint if type(checkpoint) is dict else ())
@@ -227,11 +217,9 @@ def load_inverter(path, encoder=None, weights=None, trust_code=False):
             raise
         raise UserError(f"{path}: not a best.pt of this program ({error})") from None
     if checkpoint["encoder_sha256"] != weights_key(inverter.encoder, known):
-        names = "{encoder}'s {weights} weights".format(**now)
-        raise UserError(
-            f"{path}: was trained with other {names} up to its layer, or another mean and deviation of its "
-            "images, than those found here"
-        )
+        names = f"{now['encoder']}'s {now['weights']} weights up to its layer"
+        images = "another mean and deviation of its images, than those found here"
+        raise UserError(f"{path}: was trained with other {names}, or {images}")
     return inverter.eval(), checkpoint
 
 
@@ -283,22 +271,17 @@ def describe(layers, size=IMAGE_SIZE, decoding=True):
     computed, but counting takes a second for three shapes of features.
     """
     longest = max(map(len, layers))
-    of_decoder = f"{'parameters':>13}"
-    if decoding:
-        of_decoder += f"{'GMAC':>7}"
+    of_decoder = f"{'parameters':>13}" + f"{'GMAC':>7}" * decoding
     print(f"{'':<{longest + 17}}{'encoder':>9}" + "".join(f"{name:>{len(of_decoder)}}" for name in BUILDERS))
     print(f"{'layer':<{longest}} {'features':<16}{'GMAC':>9}" + of_decoder * len(BUILDERS))
-    decoders = {}  # for a shape, which layers share: (parameters, and where it is wanted, the cost) of each
+    built = {}  # for a shape, which layers share: each decoder's parameters and cost
     for name, (shape, encoding) in layers.items():
-        if shape not in decoders:
+        if shape not in built:
             with torch.device("meta"):
-                built = [build(shape, size=size).eval() for build in BUILDERS.values()]
-            decoders[shape] = [
-                (count_parameters(decoder), decoder_cost(decoder, shape) if decoding else None)
-                for decoder in built
-            ]
+                nets = [build(shape, size=size).eval() for build in BUILDERS.values()]
+            built[shape] = [(count_parameters(net), decoding and decoder_cost(net, shape)) for net in nets]
         line = f"{name:<{longest}} {' × '.join(map(str, shape)):<16}{encoding / 1e9:>9.2f}"
-        for parameters, cost in decoders[shape]:
+        for parameters, cost in built[shape]:
             line += f"{parameters:>13,}"
             if cost:
                 own, passes = cost

@@ -15,7 +15,7 @@ import torchvision
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from flags import check_encoder
+from flags import check_encoder, encoders_of
 from study import IMAGE_SIZE, IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError, digest
 from weights import official
@@ -121,16 +121,29 @@ def place_of(name):
         return Path(place).resolve()
 
 
+def own_files(encoder):
+    """The users' own files that an encoder's name, or several names joined by `+`, say."""
+    return [name.rpartition(":")[0] for name in encoders_of(encoder) if ".py:" in name]
+
+
+def programs_of(encoder):
+    """{file: its SHA-256} of `own_files` and, once these have run, of the users' modules that they import."""
+    found = {}
+    for file in own_files(encoder):
+        found |= {file: digest(file)} | NEIGHBOURS[file]
+        for name in sorted(sys.modules.keys() - BEFORE):  # that `forward` imports
+            if (place := place_of(name)) and place.is_file() and place.parent != HERE:
+                found[str(place)] = digest(place)
+    return found
+
+
 def near(name, names):
     """A few of `names` that resemble `name`, or that come first."""
     return ", ".join(difflib.get_close_matches(name, names, 5, 0.3) or names[:5])
 
 
 class NoInitialisation(TorchFunctionMode):
-    """Leaves parameters as they are allocated: a large network that is loaded next is built in no time.
-
-    load_network asks for every one of them. What is no parameter is initialised as ever.
-    """
+    """Leaves parameters as they are allocated, since load_network replaces all; buffers are initialised."""
 
     SKIPPED = (
         torch.Tensor.uniform_,
@@ -159,10 +172,8 @@ def own_input(name):
         if own := timm.get_pretrained_cfg(rest):  # some have none
             return {"input_size": own.input_size[1], "mean": own.mean, "std": own.std}
     if source == "torchvision":
-        own = official(rest).transforms()
-        mean, std = tuple(own.mean), tuple(own.std)
-        if rest in TRANSFORMING:
-            mean = std = (0.5, 0.5, 0.5)
+        own, half = official(rest).transforms(), (0.5, 0.5, 0.5)
+        mean, std = (half, half) if rest in TRANSFORMING else (tuple(own.mean), tuple(own.std))
         return {"input_size": own.crop_size[0], "mean": mean, "std": std}
     return {"input_size": IMAGE_SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from networks import build_network, near
+from networks import build_network, near, own_input
+from study import ENCODERS
 from utils import UserError, first_line
 
 SPOTS = ((0, 1), (1, 4), (2, 2), (3, 0), (4, 3))  # rows and columns of five spots, which are uncorrelated
@@ -24,13 +26,13 @@ class Trace:
     """A whole pass of `net` over `images`, module by module, by their paths.
 
     begun, ended: in this order; outputs: {path: what `look` makes of its first}; passed: {path: how many had
-    begun then, and ended}; costs: {path: what `cost` said then}.
+    begun then, and ended}.
     """
 
-    def __init__(self, net, images, look=lambda output: output, cost=lambda: 0):
+    def __init__(self, net, images, look=lambda output: output):
         self.begun, self.ended = [], []
-        self.outputs, self.passed, self.costs = {}, {}, {}
-        self.look, self.cost = look, cost
+        self.outputs, self.passed = {}, {}
+        self.look = look
         handles = []
         for path, module in net.named_modules():
             handles.append(module.register_forward_pre_hook(partial(self.begin, path)))
@@ -46,7 +48,6 @@ class Trace:
     def end(self, path, module, inputs, output):
         self.ended.append(path)
         if path not in self.outputs:
-            self.costs[path] = self.cost()
             self.outputs[path] = self.look(output)
             self.passed[path] = len(self.begun), len(self.ended)
 
@@ -84,10 +85,9 @@ def tried(look, name, size, devices=("meta", "cpu")):
 
 
 def unused_modules(name, paths, size):
-    """The paths of modules of the network `name` that the layers at `paths` do not need.
+    """The paths of modules of the network `name` that the layers at `paths` do not need, for such images.
 
-    size: of the images. Raises UserError where there is no such layer, where one does not run once, and where
-    one gives no tensor.
+    Raises UserError where there is no such layer, where one does not run once, and where one gives no tensor.
     """
 
     def follow(net, images):
@@ -101,10 +101,8 @@ def unused_modules(name, paths, size):
                 how = f"runs {runs} times" if runs else "never runs"
                 raise UserError(f"--layer {path}: {how} for an image; choose one that runs once")
             if not torch.is_tensor(output := trace.outputs[path]):
-                kind = type(output).__name__
-                raise UserError(
-                    f"--layer {path}: gives a {kind}, not one tensor; choose a layer inside or behind it"
-                )
+                advice = "not one tensor; choose a layer inside or behind it"
+                raise UserError(f"--layer {path}: gives a {type(output).__name__}, {advice}")
         unused = unused_of(net, trace, paths)
         leave_out(net, unused)
         try:
@@ -125,14 +123,12 @@ def unused_of(net, trace, paths):
     have used.
     """
     count_begun, count_ended = max(trace.passed[path] for path in paths)  # when the last layer ended
-    begun = set(trace.begun[:count_begun])
-    ended = set(trace.ended[:count_ended])
+    begun, ended = set(trace.begun[:count_begun]), set(trace.ended[:count_ended])
     kept = begun.union(*map(ancestors, begun))
     unused = []
     for path, _ in net.named_modules():
         if path not in kept and path.rpartition(".")[0] in kept:
-            around = next(above for above in ancestors(path) if above in begun)
-            if around not in ended:
+            if next(above for above in ancestors(path) if above in begun) not in ended:
                 unused.append(path)
     return unused
 
@@ -155,15 +151,12 @@ def ancestors(name):
 
 
 def layouts_of(shape, count, orders=()):
-    """Each Layout that a layer's output of this shape for `count` images may have; the likeliest first.
-
-    orders: of tokens, that the network knows.
-    """
+    """Each Layout that an output for `count` images may have, the likeliest first; orders: token_orders'."""
     if shape[0] == count and math.prod(shape[1:]) == max(shape[1:], default=0):
         return [Layout("vector")]
     found = []
     in_blocks = len(shape) > 2 and shape[0] == count and shape[1] != shape[2]  # not weights between N tokens
-    for blocks in (False, True) if in_blocks else (False,):
+    for blocks in (False, True)[: 1 + in_blocks]:
         batch, *axes = (shape[0] * shape[1], *shape[2:]) if blocks else shape
         windows = math.isqrt(batch // count)
         if windows**2 * count != batch or blocks and windows == 1:
@@ -173,9 +166,8 @@ def layouts_of(shape, count, orders=()):
             if rows == columns > 1:
                 found.append(Layout("grid", axis, **around))
         for axis, tokens in enumerate(axes, 1):
-            for order in orders:
-                if len(order) == tokens:
-                    found.append(Layout("tokens", axis, math.isqrt(tokens), order=order))
+            known = [order for order in orders if len(order) == tokens]
+            found += [Layout("tokens", axis, math.isqrt(tokens), order=order) for order in known]
             for skipped in range(9 if windows == 1 else 1):
                 side = math.isqrt(max(tokens - skipped, 0))
                 if side > 1 and side**2 == tokens - skipped:
@@ -220,34 +212,28 @@ def follows(change, size):
     return True
 
 
-def find_layout(output, size, orders=()):
+def find_layout(output, size, orders=(), any_size=False):
     """The Layout by which an output for moving_spot(size)'s images changes where the spot is, or None.
 
     Of several the one with the most positions. So shapes alone decide nothing: tokens may lie in an order of
-    their own, and channels be as many as rows.
+    their own, and channels be as many as rows. any_size: a grid, as it is for images of other sizes, or None.
     """
     if not torch.is_tensor(output) or not output.is_floating_point() or output.dim() < 2:
         return None
     found = {}  # layout: positions
     for layout in layouts_of(tuple(output.shape), 1 + len(SPOTS), orders):
         if layout.kind == "vector":
-            return layout
+            return None if any_size else layout
         maps = as_map(output.detach().float(), layout)
         change = (maps[1:] - maps[:1]).square().sum(1)
         windows = F.adaptive_avg_pool2d(change[None], layout.windows)[0]
         everywhere = change.flatten(1).median(1).values[:, None, None]  # what every position sees a little of
         moves = follows((change - everywhere).clamp_min(0), size)
         moves = moves and (layout.windows == 1 or follows(windows, size))  # heads are no windows
-        tiny = layout.kind == "grid" and maps.shape[2:] == (2, 2)  # a spot is nearly everywhere
-        if moves or tiny:
+        if moves or layout.kind == "grid" and maps.shape[2:] == (2, 2):  # where a spot is nearly everywhere
             found[layout] = change[0].numel()
-    return max(found, key=found.get, default=None)
-
-
-def find_grid(output, size):
-    """find_layout's, if that is a grid, which an image of another size has, too; else None."""
-    layout = find_layout(output, size)
-    return layout if layout and layout.kind == "grid" else None
+    best = max(found, key=found.get, default=None)
+    return None if any_size and best and best.kind != "grid" else best
 
 
 def as_map(x, layout):
@@ -264,12 +250,50 @@ def as_map(x, layout):
         if order is not None:
             x = x[..., order]
         x = x.unflatten(-1, (side, side))
-    if x.dim() != 4:
-        x = x.flatten(1, -3) if x.dim() > 4 else x[:, None]
+    x = x.flatten(1, -3) if x.dim() > 3 else x[:, None]
     if windows > 1:
         x = x.unflatten(0, (-1, windows, windows))  # (B, rows, columns, C, h, w)
         x = x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
     return x
+
+
+def layers_of(encoder, input_size=None, check=True):
+    """{path: ((C, H, W), multiply-adds up to there)} of the modules that can be a layer, as they run.
+
+    input_size: of the images; the network's own where None. check: that a spot that moves in the image moves
+    in the feature maps, with random weights; else shapes decide. Raises UserError where there is no layer.
+    """
+    name = ENCODERS.get(encoder, encoder)
+    size = input_size or own_input(name)["input_size"]
+
+    def follow(net, images):
+        images = 4 * moving_spot(size) - 2 if check else images
+        orders = token_orders(net)
+
+        def look(output):
+            cost = counter.get_total_flops() / (2 * len(images))
+            if check:
+                return cost, find_layout(output, size, orders), getattr(output, "shape", None)
+            return cost, next(iter(layouts_of(output.shape, len(images))), None), output.shape
+
+        with FlopCounterMode(display=False) as counter:
+            own = Trace(net, images, look)
+        larger = {}
+        if check and any(layout is None for _, layout, _ in own.outputs.values()):
+            with suppress(Exception):  # many networks take no other size
+                find = partial(find_layout, size=2 * size, any_size=True)
+                larger = Trace(net, 4 * moving_spot(2 * size) - 2, find).outputs
+        layers = {}
+        for path, (cost, layout, shape) in own.outputs.items():
+            layout = layout or larger.get(path)
+            if path and own.ended.count(path) == 1 and layout:
+                layers[path] = tuple(as_map(torch.empty(shape), layout).shape[1:]), cost
+        return layers
+
+    layers = tried(follow, name, size, ["cpu"])
+    if not layers:
+        raise UserError(f"--encoder {encoder}: no module in it runs once and gives feature maps")
+    return layers
 
 
 class ConvReLU(nn.Conv2d):
@@ -348,13 +372,13 @@ class Trunk(nn.Module):
         if None in found:
             with suppress(Exception):  # many networks take no other size
                 larger = self.outputs(normalize(moving_spot(2 * size)))
-                found = [layout or find_grid(x, 2 * size) for layout, x in zip(found, larger, strict=True)]
+                larger = [find_layout(output, 2 * size, any_size=True) for output in larger]
+                found = [layout or other for layout, other in zip(found, larger, strict=True)]
         for number, (path, layout) in enumerate(zip(self.paths, found, strict=True)):
             if layout is None:
-                raise UserError(
-                    f"--layer {path}: gives {tuple(outputs[number].shape)} for {1 + len(SPOTS)} images, no "
-                    "feature map: it does not change where the image changes; choose a layer around it"
-                )
+                gives = f"{tuple(outputs[number].shape)} for {1 + len(SPOTS)} images, no feature map"
+                advice = "it does not change where the image changes; choose a layer around it"
+                raise UserError(f"--layer {path}: gives {gives}: {advice}")
             self.register_buffer(f"order{number}", layout.order, persistent=False)
             self.layouts.append(layout._replace(order=None))
         return [tuple(as_map(x, layout).shape[1:]) for x, layout in zip(outputs, found, strict=True)]

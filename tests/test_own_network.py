@@ -234,7 +234,7 @@ def test_a_file_that_imports_this_projects_modules(tmp_path):
         "from weights import Path\nfrom torch import nn\nbuild = lambda: nn.Conv2d(3, 4, 3)"
     )
     assert networks.own_network(f"{tmp_path}/net.py", "build").out_channels == 4
-    programs = encoders.programs_of(f"{tmp_path}/net.py:build")
+    programs = networks.programs_of(f"{tmp_path}/net.py:build")
     assert f"{tmp_path}/net.py" in programs and not any(str(REPOSITORY) in file for file in programs)
 
 
