@@ -70,7 +70,8 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(std or own["std"]).view(3, 1, 1))
         self.requires_grad_(False)
         self.eval()
-        self.shapes = self.trunk.find_layouts(self.normalize, self.input_size, orders)
+        known = encoder in LAYERS
+        self.shapes = self.trunk.find_layouts(self.normalize, self.input_size, orders, known)
         self.programs = programs_of(name)  # by now it has run, and imported what it needs
 
     def train(self, mode=True):

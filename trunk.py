@@ -361,14 +361,18 @@ class Trunk(nn.Module):
         raise RuntimeError("a layer did not run")
 
     @torch.no_grad()
-    def find_layouts(self, normalize, size, orders=()):
+    def find_layouts(self, normalize, size, orders=(), known=False):
         """Find how the outputs for size×size images become maps; (C, H, W) of each layer.
 
-        normalize: of images in [0, 1]. Where a small map shows nothing, since each position sees the whole
-        image, one of an image twice as large may. Raises UserError for a layer that gives no feature maps.
+        normalize: of images in [0, 1]. known: their shapes tell, as those of the study's layers do. Where a
+        small map shows nothing, since each position sees the whole image, one of an image twice as large may.
+        Raises UserError for a layer that gives no feature maps.
         """
-        outputs = self.outputs(normalize(moving_spot(size)))
-        found = [find_layout(output, size, orders) for output in outputs]
+        outputs = self.outputs(normalize(moving_spot(size)[: 1 if known else None]))
+        if known:
+            found = [layouts_of(output.shape, 1)[0] for output in outputs]
+        else:
+            found = [find_layout(output, size, orders) for output in outputs]
         if None in found:
             with suppress(Exception):  # many networks take no other size
                 larger = self.outputs(normalize(moving_spot(2 * size)))

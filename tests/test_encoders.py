@@ -21,7 +21,7 @@ import prepare
 import trunk
 from decoders import Fused
 from encoders import Encoder, build_encoder
-from study import IMAGENET_MEAN, IMAGENET_STD
+from study import IMAGENET_MEAN, IMAGENET_STD, LAYERS
 from utils import UserError
 
 
@@ -94,6 +94,14 @@ def test_networks_that_normalise_again_get_what_they_make_of_it(name, image):
 
 def layout_in(output):
     return trunk.find_layout(output, 84)
+
+
+@pytest.mark.parametrize("encoder", LAYERS)
+def test_the_studys_layers_move_with_the_image(encoder):
+    """Which are not looked at when they are built."""
+    for layer in LAYERS[encoder]:
+        own = Encoder(encoder, layer, "random")
+        assert trunk.find_layout(own(trunk.moving_spot(224)), 224).kind == "grid", layer
 
 
 def test_windows_lie_side_by_side():
