@@ -274,7 +274,7 @@ def read_config(path, parser, fast=False):
     try:
         with open(path, encoding="utf-8") as file:
             nodes = nodes_of(yaml.compose(file, yaml.SafeLoader))
-        tuned = nodes_of(nodes.pop("fast")) if "fast" in nodes else {}
+        tuned = nodes_of(nodes.pop("fast"), "fast: ") if "fast" in nodes else {}
         if fast and not tuned:
             raise UserError("has no lines of `key: value` under `fast:`, which --fast takes")
         flags = {name: as_flags(name, nodes[name], actions) for name in nodes}
@@ -285,14 +285,14 @@ def read_config(path, parser, fast=False):
     return sum((flags | tuned if fast else flags).values(), [])
 
 
-def nodes_of(node):
+def nodes_of(node, where=""):
     """{key: node of its value} of a YAML node, a mapping. Raises UserError."""
     if not isinstance(node, yaml.MappingNode):
-        raise UserError("should have lines of `key: value`")
+        raise UserError(f"{where}should have lines of `key: value`")
     nodes = {}
     for key, value in node.value:
         if str(key.value) in nodes:
-            raise UserError(f"has the key {key.value} twice")
+            raise UserError(f"{where}has the key {key.value} twice")
         nodes[str(key.value)] = value
     return nodes
 

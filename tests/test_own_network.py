@@ -137,7 +137,8 @@ def test_plus_in_a_path(own, photos, tmp_path, monkeypatch, run_train, run_evalu
     two = ("--encoder", f"{name}+alexnet", "--layer", "first.1+conv1", "--out", "two", "--fusion", "weighted")
     for more in (one, (*two, "--weights", "a+b.pth+c+d+e.pth")):
         assert run_train(*flags, *more) == 0
-        assert run_evaluate("--ckpt", f"{more[-1] if more is one else 'two'}/best.pt", "--quiet") == 0
+        ckpt = f"{more[-1] if more is one else 'two'}/best.pt"
+        assert run_evaluate("--ckpt", ckpt, "--quiet", "--trust-code") == 0
     for weights, files in (("a+b.pth", ["a+b.pth"] * 2), ("own+c+d+e.pth", ["own", "c+d+e.pth"])):
         assert weights_of_each(2, weights) == files
 
