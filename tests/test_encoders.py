@@ -78,7 +78,6 @@ def test_every_kind_becomes_a_map(name, layer, shape):
     encoder = Encoder(name, layer, "random")
     x = encoder(torch.rand(1, 3, encoder.input_size, encoder.input_size))
     assert x.shape[1:] == encoder.shapes[0] == shape and x.std() > 0
-    assert trunk.layers_of(name)[layer][0] == shape
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
