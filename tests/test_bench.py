@@ -51,6 +51,7 @@ def test_step_of_any_batch(own_photos):
         bench.bench_step(*arguments, 64, 1, None)
 
 
+@pytest.mark.slow
 def test_every_part_is_timed(own_photos, loader_of_one_process):
     """The functions that a benchmark calls, each with the parts that it promises."""
     for path in sorted((own_photos / "train").iterdir())[5:]:
@@ -85,6 +86,7 @@ def test_evaluation_measures_what_plain_does(own_photos):
     assert figures["eval_speedup"] == pytest.approx(ratio)
 
 
+@pytest.mark.slow
 def test_time_to_quality_of_a_decoder_that_is_good_at_once(own_photos, monkeypatch, loader_of_one_process):
     """Plain and ours in this process."""
     monkeypatch.setattr(bench, "elsewhere", lambda device: nullcontext(plain.Plain(device)))

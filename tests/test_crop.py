@@ -143,6 +143,7 @@ def test_attention_has_nothing_of_the_size_of_the_map():
     assert states[0] == states[1]
 
 
+@pytest.mark.slow
 def test_attention_learnt_on_crops_holds_on_whole_images(photos):
     """On 16 × 16 positions, then on 112 × 112: without a loss of quality, and far above a grey picture."""
     flags = ["--decoder", "attention", "--width", 32, "--crop", 32, "--lr", 3e-3, "--passes", 40]

@@ -233,6 +233,7 @@ def test_heads_become_channels_and_are_no_windows():
         "torchvision/squeezenet1_1",
     ],
 )
+@pytest.mark.slow
 def test_families_have_features_and_a_picture(name):
     """The middle layer; `python tests/families.py` asks all families, at three."""
     layers = trunk.layers_of(name)
@@ -442,6 +443,7 @@ def test_a_source_that_never_changes(photos, monkeypatch, dead):
 
 
 @pytest.mark.parametrize("decoder", ["tconv", "residual", "feedback"])
+@pytest.mark.slow
 def test_several_are_trained_resumed_and_measured(decoder, photos, tmp_path, run_train, run_evaluate):
     names = ("--encoder", "vgg16+vgg16", "--layer", "block3+block2", "--fusion", "weighted")
     options = ["--data", photos, "--decoder", decoder, "--crop", 32, "--out", tmp_path, "--quiet"]

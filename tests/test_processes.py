@@ -177,6 +177,7 @@ def test_two_gloo_processes(photos, tmp_path, run_evaluate):
             assert (a["image"], float(a[name])) == (b["image"], pytest.approx(float(b[name]), abs=1e-5))
 
 
+@pytest.mark.slow
 def test_two_processes_and_a_decoder_part_of_which_has_no_gradient(photos, tmp_path):
     """Without MSE a step that begins with what a round made leaves the head of `feedback` out."""
     flags = ["--data", photos, "--out", tmp_path, "--decoder", "feedback", "--width", 8, "--crop", 64]

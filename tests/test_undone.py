@@ -4,6 +4,7 @@ import re
 import sys
 
 import numpy as np
+import pytest
 import torch
 from conftest import status
 from scipy.optimize import nnls
@@ -26,6 +27,7 @@ def test_least_squares_are_scipys():
         np.testing.assert_allclose(x.flatten(), wanted, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_decoder_gets_what_it_was_trained_for(photos, run_train, tmp_path, monkeypatch, capsys):
     run = ["--data", photos, "--encoder", "alexnet", "--layer", "conv4", "--out", tmp_path, "--quiet"]
     assert run_train(*run, "--decoder", "residual", "--width", 8, "--epochs", 1, "--lr", 1e-3) == 0
