@@ -62,22 +62,28 @@ def test_timm_features_are_its_own(name, layer, index, image):
     assert encoder.mean.flatten().tolist() == pytest.approx(timm.get_pretrained_cfg(name).mean)
 
 
-@pytest.mark.parametrize(
-    ("name", "layer", "shape"),
-    [
-        ("timm/swin_tiny_patch4_window7_224", "layers.1", (192, 28, 28)),  # channels last
-        ("timm/swin_tiny_patch4_window7_224", "layers.0.blocks.0.attn", (96, 56, 56)),  # windows
-        ("timm/deit_tiny_distilled_patch16_224", "blocks.0", (192, 14, 14)),  # two tokens more
-        ("timm/vit_small_patch14_reg4_dinov2", "blocks.0", (384, 37, 37)),  # five more, and 518 pixels
-        ("torchvision/vit_b_16", "encoder.layers.encoder_layer_0", (768, 14, 14)),
-        ("torchvision/swin_t", "features.1", (96, 56, 56)),
-        ("torchvision/inception_v3", "Mixed_5b", (256, 35, 35)),  # of 299 pixels
-    ],
-)
+KINDS = [
+    ("timm/swin_tiny_patch4_window7_224", "layers.1", (192, 28, 28)),  # channels last
+    ("timm/swin_tiny_patch4_window7_224", "layers.0.blocks.0.attn", (96, 56, 56)),  # windows
+    ("timm/deit_tiny_distilled_patch16_224", "blocks.0", (192, 14, 14)),  # two tokens more
+    ("timm/vit_small_patch14_reg4_dinov2", "blocks.0", (384, 37, 37)),  # five more, and 518 pixels
+    ("torchvision/vit_b_16", "encoder.layers.encoder_layer_0", (768, 14, 14)),
+    ("torchvision/swin_t", "features.1", (96, 56, 56)),
+    ("torchvision/inception_v3", "Mixed_5b", (256, 35, 35)),  # of 299 pixels
+]
+
+
+@pytest.mark.parametrize(("name", "layer", "shape"), KINDS)
 def test_every_kind_becomes_a_map(name, layer, shape):
     encoder = Encoder(name, layer, "random")
     x = encoder(torch.rand(1, 3, encoder.input_size, encoder.input_size))
     assert x.shape[1:] == encoder.shapes[0] == shape and x.std() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "layer", "shape"), KINDS)
+def test_every_kind_is_listed(name, layer, shape):
+    assert trunk.layers_of(name)[layer][0] == shape
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
@@ -226,9 +232,19 @@ def test_heads_become_channels_and_are_no_windows():
 @pytest.mark.parametrize(
     "name",
     [
+        "timm/cait_xxs24_224",
+        "timm/convit_tiny",
         "timm/convnext_atto",
+        "timm/efficientnet_lite0",
         "timm/gmlp_ti16_224",
         "timm/mobilenetv3_small_050",
+        "timm/poolformer_s12",
+        "timm/regnetx_002",
+        "timm/repghostnet_050",
+        "timm/swin_tiny_patch4_window7_224",
+        "timm/xcit_nano_12_p8_224",
+        "torchvision/densenet121",
+        "torchvision/maxvit_t",
         "torchvision/shufflenet_v2_x0_5",
         "torchvision/squeezenet1_1",
     ],

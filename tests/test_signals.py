@@ -171,10 +171,12 @@ def test_an_error_of_the_system_without_a_name_says_how_to_find_it(
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS is here")
-@pytest.mark.parametrize("device", ["mps", "mps:0"])
+@pytest.mark.parametrize("device", ["mps", "mps:0", "mps:1"])
 def test_mps_without_mps(photos, tmp_path, run_train, run_evaluate, error_line, device):
     assert run_train("--data", photos, "--out", tmp_path, "--device", device) == 2
-    assert error_line() == f"--device {device}: PyTorch has no such GPU of Apple's here; use --device cpu"
+    none = "PyTorch has no such GPU of Apple's here; use --device cpu"
+    wanted = "use auto, cpu, cuda, cuda:N or mps" if device == "mps:1" else none  # there is one at most
+    assert error_line() == f"--device {device}: {wanted}"
 
 
 def test_mps_is_one_process(monkeypatch, tmp_path, run_train, error_line):
