@@ -19,8 +19,17 @@ import torch
 from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, features
 from tqdm import tqdm
 
-from study import DOCUMENTED, IMAGE_SIZE
-from utils import UserError, atomic, digest, locked, same_data, user_cache, write_text
+from utils import (
+    DOCUMENTED,
+    IMAGE_SIZE,
+    UserError,
+    atomic,
+    digest,
+    locked,
+    same_data,
+    user_cache,
+    write_text,
+)
 
 RESIZE = 256  # side of the images that the study crops
 SHARD = 4096  # images in a file of the cache, about 800 MB
@@ -187,7 +196,7 @@ def side_of(size):
     return round(size * RESIZE / IMAGE_SIZE)
 
 
-def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None, size=IMAGE_SIZE):
+def load_split(data, split, cache=None, protocol=DOCUMENTED, *, bars=None, size=IMAGE_SIZE):
     """Images of `split` (train, val or test) of `data`, a value that `resolve` returned.
 
     A folder's train and val are 80 and 20 % of its training images, by a permutation with seed 42 (paper
@@ -210,7 +219,11 @@ def load_split(data, split, cache=None, protocol=DOCUMENTED, bars=None, size=IMA
         order = np.random.RandomState(42).permutation(len(files))
         cut = min(max(int(0.8 * len(files)), 1), len(files) - 1)
         order = order[:cut] if split == "train" else order[cut:]
-    return subset(cached_images(folder, files, cache, protocol, bars, side), order)
+    resized = "" if side == RESIZE else f"{side} "
+    place = user_cache(cache) / short_hash(f"{resized}{protocol.name} {folder.resolve()}")
+    read = functools.partial(decode, protocol=protocol, side=side)
+    images = cached_images(folder, files, place, read, bars)
+    return subset(replace(images, side=side), order)
 
 
 def folder_of(data, split):
@@ -290,13 +303,11 @@ def decode(path, protocol=DOCUMENTED, side=RESIZE, note=say):
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
 
 
-def cached_images(folder, files, cache, protocol, bars, side):
-    """Images of `decode` of `files`, all under `folder`, each decoded once and kept in `cache`.
+def cached_images(folder, files, cache, read, bars=None):
+    """Images of `files`, all under `folder`, each decoded once, by `read`, and kept in the folder `cache`.
 
     An image's key stands for its file's name, size, times and inode, for the code here, and for Pillow.
     """
-    size = "" if side == RESIZE else f"{side} "
-    cache = user_cache(cache) / short_hash(f"{size}{protocol.name} {folder.resolve()}")
     names = [file.relative_to(folder).as_posix() for file in files]
     made_by = [digest(__file__), *map(features.version, ("pil", *features.get_supported_codecs()))]
     entries = {}  # {key: file}
@@ -309,13 +320,13 @@ def cached_images(folder, files, cache, protocol, bars, side):
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / ".lock"), warnings.catch_warnings():  # a second run waits, then finds the cache
             warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
-            rows = build_cache(cache, entries, folder, protocol, bars, side)
+            rows = build_cache(cache, entries, folder, read, bars)
     rows = [rows[key] for key in entries]
     shards = {shard: number for number, shard in enumerate(dict.fromkeys(row[0] for row in rows))}
     places = np.array([(shards[shard], start) for shard, start, *_ in rows])
     digests = np.array([list(bytes.fromhex(row[4])) for row in rows], np.uint8)
     opened = [open(shard, "rb") for shard in shards]  # another run may replace the files
-    return Images(names, torch.tensor([row[2:4] for row in rows]), opened, places, digests, side)
+    return Images(names, torch.tensor([row[2:4] for row in rows]), opened, places, digests)
 
 
 def read_cache(cache):
@@ -331,7 +342,7 @@ def read_cache(cache):
     return rows
 
 
-def build_cache(cache, entries, folder, protocol, bars, side):
+def build_cache(cache, entries, folder, read, bars):
     """Decode the files of `entries`, {key: file}, that `cache` lacks, in parallel; what read_cache returns.
 
     Raises UserError for images that can't be read, naming all; the others are kept.
@@ -345,7 +356,7 @@ def build_cache(cache, entries, folder, protocol, bars, side):
     try:
         for first in range(0, len(missing), SHARD):
             part, manifest = missing[first : first + SHARD], {}
-            jobs = {key: pool.submit(decode, entries[key], protocol, side, notes.append) for key in part}
+            jobs = {key: pool.submit(read, entries[key], note=notes.append) for key in part}
             shard = cache / f"{short_hash(' '.join(part))}.u8"
             with atomic(shard) as temporary, open(temporary, "wb") as file:
                 for key in tqdm(part, initial=first, **progress):
@@ -409,16 +420,17 @@ def squares(pixels, names):
     return Images(names, torch.full((count, 2), side), [pixels.reshape(-1)], places, digests, side)
 
 
-def crops(images, index, tops, lefts, flips, size=IMAGE_SIZE):
+def crops(images, places, size=IMAGE_SIZE):
     """Batched crops of Images → float (B, 3, size, size) in [0, 1], channels last, where the pixels are.
 
-    index, tops, lefts: int64 (B,); flips: bool (B,), mirrored left to right.
+    places: index, tops, lefts, int64 (B,), and flips, bool (B,), left to right: a part of an epoch_plan.
     """
+    index, tops, lefts, flips = places
     if images.resident is None:
-        places = zip(index.tolist(), tops.tolist(), lefts.tolist(), strict=True)
+        corners = zip(index.tolist(), tops.tolist(), lefts.tolist(), strict=True)
         batch = torch.stack(
             # a copy: each image that is mapped into memory is an open file for as long as it is looked at
-            [images.image(i)[top : top + size, left : left + size].clone() for i, top, left in places]
+            [images.image(i)[top : top + size, left : left + size].clone() for i, top, left in corners]
         )
         batch = torch.where(flips[:, None, None, None], batch.flip(2), batch)
     else:  # a GPU gathers them all at once
@@ -441,6 +453,11 @@ def center(pixels, size):
 def center_crops(pixels, size=IMAGE_SIZE):
     """The centre of uint8 pixels (B, H, W, 3) → float (B, 3, size, size) in [0, 1], channels last."""
     return center(pixels, size).permute(0, 3, 1, 2).float().div_(255)
+
+
+def to_pixels(images):
+    """Images (B, 3, H, W) in [0, 1] as 8-bit pixels, uint8 (B, H, W, 3), on the CPU."""
+    return (255 * images).round().byte().permute(0, 2, 3, 1).cpu()
 
 
 def epoch_plan(sizes, seed, number, size=IMAGE_SIZE, side=RESIZE):

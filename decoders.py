@@ -9,33 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from study import IMAGE_SIZE
+from layers import resize
+from utils import IMAGE_SIZE, ITERATIONS
 
 
 def upsamplings(height, size):
     """Number of 2× steps from `height` to about `size`; 0 from more than that."""
     return max(round(math.log2(size / height)), 0)
-
-
-def resize(x, size):
-    """`x` (B, C, H, W) as (B, C, *size), bilinear: maps to each other's size, or to an image's."""
-    if x.shape[2:] == size:
-        return x
-    return resize_by_products(x, size) if x.is_cuda else F.interpolate(x, size, mode="bilinear")
-
-
-def resize_by_products(x, size):
-    """What F.interpolate gives, as matrix products: on a GPU its own gradient is not repeatable, or slow."""
-    rows, columns = (bilinear_weights(*pair, x) for pair in zip(x.shape[2:], size, strict=True))
-    x = columns @ x.permute(0, 2, 3, 1)  # (B, H, width, C), as channels last lies in memory
-    x = rows @ x.flatten(2)  # (B, height, width · C)
-    return x.unflatten(2, (size[1], -1)).permute(0, 3, 1, 2)
-
-
-def bilinear_weights(old, new, like):
-    """(new, old), with the type and device of `like`: what each of `new` positions takes of each of `old`."""
-    eye = torch.eye(old, device=like.device, dtype=like.dtype)
-    return F.interpolate(eye[None], new, mode="linear")[0].T
 
 
 class TransposedConv(nn.Module):
@@ -44,6 +24,8 @@ class TransposedConv(nn.Module):
     shape: (C, H, W). Per 2×: ConvTranspose2d(4, 2, 1) → BN → ReLU with max(c // 2, 32) channels, or
     `width` channels throughout where it is given; then Conv3×3 → 3 and a sigmoid.
     """
+
+    local = True  # a pixel depends on the features around it alone: takes maps of any size
 
     def __init__(self, shape, width=None, size=IMAGE_SIZE):
         super().__init__()
@@ -197,6 +179,8 @@ class FrequencyDecoder(nn.Module):
     width: channels that the features are projected to, and that each pathway of 3×3 convolutions halves.
     """
 
+    local = False
+
     def __init__(self, shape, width=1280, size=IMAGE_SIZE):
         super().__init__()
         channels, height, _ = shape
@@ -230,6 +214,8 @@ class WaveletDecoder(nn.Module):
 
     width: channels of the four subbands together, 64 each by default.
     """
+
+    local = False
 
     def __init__(self, shape, width=256, size=IMAGE_SIZE):
         super().__init__()
@@ -296,6 +282,8 @@ class AttentionDecoder(nn.Module):
     width: channels of a token; TransposedConv gets the features' own channels, or `width` if fewer.
     """
 
+    local = False
+
     def __init__(self, shape, width=384, size=IMAGE_SIZE):
         super().__init__()
         channels, height, breadth = shape
@@ -310,11 +298,11 @@ class AttentionDecoder(nn.Module):
 
 
 class Fused(nn.Module):
-    """A decoder behind the maps of several layers, joined: each divided by its own deviation, and weighed.
+    """A decoder behind the maps of several layers, joined: each divided by its own std, and weighed.
 
     channels: of each source. fusion: `concat`, as they are; `weighted`, a learned weight a source;
-    `attention`, one a source at each position. The weights of the sources have a mean of 1. prepare.py
-    measures the deviations.
+    `attention`, one a source at each position. The weights of the sources have a mean of 1. train.py
+    measures the stds.
     """
 
     def __init__(self, decoder, channels, fusion="concat"):
@@ -342,3 +330,139 @@ class Fused(nn.Module):
         if encoder is None:
             return self.decoder(self.fuse(z), size)
         return self.decoder(self.fuse(z), size, lambda images: self.fuse(encoder(images)))
+
+
+# --- Beyond the study: residual and feedback ---
+
+GAIN = 0.1  # of what becomes pixels: a step of Adam moves all weights at once, and with 1 the images too far
+
+
+class Refinement(nn.Module):
+    """Convolution, GELU and convolution beside a shortcut: (B, C, H, W) → the same, at first unchanged."""
+
+    def __init__(self, channels):
+        super().__init__()
+        first, last = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.body = nn.Sequential(first, nn.GELU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class PixelShuffleHead(nn.Module):
+    """Per 2× a convolution and a pixel shuffle: (B, C, H, W) → (B, 3, *size), any real numbers.
+
+    Each step halves the channels, down to 32. shade: what it gives at first, about.
+    """
+
+    def __init__(self, channels, steps, shade=0.0):
+        super().__init__()
+        self.layers = nn.Sequential()
+        scale = 2 if steps else 1  # where a pixel has a position of its own
+        for step in range(1, max(steps, 1) + 1):
+            out = max(channels // 2, 32) if step < steps else 3
+            self.layers.extend([nn.Conv2d(channels, scale**2 * out, 3, padding=1), nn.PixelShuffle(scale)])
+            if step < steps:
+                self.layers.append(nn.GELU())
+            channels = out
+        nn.init.constant_(self.last.bias, shade / GAIN)
+
+    @property
+    def last(self):
+        """The convolution whose channels become pixels."""
+        return self.layers[-2]
+
+    def forward(self, x, size):
+        x = resize(self.layers(x), size)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse to be corrected
+        return GAIN * x
+
+
+class ResidualDecoder(nn.Module):
+    """Residual blocks at the features' resolution: features (B, C, H, W) → images (B, 3, size, size).
+
+    Not held to [0, 1], where a sigmoid would slow the darkest and the brightest pixels down: what is measured
+    or drawn is clamped. No batch norm: each channel has mean 0 and std 1 over training images, which
+    train.py measures. width: channels of the blocks.
+    """
+
+    local = True
+
+    def __init__(self, shape, width=64, size=IMAGE_SIZE, blocks=6):
+        super().__init__()
+        channels, height, _ = shape
+        self.size = (size, size)
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("deviation", torch.ones(channels, 1, 1))
+        self.embed = nn.Conv2d(channels, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(Refinement(width) for _ in range(blocks)))
+        self.head = PixelShuffleHead(width, upsamplings(height, size), shade=0.5)
+
+    def hidden(self, z):
+        return self.blocks(self.embed((z - self.mean) / self.deviation))
+
+    def forward(self, z, size=None):
+        return self.head(self.hidden(z), size or self.size)
+
+
+class FeedbackStep(nn.Module):
+    """An iteration of FeedbackDecoder: r (B, C, H, W) and h (B, width, H, W) → h, and a change."""
+
+    def __init__(self, channels, width, steps, blocks):
+        super().__init__()
+        self.compare = nn.Conv2d(channels + width, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(Refinement(width) for _ in range(blocks)))
+        self.head = PixelShuffleHead(width, steps)
+        nn.init.zeros_(self.head.last.weight)  # at first it changes nothing
+
+    def forward(self, residual, h, size):
+        h = h + self.blocks(self.compare(torch.cat([residual, h], 1)))
+        return h, self.head(h, size)
+
+
+class FeedbackDecoder(ResidualDecoder):
+    """A decoder that looks at the encoder: features (B, C, H, W) → images after each iteration, x₀ … x_K.
+
+    x₀ is ResidualDecoder's. Then K times the image is encoded, and how its features differ from those wanted,
+    r = (E(x) − z) / σ, changes a hidden map h and with it the image: h ← h + blocks(conv[r, h]), and
+    x ← x + head(h), with the same weights each time. A learned optimisation (Adler & Öktem 2017; Putzky and
+    Welling 2017; Carreira et al. 2016) of what Mahendran & Vedaldi 2015 do by the gradient of ‖r‖².
+
+    More than K iterations, where `iterations` is set to more, are rounds of K, each with a new h. So that a
+    second one improves what it is given, half of training's batches begin with what a first one made.
+    """
+
+    def __init__(self, shape, width=64, size=IMAGE_SIZE, blocks=1, iterations=ITERATIONS):
+        super().__init__(shape, width, size, blocks)
+        channels, height, _ = shape
+        self.iterations = iterations
+        self.iterations_per_round = iterations  # as in training, whatever `iterations` becomes
+        self.warm_start = False  # whether training begins with what a round made
+        self.steps = nn.ModuleList([FeedbackStep(channels, width, upsamplings(height, size), blocks)])
+
+    def sample_warm_start(self):
+        """Decide, before a step, whether its batch begins with what a first round made."""
+        self.warm_start = bool(torch.rand(()) < 0.5)
+
+    def forward(self, z, size, encoder):
+        """size: of the images, or None; encoder: images (B, 3, H, W) → features like z."""
+        hidden = h = self.hidden(z)
+        image = self.head(h, size or self.size)
+        images = [image]
+        if self.training and self.warm_start:
+            with torch.no_grad():
+                for _ in range(self.iterations_per_round):
+                    image, h = self.iterate(image, h, z, encoder)
+        for done in range(self.iterations):
+            h = h if done % self.iterations_per_round else hidden
+            image, h = self.iterate(image, h, z, encoder)
+            images.append(image)
+        return images
+
+    def iterate(self, image, h, z, encoder):
+        """An image (B, 3, H, W) that is closer to z, and what h is then."""
+        residual = (encoder(image) - z) / self.deviation
+        h, change = self.steps[0](residual, h, image.shape[2:])
+        return image + change, h

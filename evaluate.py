@@ -16,11 +16,12 @@ features: python invert.py --help
 """
 
 from flags import parse_evaluate
-from utils import run
+from utils import cli_main
 
 if __name__ == "__main__":
-    ARGS = run(lambda: parse_evaluate(doc=__doc__))  # before torch is imported: --help answers at once
+    ARGS = cli_main(lambda: parse_evaluate(doc=__doc__))  # before torch is imported: --help answers at once
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,17 +31,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from baselines import write_baselines
-from compare import compare
+from checkpoint import RESULTS, refuse_other_results, write_result
 from metrics import LPIPS, feature_error, feature_scale, measure, summary, summary_table, target
 from models import count_parameters, load_inverter
-from pictures import draw_histograms, draw_iterations, draw_reconstructions, to_pixels, write_samples
-from reconstruct import reconstruct_pictures
-from report import write_report
-from study import DOCUMENTED, FIGURES, METRICS, PROTOCOLS
-from tracker import add_test_metrics
 from utils import (
-    RESULTS,
+    DOCUMENTED,
+    METRICS,
+    METRICS_AND_FEATURE_ERROR,
+    PROTOCOLS,
     UserError,
     digest,
     disable_bars,
@@ -48,11 +46,9 @@ from utils import (
     keep_freed_memory,
     make_folder,
     processes,
-    refuse_other_results,
     select_device,
     timed,
     write_csv,
-    write_result,
 )
 
 SSIM_WAITS = 16  # batches at most whose SSIM a GPU does not wait for
@@ -62,6 +58,7 @@ PICTURES = 1000  # at most, of all images, are kept to be drawn: 300 MB
 class Evaluation(NamedTuple):
     """What evaluate_model measured, image by image."""
 
+    names: list  # of the N images
     values: dict  # {"psnr" (dB), "ssim", "lpips": (N,)}
     iterates: list  # the same and "feature_error", of what was there after each iteration; empty without any
     pictures: dict  # {number of an image: [what the metrics saw, its reconstruction], uint8 (H, W, 3)}
@@ -70,9 +67,13 @@ class Evaluation(NamedTuple):
 def evaluate(args):
     """Do what `args` (a Namespace of the flags) ask for."""
     if args.report:
+        from report.page import write_report
+
         write_report(args.report)
         return
     if args.compare:
+        from report.compare import compare
+
         compare(args.compare, args.out or "runs")
         return
     keep_freed_memory()
@@ -85,6 +86,8 @@ def evaluate_checkpoint(args, rank, world, device):
     bars = disable_bars(args, rank)
     if args.baselines:
         if rank == 0:
+            from report.baselines import write_baselines
+
             source, out = data.resolve(args.data), Path(args.out or "runs")
             write_baselines(source, out, PROTOCOLS[args.protocol], device, args.batch_size, args.cache, bars)
         return
@@ -92,18 +95,20 @@ def evaluate_checkpoint(args, rank, world, device):
     inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)
     inverter.to(device)
     config = checkpoint["config"]
-    iterations = getattr(inverter.core, "iterations", 0)  # how often the decoder looks at the encoder
+    iterations = getattr(inverter.base_decoder, "iterations", 0)  # how often the decoder looks at the encoder
     if args.iterations and not iterations:
         raise UserError(f"--iterations: the {config['decoder']} decoder of {args.ckpt} does not iterate")
     if args.iterations:
-        inverter.core.iterations = iterations = args.iterations
+        inverter.base_decoder.iterations = iterations = args.iterations
     protocol = PROTOCOLS[config["protocol"]]
     if args.images:
         if rank == 0:
+            from extras.own_pictures import reconstruct_pictures
+
             reconstruct_pictures(args, inverter, config, bars)
         return
     source, out = data.of_checkpoint(args.data, config["data"], args.ckpt)
-    images = data.load_split(source, "test", args.cache, protocol, bars, inverter.size)
+    images = data.load_split(source, "test", args.cache, protocol, bars=bars, size=inverter.size)
     if args.iterations:
         out = out / f"iterations-{args.iterations}"
     out = Path(args.out or out)
@@ -119,13 +124,13 @@ def evaluate_checkpoint(args, rank, world, device):
     if rank == 0:
         make_folder(out)  # or an error, before anything is computed
     part = data.subset(images, np.array_split(np.arange(len(images)), world)[rank])
-    found = evaluate_model(inverter, part, args.batch_size, bars, protocol, scale, PICTURES // world)
+    options = {"bars": bars, "protocol": protocol, "scale": scale, "pictures": PICTURES // world}
+    found = evaluate_model(inverter, part, args.batch_size, **options)
     if world > 1:
         found = gather(found)
     if rank == 0:
-        about["ckpt"] = args.ckpt
-        milliseconds = time_inference(inverter, images)
-        write_evaluation(found, images.names, inverter, checkpoint, about, milliseconds, out)
+        about |= {"ckpt": args.ckpt, "inference_ms": time_inference(inverter, images)}
+        write_evaluation(found, inverter, checkpoint, about, out)
 
 
 # --- Measuring -------------------------------------------------------------------------------------------
@@ -133,13 +138,12 @@ def evaluate_checkpoint(args, rank, world, device):
 
 @torch.no_grad()
 def evaluate_model(
-    inverter, images, batch_size=4, bars=None, protocol=DOCUMENTED, scale=None, pictures=PICTURES
+    inverter, images, batch_size=4, *, bars=None, protocol=DOCUMENTED, scale=None, pictures=PICTURES
 ):
-    """Reconstruct and measure the centre of `images`, of the inverter's own size: an Evaluation.
+    """Reconstruct and measure the centres of data.Images, of the inverter's size: an Evaluation.
 
-    images: data.Images, read a batch at a time, or uint8 (N, 256, 256, 3). protocol: that of the training.
-    scale: what feature errors are divided by; with it each iteration is measured. pictures: of how many
-    images, evenly spaced, pixels are kept.
+    protocol: that of the training. scale: divides feature errors; with it each iteration is measured.
+    pictures: keep the pixels of so many images, evenly spaced.
     """
     lpips = LPIPS().to(inverter.device)
     parts = []  # of each batch, the values after each iteration
@@ -155,29 +159,31 @@ def evaluate_model(
             features = inverter.encode(batch)
             wanted = target(batch, protocol).clamp(0, 1)
             parts.append([])
-            made = inverter.iterates(features)
+            made = inverter.decode_all(features)
             for image in made if scale else made[-1:]:
                 output = image.clamp(0, 1)
                 values = measure(output, wanted, lpips, protocol)
                 if scale:
-                    values["feature_error"] = feature_error(inverter.look, image, features, scale).tolist()
+                    values["feature_error"] = feature_error(
+                        inverter.reencode, image, features, scale
+                    ).tolist()
                 parts[-1].append(values)
                 waiting.append(values)
                 if len(waiting) >= most:
-                    await_ssim(waiting)
-            pairs = zip(to_pixels(wanted), to_pixels(output), strict=True)
+                    finish_ssim(waiting)
+            pairs = zip(data.to_pixels(wanted), data.to_pixels(output), strict=True)
             for number, pair in enumerate(pairs, first):
                 if number in drawn:
                     kept[number] = [pixels.clone() for pixels in pair]  # without the rest of the batch
             bar.update(len(batch))
-    await_ssim(waiting)
-    iterates = [joined(same) for same in zip(*parts, strict=True)]  # batches after as many iterations
+    finish_ssim(waiting)
+    iterates = [concatenate(same) for same in zip(*parts, strict=True)]  # batches after as many iterations
     values = {name: iterates[-1][name] for name in METRICS}
     iterates = iterates if scale else []
-    return Evaluation(values, iterates, kept)
+    return Evaluation(list(images.names), values, iterates, kept)
 
 
-def await_ssim(waiting):
+def finish_ssim(waiting):
     """Wait for the SSIM of each of these `measure` results, and forget them."""
     for values in waiting:
         values["ssim"] = list(values["ssim"])
@@ -200,11 +206,12 @@ def gather(found):
     for part in parts:
         pictures |= {first + number: pair for number, pair in part.pictures.items()}
         first += len(part.values["psnr"])
-    iterates = [joined(same) for same in zip(*(part.iterates for part in parts), strict=True)]
-    return Evaluation(joined([part.values for part in parts]), iterates, pictures)
+    iterates = [concatenate(same) for same in zip(*(part.iterates for part in parts), strict=True)]
+    names = [name for part in parts for name in part.names]
+    return Evaluation(names, concatenate([part.values for part in parts]), iterates, pictures)
 
 
-def joined(parts):
+def concatenate(parts):
     """{name: (N,)} of such parts, one after the other."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -212,43 +219,51 @@ def joined(parts):
 # --- What it writes --------------------------------------------------------------------------------------
 
 
-def write_evaluation(found, names, inverter, checkpoint, about, milliseconds, out):
+def write_evaluation(found, inverter, checkpoint, about, out):
     """Print the table of a measured checkpoint and write its files to the folder `out`.
 
-    found: the Evaluation of the test images, whose names are given; about: what metrics.json also says.
+    found: the Evaluation of the test images; about: more entries of metrics.json. Pictures need report/.
     """
     config = checkpoint["config"]
     protocol = PROTOCOLS[config["protocol"]]
     values = found.values
     metrics = {name: summary(values[name]) for name in METRICS}
-    about = about | {"images": len(names), "inference_ms": milliseconds}
+    about = about | {"images": len(found.names)}
     about |= {name: config[name] for name in ("protocol", "weights")}
     about |= {"parameters": count_parameters(inverter.decoder), "epoch": checkpoint["epoch"]}
     about |= {"shape": list(inverter.shape), "size": inverter.size}
     label = "target, as measured" if protocol.normalized_target else "original"
     (out / "metrics.json").unlink(missing_ok=True)
-    rows = zip(names, *(values[name].tolist() for name in METRICS), strict=True)
+    rows = zip(found.names, *(values[name].tolist() for name in METRICS), strict=True)
     write_csv(out / "per_image.csv", ("image", *METRICS), rows)
-    draw_reconstructions(found.pictures, names, values["psnr"], out / "reconstructions.png", label)
-    draw_histograms(values, out / "histograms.png")
-    write_samples(found.pictures, out / "reconstructions.zip")
+    if find_spec("report"):
+        from report.pictures import draw_evaluation
+
+        trained = getattr(inverter.base_decoder, "iterations_per_round", None)
+        draw_evaluation(found, out, label, trained)
     if found.iterates:
-        draw_iterations(found.iterates, out / "iterations.png", inverter.core.in_a_round)
-        about["iterates"] = [{name: summary(after[name]) for name in FIGURES} for after in found.iterates]
+        about["iterates"] = [
+            {name: summary(after[name]) for name in METRICS_AND_FEATURE_ERROR} for after in found.iterates
+        ]
     # last: where it is, the others are
     write_result(out / "metrics.json", metrics | about)
-    add_test_metrics(out, checkpoint["epoch"], {name: metrics[name]["mean"] for name in METRICS})
+    if find_spec("extras") and find_spec("report"):
+        from extras.trackers import add_test_metrics
+
+        add_test_metrics(out, checkpoint["epoch"], {name: metrics[name]["mean"] for name in METRICS})
 
     print(
-        f"{config['encoder']} {config['layer']} ({config['weights']} weights) + {config['decoder']}, "
-        f"epoch {checkpoint['epoch']}, protocol {protocol.name}; {len(names)} test images of {about['data']}"
+        f"{config['encoder']} {config['layer']} ({config['weights']} weights) + {config['decoder']}, epoch "
+        f"{checkpoint['epoch']}, protocol {protocol.name}; {len(found.names)} test images of {about['data']}"
     )
     print(summary_table(metrics))
     for number, after in enumerate(found.iterates):
-        means = ", ".join(f"{label} {after[name].mean():.4f}" for name, label in FIGURES.items())
+        means = ", ".join(
+            f"{label} {after[name].mean():.4f}" for name, label in METRICS_AND_FEATURE_ERROR.items()
+        )
         print(f"after {number} iterations: {means}")
-    print(f"{milliseconds:.1f} ms for an image by itself on {inverter.device}; results in {out}")
+    print(f"{about['inference_ms']:.1f} ms for an image by itself on {inverter.device}; results in {out}")
 
 
 if __name__ == "__main__":
-    run(lambda: evaluate(ARGS))
+    cli_main(lambda: evaluate(ARGS))

@@ -6,12 +6,20 @@ import re
 import reprlib
 import sys
 from functools import partial
-from pathlib import Path
 
 import yaml
 
-from study import DECODERS, INPUT, ITERATIONS, LAYERS, PROTOCOLS
-from utils import UserError
+from utils import (
+    DECODERS,
+    INPUT_FLAGS,
+    ITERATIONS,
+    LAYERS,
+    PROTOCOLS,
+    UserError,
+    check_layer,
+    encoders_of,
+    weights_of_each,
+)
 
 # Flags that say how to run, not what: they are no part of a run's configuration.
 NOT_CONFIG = "config fast resume overwrite download cache graphs tracker quiet bars".split()
@@ -72,43 +80,6 @@ positive_float = partial(number, float, minimum=5e-324, maximum=sys.float_info.m
 non_negative_float = partial(number, float, minimum=0, maximum=sys.float_info.max)
 
 
-def is_encoder(name):
-    """Whether an encoder can have this name."""
-    return name in LAYERS or ".py:" in name or name.startswith(("timm/", "torchvision/"))
-
-
-def split(text, is_name):
-    """The names that `text` joins with +. A name may contain +: each is as short as `is_name` allows."""
-    names = []
-    for part in text.split("+"):
-        if names and not is_name(names[-1]):
-            names[-1] += f"+{part}"
-        else:
-            names.append(part)
-    return names if is_name(names[-1]) else text.split("+")
-
-
-def encoders_of(encoder):
-    """The encoders that --encoder joins with +."""
-    return split(encoder, is_encoder)
-
-
-def check_encoder(name):
-    """Raise UserError for what no encoder can be called."""
-    if not is_encoder(name):
-        others = "timm/NAME, torchvision/NAME, FILE.py:FUNCTION"
-        raise UserError(f"--encoder {name}: not an encoder; choose from {', '.join(LAYERS)}, {others}")
-
-
-def check_layer(encoder, layer):
-    """Raise UserError for names that cannot be; of networks that have no short name, encoders.py knows."""
-    for name in encoders_of(encoder):
-        check_encoder(name)
-    if encoder in LAYERS and layer not in LAYERS[encoder]:
-        names = ", ".join(LAYERS[encoder])
-        raise UserError(f"--layer {layer}: not a layer of {encoder}; choose from {names}")
-
-
 def add_running_flags(add):
     """What every script that computes takes; add: a group's add_argument."""
     add("--cache", help="folder of decoded images and kept crops (default: ~/.cache/feature-inversion)")
@@ -140,16 +111,6 @@ def check_weights(args):
         raise UserError("--weights own: what a FILE.py's function gives; here imagenet, random or a file")
     if args.std and min(args.std) <= 0:
         raise UserError(f"--std {args.std}: images are divided by it; give three numbers above 0")
-
-
-def weights_of_each(count, weights):
-    """The `--weights` of each of `count` encoders: one word for all, or as many with `+` between them."""
-
-    def is_source(name):
-        return name in ("imagenet", "random", "own") or Path(name).is_file()
-
-    sources = [weights] if is_source(weights) else split(weights, is_source)
-    return sources if len(sources) == count else [weights] * count
 
 
 def three_numbers(text):
@@ -252,7 +213,7 @@ def config_of(args):
     return {flag: value for flag, value in vars(args).items() if flag not in NOT_CONFIG}
 
 
-def completed(config, path=None):
+def with_defaults(config, path=None):
     """A saved configuration with the defaults of flags that are newer than it.
 
     path: of the file that has it, which it must not say something in that this version does not know.
@@ -408,7 +369,7 @@ def parse_invert(argv=None, doc=None):
             raise UserError(f"--encoder {args.encoder}: give a --layer; python models.py lists them")
         args.weights = args.weights or "imagenet"
         check_weights(args)
-    for name in ("layer", *INPUT):
+    for name in ("layer", *INPUT_FLAGS):
         if getattr(args, name) and not noise:
             raise UserError(f"--{name.replace('_', '-')}: only with --encoder and without --ckpt")
     args.ckpt = args.ckpt or (None if noise else "runs/best.pt")

@@ -12,10 +12,12 @@ Writes inversion.json, .csv and .png beside the checkpoint (of --images to own/ 
 """
 
 from flags import parse_invert
-from utils import run
+from utils import cli_main
 
 if __name__ == "__main__":
-    ARGS = run(lambda: parse_invert(doc=__doc__))  # before torch is imported, so that --help answers at once
+    ARGS = cli_main(
+        lambda: parse_invert(doc=__doc__)
+    )  # before torch is imported, so that --help answers at once
 
 import math
 import re
@@ -24,19 +26,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import data
-from decoders import resize
+from checkpoint import INVERSION, refuse_other_results
 from encoders import build_encoder
-from metrics import LPIPS, SMALLEST, feature_error, feature_scale, measure, psnr, summary
+from extras.own_pictures import picture_files, read_square
+from layers import resize
+from metrics import LPIPS, LPIPS_MIN_SIZE, feature_error, feature_scale, measure, psnr
 from models import load_inverter
-from pictures import draw_grid, drawable, from_worst_to_best, save_figure, to_pixels
-from reconstruct import picture_files, read_square
-from study import FIGURES, INPUT
+from report.inversion import draw_courses, read_course, write_inversion
 from utils import (
-    INVERSION,
+    INPUT_FLAGS,
+    METRICS_AND_FEATURE_ERROR,
     UserError,
     digest,
     disable_bars,
@@ -44,12 +46,7 @@ from utils import (
     keep_freed_memory,
     make_folder,
     processes,
-    read_result,
-    reading,
-    refuse_other_results,
     select_device,
-    write_csv,
-    write_result,
 )
 
 REDUCTIONS = (1, 2, 8, 32)  # of an image's height and width, from level to level
@@ -71,8 +68,8 @@ def main(args):
     encoder, decode, about, out = from_checkpoint(args, device) if args.ckpt else from_noise(args)
     about["split"] = args.split
     out = Path(args.out or (out if args.split == "test" else out / args.split))
-    if encoder.input_size < SMALLEST:
-        raise UserError(f"--input-size {encoder.input_size}: LPIPS wants at least {SMALLEST} pixels")
+    if encoder.input_size < LPIPS_MIN_SIZE:
+        raise UserError(f"--input-size {encoder.input_size}: LPIPS wants at least {LPIPS_MIN_SIZE} pixels")
     encoder.to(device)
     if files:
         squares = [np.array(read_square(file, encoder.input_size)) for file in files]
@@ -93,7 +90,7 @@ def main(args):
         f"{about['start']}; {len(chosen)} {args.split} images of {about['data']}"
     )
     pixels = images[chosen]
-    found = invert_images(encoder, decode, pixels, scale, args.batch_size, bars, **options)
+    found = invert_images(encoder, decode, pixels, scale, args.batch_size, bars=bars, **options)
     pictures, values, about["course"] = found
     write_inversion(pictures, values, [images.names[i] for i in chosen], about, out)
     print(f"results in {out}")
@@ -102,7 +99,7 @@ def main(args):
 def from_noise(args):
     """(encoder, no decoder, what the results are of, folder for them) of --encoder, --layer and --weights."""
     about = {"encoder": args.encoder, "layer": args.layer, "weights": args.weights}
-    about |= {name: getattr(args, name) for name in INPUT}
+    about |= {name: getattr(args, name) for name in INPUT_FLAGS}
     encoder = build_encoder(**about)
     about |= {"start": "noise", "data": " ".join(args.images or [data.resolve(args.data)])}
     name = f"noise_{re.sub('[/:]', '_', args.encoder)}_{args.layer}"
@@ -162,7 +159,7 @@ def prior_weight(encoder, decode):
     return 0.3 * weight if decode else weight
 
 
-def invert(encoder, features, start, steps=300, lr=0.1, tv_weight=1.0, bars=None, watch=None):
+def invert(encoder, features, start, *, steps=300, lr=0.1, tv_weight=1.0, bars=None, watch=None):
     """Images (B, 3, H, W) in [0, 1], found from `start`, whose features are those given (B, C, H, W).
 
     Minimises ‖φ(x) − φ‖² / ‖φ‖² + tv_weight · total variation by Adam. Its rate falls to 0 as a cosine, and
@@ -207,19 +204,19 @@ def noise(batch, first):
     return (0.5 + 0.05 * torch.stack(draws)).clamp(0, 1).to(batch.device)
 
 
-def invert_images(encoder, decode, pixels, scale, batch_size=4, bars=None, **options):
-    """Invert the features of uint8 `pixels` (N, H, W, 3), from what `decode` makes of them, None: noise.
+def invert_images(encoder, decode, pixels, scale, batch_size=4, *, bars=None, **options):
+    """Invert the features of uint8 `pixels` (N, H, W, 3), from what `decode` makes of them; None: noise.
 
-    scale: what feature errors ‖φ(x) − φ‖ are divided by. Returns {"original", "start", "inversion": uint8
-    pixels (N, size, size, 3), size being the encoder's own}, for start and inversion {key of FIGURES: (N,)},
-    and how it went: {"step": [S], "seconds": an image takes up to there, with the start, "psnr": mean in dB}.
+    scale: divides feature errors. Returns {"original", "start", "inversion": uint8 (N, size, size, 3)}; for
+    start and inversion {metric: (N,)}; and the course, {"step": [S], "seconds": an image takes until then,
+    "psnr": mean in dB}.
     """
     moments = evenly_spaced(options["steps"] + 1, WATCHED)
     seconds, decibels = np.zeros((2, len(moments)))  # sums over the images
     device = next(encoder.buffers()).device
     lpips = LPIPS().to(device)
     pictures = {"original": [], "start": [], "inversion": []}
-    values = {"start": [], "inversion": []}  # of each image, in the order of FIGURES
+    values = {"start": [], "inversion": []}  # of each image, in the order of METRICS_AND_FEATURE_ERROR
     with tqdm(None, "Images", len(pixels), unit="image", disable=bars) as bar:
         for number, part in enumerate(pixels.split(batch_size)):
             batch = data.center_crops(part, encoder.input_size).to(device)
@@ -239,59 +236,18 @@ def invert_images(encoder, decode, pixels, scale, batch_size=4, bars=None, **opt
                 raise UserError("the pixels are not finite any more; give a smaller --lr or --tv-weight")
             found = {"original": batch, "start": start, "inversion": inversion}
             for kind, images in found.items():
-                pictures[kind].append(to_pixels(images))
+                pictures[kind].append(data.to_pixels(images))
             for kind in values:
                 figures = measure(found[kind], batch, lpips)
                 figures["feature_error"] = feature_error(encoder, found[kind], features, scale).tolist()
-                values[kind].append([list(figures[name]) for name in FIGURES])
+                values[kind].append([list(figures[name]) for name in METRICS_AND_FEATURE_ERROR])
             bar.update(len(batch))
     pictures = {kind: torch.cat(parts) for kind, parts in pictures.items()}
     for kind, parts in values.items():
-        values[kind] = dict(zip(FIGURES, np.concatenate(parts, 1), strict=True))
+        values[kind] = dict(zip(METRICS_AND_FEATURE_ERROR, np.concatenate(parts, 1), strict=True))
     course = {"step": moments, "seconds": list(seconds / len(pixels)), "psnr": list(decibels / len(pixels))}
     return pictures, values, course
 
 
-def read_course(folder):
-    """(label, {"step", "seconds", "psnr"}) of the inversion whose results are in `folder`."""
-    file = Path(folder, "inversion.json")
-    with reading(f"{file}: not a result of this invert.py", "invert again"):
-        content = read_result(file)
-        return f"{content['encoder']} {content['layer']} from {content['start']}", content["course"]
-
-
-def draw_courses(courses, path):
-    """PSNR against the seconds that an image takes, of each (label, course)."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axis = figure.subplots()
-    for label, course in courses:
-        axis.plot(course["seconds"], course["psnr"], marker=".", label=drawable(label))
-    axis.set(xscale="log", xlabel="seconds an image", ylabel="PSNR (dB) ↑")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    save_figure(figure, path)
-    print(f"{path} shows them")
-
-
-def write_inversion(pictures, values, names, about, out):
-    """Print the table and write the files to the folder `out`; about: what inversion.json also says."""
-    labels = {"start": about["start"], "inversion": "inversion"}
-    print(f"{'':<16}" + "".join(f"{label:>20}" for label in FIGURES.values()))
-    for kind, columns in values.items():
-        cells = [f"{columns[name].mean():.4f} ± {columns[name].std():.4f}" for name in FIGURES]
-        print(f"{labels[kind]:<16}" + "".join(f"{cell:>20}" for cell in cells))
-    (out / "inversion.json").unlink(missing_ok=True)
-    header = ["image", *(f"{kind}_{name}" for kind in values for name in FIGURES)]
-    columns = [values[kind][name].tolist() for kind in values for name in FIGURES]
-    write_csv(out / "inversion.csv", header, zip(names, *columns, strict=True))
-    chosen = from_worst_to_best(values["inversion"]["psnr"])
-    rows = {"original": [(pictures["original"][i], names[i]) for i in chosen]}
-    for kind, label in labels.items():
-        rows[label] = [(pictures[kind][i], f"{values[kind]['psnr'][i]:.2f} dB") for i in chosen]
-    draw_grid(rows, out / "inversion.png")
-    means = {kind: {name: summary(values[kind][name]) for name in FIGURES} for kind in values}
-    write_result(out / "inversion.json", about | {"metrics": means})
-
-
 if __name__ == "__main__":
-    run(lambda: main(ARGS))
+    cli_main(lambda: main(ARGS))

@@ -13,14 +13,13 @@ from skimage.metrics import structural_similarity
 from torch import nn
 
 from data import center_crops
-from study import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD, METRICS
-from utils import UserError
-from weights import imagenet_weights
+from encoders import imagenet_weights
+from utils import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD, METRICS, UserError
 
-SMALLEST = 31  # pixels, that LPIPS takes
+LPIPS_MIN_SIZE = 31  # pixels
 TERMS = ("loss", "mse", "lpips", "psnr")  # what Loss gives, and an epoch averages
 SSIM_POOL = ThreadPoolExecutor()  # each image on one core
-EARLIER = 0.3  # weight of the MSE of what an iterating decoder made before the last iteration
+INTERMEDIATE_WEIGHT = 0.3  # of the MSE of an iterating decoder's images before the last one
 
 
 def target(images, protocol=DOCUMENTED):
@@ -37,7 +36,7 @@ def target(images, protocol=DOCUMENTED):
 
 @cache
 def imagenet_statistics(device):
-    """Mean and deviation of ImageNet's channels, (3, 1, 1) each, copied to a device only once."""
+    """Mean and std of ImageNet's channels, (3, 1, 1) each, copied to a device only once."""
     return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[:, :, None, None]
 
 
@@ -102,9 +101,9 @@ def feature_scale(encoder, images, batch_size=4):
 class LPIPS(nn.Module):
     """LPIPS v0.1 with AlexNet (Zhang et al. 2018; paper 3.4.3), equal to the lpips package's.
 
-    Takes images (B, 3, H, W) in [0, 1], H and W at least SMALLEST. Its scaling of [-1, 1] images is ImageNet
-    normalisation of [0, 1] ones. Written out, because training wants the target's features without
-    autograd, and a gradient that is finite where a feature vector is exactly zero.
+    Takes images (B, 3, H, W) in [0, 1], H and W at least LPIPS_MIN_SIZE. The package's scaling of [-1, 1]
+    images is ImageNet normalisation of [0, 1] ones. Written out, because training needs the target's
+    features without autograd, and a finite gradient where a feature vector is zero.
     """
 
     def __init__(self):
@@ -160,19 +159,20 @@ class Loss(nn.Module):
         self.protocol = protocol
         self.lpips = LPIPS() if lpips_weight else None
 
-    def forward(self, output, images, earlier=()):
+    def forward(self, output, images, intermediate=()):
         """{term of TERMS: (B,), one value an image} of output and images (B, 3, H, W) in [0, 1].
 
         `lpips` is NaN where it was not asked for; `psnr`, in dB, is against the target clipped to [0, 1].
-        earlier: outputs whose MSE counts in `loss`, and there alone, with EARLIER of its weight.
+        intermediate: earlier outputs; their MSE counts in `loss` alone, with INTERMEDIATE_WEIGHT.
         """
         wanted = target(images, self.protocol)
         mse = ((output if self.mse_weight else output.detach()) - wanted).square().mean((1, 2, 3))
         loss = 0
         if self.mse_weight:
             loss = self.mse_weight * mse
-            for before in earlier:
-                loss = loss + EARLIER * self.mse_weight * (before - wanted).square().mean((1, 2, 3))
+            for image in intermediate:
+                error = (image - wanted).square().mean((1, 2, 3))
+                loss = loss + INTERMEDIATE_WEIGHT * self.mse_weight * error
         if self.lpips:
             distance = self.lpips(output, wanted)
             loss = loss + self.lpips_weight * distance

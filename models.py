@@ -12,24 +12,29 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import decoders
-from encoders import build_encoder, weights_key
-from feedback import FeedbackDecoder, ResidualDecoder
-from flags import Parser, completed, encoders_of, positive_int, weights_of_each
-from networks import load_network, own_files, own_input
-from study import DECODERS, DOCUMENTED, ENCODERS, IMAGE_SIZE, INPUT, LAYERS, PROTOCOLS
-from trunk import layers_of
-from utils import UserError, digest, load, out_of_memory, run
+from checkpoint import read_checkpoint
+from decoders import FeedbackDecoder, Fused, upsamplings
+from encoders import build_encoder, encoder_sha256, layers_of, load_network, pretrained_input_config
+from utils import (
+    DECODERS,
+    DOCUMENTED,
+    ENCODERS,
+    IMAGE_SIZE,
+    INPUT_FLAGS,
+    LAYERS,
+    PROTOCOLS,
+    UserError,
+    cli_main,
+    digest,
+    encoders_of,
+    out_of_memory,
+    user_files,
+    weights_of_each,
+)
 
 # --- Decoders ------------------------------------------------------------------------------------------
 
-BUILDERS = {
-    "tconv": decoders.TransposedConv,
-    "frequency": decoders.FrequencyDecoder,
-    "wavelet": decoders.WaveletDecoder,
-    "attention": decoders.AttentionDecoder,
-    "residual": ResidualDecoder,
-    "feedback": FeedbackDecoder,
-}
+BUILDERS = {name: getattr(decoders, kind) for name, kind in DECODERS.items()}
 
 
 def build_decoder(decoder, shape, width=None, seed=42, **options):
@@ -81,12 +86,12 @@ class Inverter(nn.Module):
         return next(self.parameters()).device
 
     @property
-    def core(self):
-        """The decoder without what joins several sources."""
-        return self.decoder.decoder if isinstance(self.decoder, decoders.Fused) else self.decoder
+    def base_decoder(self):
+        """The decoder, without the Fused around it where there are several encoders."""
+        return self.decoder.decoder if isinstance(self.decoder, Fused) else self.decoder
 
     @property
-    def look(self):
+    def reencode(self):
         """What encodes the decoder's own images; normalised ones are not normalised again."""
         return self.encoder.trunk if self.normalized else self.encoder
 
@@ -101,22 +106,22 @@ class Inverter(nn.Module):
 
     def decode(self, features, size=None):
         """Images from features, in float32 even with amp, as the losses want them; size: theirs, else own."""
-        return self.iterates(features, size)[-1]
+        return self.decode_all(features, size)[-1]
 
-    def iterates(self, features, size=None):
+    def decode_all(self, features, size=None):
         """The images after each iteration, of which `decode` gives the last; one where none iterates."""
         with self.autocast():
-            if isinstance(self.core, FeedbackDecoder):
-                images = self.decoder(features, size, self.look)
+            if isinstance(self.base_decoder, FeedbackDecoder):
+                images = self.decoder(features, size, self.reencode)
             else:
                 images = [self.decoder(features, size)]
         return [image.float() for image in images]
 
     def forward(self, images, features=None, each=False):
-        """Reconstructions of images, from their features where these are known; each: a list, `iterates`."""
+        """Reconstructions of images, from `features` if known; each: a list, as decode_all."""
         if features is None:
             features = self.encode(images)
-        iterates = self.iterates(features, images.shape[2:])
+        iterates = self.decode_all(features, images.shape[2:])
         return iterates if each else iterates[-1]
 
     def shape_at(self, size):
@@ -126,7 +131,7 @@ class Inverter(nn.Module):
     @property
     def stride(self):
         """Pixels of an image from one position of the features to the next; of several layers, the most."""
-        return 2 ** decoders.upsamplings(min(height for _, height, _ in self.encoder.shapes), self.size)
+        return 2 ** upsamplings(min(height for _, height, _ in self.encoder.shapes), self.size)
 
     def compile(self):
         """torch.compile both networks, in place."""
@@ -139,6 +144,7 @@ def build_inverter(
     layer="block1",
     decoder="tconv",
     weights="imagenet",
+    *,
     width=None,
     seed=42,
     protocol=DOCUMENTED,
@@ -154,33 +160,21 @@ def build_inverter(
     input_size, mean, std: of the encoder's images, where not its own. fusion: of several encoders, `concat`
     where None. options: build_decoder's.
     """
-    frozen = build_encoder(encoder, layer, weights, seed, protocol, input_size, mean, std)
+    images = {"input_size": input_size, "mean": mean, "std": std}
+    frozen = build_encoder(encoder, layer, weights, seed, protocol, **images)
     channels, heights, widths = zip(*frozen.shapes, strict=True)
     shape = (sum(channels), max(heights), max(widths))
     net = build_decoder(decoder, shape, width, seed, size=frozen.input_size, **options)
     if len(channels) > 1:
-        net = decoders.Fused(net, channels, fusion or "concat")
+        net = Fused(net, channels, fusion or "concat")
     return Inverter(frozen, net, shape, amp, protocol.normalized_target)
 
 
 def inverter_of(config):
     """The Inverter that a run's configuration, {flag: value}, asks for. Raises UserError, and KeyError."""
-    names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp", "iterations", "fusion", *INPUT)
-    values = {name: config[name] for name in names}
+    names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp", "iterations", "fusion")
+    values = {name: config[name] for name in (*names, *INPUT_FLAGS)}
     return build_inverter(**values, protocol=PROTOCOLS[config["protocol"]])
-
-
-def read_checkpoint(path):
-    """The best.pt at `path`, its `config` with the defaults of newer flags. UserError for another file."""
-    checkpoint = load(path)
-    wanted = {"decoder", "config", "shape", "encoder_sha256", "programs", "epoch", "val_loss"}
-    missing = wanted - set(checkpoint if type(checkpoint) is dict else ())
-    if missing:
-        raise UserError(f"{path}: not a best.pt of this train.py (it has no {', '.join(sorted(missing))})")
-    try:
-        return checkpoint | {"config": completed(checkpoint["config"], path)}
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a best.pt of this program ({error})") from None
 
 
 def load_inverter(path, encoder=None, weights=None, trust_code=False):
@@ -199,7 +193,7 @@ def load_inverter(path, encoder=None, weights=None, trust_code=False):
             if without_places(now)[flag] != without_places(config)[flag]:
                 what = f"{path} was trained with {config[flag]}, of which a file alone may lie elsewhere"
                 raise UserError(f"--{flag} {now[flag]}: {what}")
-        before, files = own_files(config["encoder"]), own_files(now["encoder"])
+        before, files = user_files(config["encoder"]), user_files(now["encoder"])
         if files and not encoder and not trust_code:
             trust = f"if you trust it, give --trust-code, or --encoder {config['encoder']}"
             raise UserError(f"{path}: names a program that would be run, {', '.join(files)}; {trust}")
@@ -216,9 +210,9 @@ def load_inverter(path, encoder=None, weights=None, trust_code=False):
         if out_of_memory(error):
             raise
         raise UserError(f"{path}: not a best.pt of this program ({error})") from None
-    if checkpoint["encoder_sha256"] != weights_key(inverter.encoder, known):
+    if checkpoint["encoder_sha256"] != encoder_sha256(inverter.encoder, known):
         names = f"{now['encoder']}'s {now['weights']} weights up to its layer"
-        images = "another mean and deviation of its images, than those found here"
+        images = "another mean and std of its images, than those found here"
         raise UserError(f"{path}: was trained with other {names}, or {images}")
     return inverter.eval(), checkpoint
 
@@ -242,7 +236,7 @@ def load_decoder(inverter, config):
     theirs = f"{other['decoder']} decoder of {tuple(checkpoint['shape'])}"
     ours = f"a {config['decoder']} decoder of {inverter.shape} here"
     load_network(inverter.decoder, checkpoint["decoder"], f"--init {path}, a {theirs}, for {ours}")
-    if checkpoint["encoder_sha256"] != weights_key(inverter.encoder) or other["layer"] != config["layer"]:
+    if checkpoint["encoder_sha256"] != encoder_sha256(inverter.encoder) or other["layer"] != config["layer"]:
         print(f"*** --init {path}: was trained on other features: {other['encoder']} {other['layer']} ***")
     return digest(path)
 
@@ -303,12 +297,15 @@ def decoder_cost(decoder, shape):
 
 
 def main():
+    from flags import Parser, positive_int
+
     parser = Parser(__doc__)
     parser.add_argument("--encoder", help="its layers, as --layer takes them (default: the study's)")
     parser.add_argument("--input-size", type=positive_int, metavar="N", help="side of its images")
     args = parser.parse_args()
     if args.encoder:
-        size = args.input_size or own_input(ENCODERS.get(args.encoder, args.encoder))["input_size"]
+        name = ENCODERS.get(args.encoder, args.encoder)
+        size = args.input_size or pretrained_input_config(name)["input_size"]
         describe(layers_of(args.encoder, size), size, decoding=False)
     elif args.input_size:
         raise UserError("--input-size: of an --encoder; give one")
@@ -321,4 +318,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

@@ -11,330 +11,528 @@ or hosts: torchrun --nproc_per_node=N train.py … Watch: tensorboard --logdir r
 """
 
 from flags import MAY_DIFFER, config_of, parse_train
-from utils import run
+from utils import cli_main
 
 if __name__ == "__main__":
-    ARGS = run(lambda: parse_train(doc=__doc__))  # before torch is imported: --help answers at once
+    ARGS = cli_main(lambda: parse_train(doc=__doc__))  # before torch is imported: --help answers at once
 
+import copy
 import math
+import os
 import shlex
 import sys
 import time
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import yaml
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from tqdm import tqdm
 
 import data
-import prepare
-from encoders import weights_key
-from feedback import FeedbackDecoder
-from graphs import Graphs
-from kept import keep_crops
-from metrics import TERMS, Loss, Meter, target
-from models import inverter_of, load_decoder
-from muon import Muon
-from signals import Interrupted, Signals
-from state import State, claim, hold, remove_what_will_not_be_true, resume, save_best, save_last, update_best
-from study import PROTOCOLS
-from tracker import Tracker, draw_curves, epoch_line, write_history
-from utils import UserError, disable_bars, evenly_spaced, processes, select_device, tf32, write_text
+from checkpoint import (
+    Interrupted,
+    Signals,
+    check_folder,
+    lock_folder,
+    remove_stale_results,
+    resume,
+    save_best,
+    save_last,
+    update_best,
+    write_history,
+)
+from decoders import FeedbackDecoder, Fused
+from encoders import encoder_sha256
+from metrics import LPIPS_MIN_SIZE, TERMS, Loss, Meter, target
+from models import Inverter, count_parameters, inverter_of, load_decoder
+from utils import (
+    PROTOCOLS,
+    UserError,
+    disable_bars,
+    evenly_spaced,
+    keep_freed_memory,
+    out_of_memory,
+    processes,
+    select_device,
+    tf32,
+    write_text,
+)
 
-VALIDATED = 4  # images at a time
-KEPT_FEATURES = 2**28  # bytes of validation features that are computed once; shallow layers' are larger
-SHOWN = 6  # validation images, to the tracker
-LOOKS = 20  # steps from one look at the losses, and at other GPUs' signals, to the next: each waits
+VAL_BATCH = 4
+VAL_CACHE_BYTES = 2**28  # validation features up to this size are computed once
+LOGGED_IMAGES = 6  # validation images for the tracker
+SYNC_EVERY = 20  # steps between looks at the losses, and at other GPUs' signals: each look waits
+STATISTICS_CROPS = 64  # for the mean and std of the features
 DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
 
 
 def train(args):
-    """Train as `args` (a Namespace of the flags) say, and write the run's files; the State at its end."""
-    with processes(select_device(args.device)) as started, ExitStack() as held:
-        return train_here(args, held, *started)
-
-
-def train_here(args, held, rank, world, device):
-    """`train`, in one of `world` processes; held: what the run's lock is released with."""
-    # --- networks
-    prepare.set_up(args.deterministic)
-    torch.manual_seed(args.seed)
-    bars = disable_bars(args, rank)
-    if args.download:
-        prepare.download(args)
-    config = config_of(args) | {"data": data.resolve(args.data)}
-    protocol = PROTOCOLS[config["protocol"]]
-    out = Path(args.out)
-    if rank == 0:
-        held.enter_context(hold(out))
-        claim(out, args.resume, args.overwrite)
-    inverter = inverter_of(config)
-    init_sha256 = load_decoder(inverter, config) if config["init"] else None
-    inverter.to(device)
-    config["crop"] = config["crop"] or inverter.size
-
-    # --- data, loss and optimiser
-    source = (args.cache, protocol, disable_bars(args), inverter.size)  # which process builds it shows it
-    train_images = data.load_split(config["data"], "train", *source)
-    val_images = data.load_split(config["data"], "val", *source)
-    if config["train_images"]:
-        train_images = data.subset(train_images, evenly_spaced(len(train_images), config["train_images"]))
-    train_images, val_images = train_images.to(device), val_images.to(device)
-    val_numbers = evenly_spaced(len(val_images), config["val_images"] or len(val_images))
-    steps = prepare.steps_of_a_pass(len(train_images), config["batch_size"], world) * config["passes"]
-
-    prepare.check_crop(inverter, config, len(train_images), world)
-    loss = Loss(config["mse_weight"], config["lpips_weight"], protocol).to(device)
-    if world > 1 and device.type == "cuda":
-        inverter.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(inverter.decoder)
-    if hasattr(inverter.decoder, "deviation") and not config["init"]:  # --init has its own
-        prepare.measure_features(inverter, train_images, config)
-    if config["compile"]:
-        inverter.compile()
-    model = DistributedDataParallel(inverter) if world > 1 else inverter
-    optimizer = prepare.make_optimizer(inverter, config["lr"], config["optimizer"])
-    scheduler = prepare.make_scheduler(optimizer, config, steps, protocol.lowest_lr)
-    state = State(inverter.decoder, optimizer, scheduler, Meter(TERMS, device))
-    print(prepare.description(config, inverter, len(train_images), len(val_numbers), steps, world, device))
-
-    # --- resume, or make room for a new run
-    same = {key: value for key, value in config.items() if key not in MAY_DIFFER}
-    same |= {"processes": world, "hash of the training images": train_images.key}
-    same |= {"hash of the validation images": val_images.key, "init_sha256": init_sha256}
-    encoder = inverter.encoder
-    same |= {"weights_sha256": encoder.weights_sha256, "encoder_sha256": weights_key(encoder)}
-    resumed = args.resume and resume(state, same, out, rank, world)
-    if resumed:
-        how = "finished" if finished(state, config) else "resumed"
-        print(f"{how} after epoch {state.epoch}, step {state.step}")
-    kept = None
-    if not finished(state, config):
+    """Train as the flags in `args` say, and write the run's files. Returns the Training."""
+    with processes(select_device(args.device)) as (rank, world, device), ExitStack() as stack:
+        set_determinism(args.deterministic)
+        if args.download:
+            download(args)
         if rank == 0:
-            remove_what_will_not_be_true(out, resumed)
-        save_last(state, same, out, rank)  # a run can be resumed from its first moment on
-        if rank == 0:
-            if state.best_epoch:
-                update_best(config, out)
-            write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        if config["kept_crops"]:
-            kept = keep_crops(train_images, inverter, config, args.cache, disable_bars(args))
+            stack.enter_context(lock_folder(args.out))
+            check_folder(Path(args.out), args.resume, args.overwrite)
+        training = Training(args, rank, world, device)
+        print(training.description())
+        begin(training, args)
+        tracker = make_tracker(training, args.tracker)
+        if tracker:
+            stack.callback(tracker.close)
+        stack.enter_context(training.signals)
+        while not training.finished:
+            try:
+                trained = train_epoch(training)
+                validated, *images = validate(training)
+            except Interrupted:
+                stop(training)
+            row, better = end_epoch(training, trained, validated)
+            if rank == 0:
+                write_epoch(training, better)
+                if tracker:
+                    tracker.log(training.history, better, *images)
+                if not training.bars:  # --quiet
+                    print(epoch_line(row, training.config["epochs"], better), flush=True)
+            save_last(training)  # at the end: an epoch that is interrupted before this is done again
+        best = f"best: epoch {training.best_epoch}, validation loss {training.best_loss:.4f}"
+        print(f"{best}, in {training.out / 'best.pt'}")
+        return training
 
-    # --- the loop
-    tracker = Tracker("none" if rank else args.tracker, out, config)
-    held.callback(tracker.close)
-    known = {}  # validation features
-    graphs = args.graphs and world == 1 and device.type == "cuda"
-    compute = Graphs(gradients) if graphs else gradients
-    signals = held.enter_context(Signals(device))
-    while not finished(state, config):
+
+class Training:
+    """Images, inverter, loss, optimizer and scheduler of a training, and its progress.
+
+    args: train.py's flags. rank, world: number of this process, and of all. Raises UserError for flags that
+    do not fit together.
+    """
+
+    def __init__(self, args, rank=0, world=1, device=None):
+        self.rank, self.world, self.device = rank, world, device or torch.device("cpu")
+        self.out, self.bars = Path(args.out), disable_bars(args, rank)
+        torch.manual_seed(args.seed)
+        self.config = config = config_of(args) | {"data": data.resolve(args.data)}
+        self.protocol = PROTOCOLS[config["protocol"]]
+        self.inverter = inverter_of(config)
+        self.init_sha256 = load_decoder(self.inverter, config) if config["init"] else None
+        self.inverter.to(self.device)
+        config["crop"] = config["crop"] or self.inverter.size
+
+        source = {"cache": args.cache, "protocol": self.protocol, "size": self.inverter.size}
+        source["bars"] = disable_bars(args)  # any process may build the cache
+        images = data.load_split(config["data"], "train", **source)
+        if config["train_images"]:
+            images = data.subset(images, evenly_spaced(len(images), config["train_images"]))
+        self.train_images = images.to(self.device)
+        self.val_images = data.load_split(config["data"], "val", **source).to(self.device)
+        self.val_indices = evenly_spaced(len(self.val_images), config["val_images"] or len(self.val_images))
+        self.steps_per_pass = steps_of_a_pass(len(images), config["batch_size"], world)
+        self.steps = self.steps_per_pass * config["passes"]  # an epoch
+        check_crop(self)
+
+        self.loss = Loss(config["mse_weight"], config["lpips_weight"], self.protocol).to(self.device)
+        if world > 1 and self.device.type == "cuda":
+            decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.inverter.decoder)
+            self.inverter.decoder = decoder
+        if hasattr(self.inverter.decoder, "deviation") and not config["init"]:  # --init brings its own
+            measure_features(self.inverter, self.train_images, config)
+        if config["compile"]:
+            self.inverter.compile()
+        self.model = DistributedDataParallel(self.inverter) if world > 1 else self.inverter
+        self.optimizer = make_optimizer(self.inverter, config["lr"], config["optimizer"])
+        self.scheduler = make_scheduler(self.optimizer, config, self.steps, self.protocol.lowest_lr)
+        self.forward_backward = make_forward_backward(self, args.graphs)
+
+        self.signals = Signals(self.device)
+        self.meter = Meter(TERMS, self.device)  # of this epoch, as are step and seconds
+        self.epoch = self.step = 0
+        self.seconds = 0.0
+        self.bad_epochs = self.best_epoch = 0
+        self.best_loss = math.inf
+        self.history = []  # a dictionary for each epoch
+        self.feature_cache = None  # of --kept-crops
+        self.val_feature_cache = {}  # {first image of a batch: features}
+        self.resume_guard = self.make_resume_guard()
+
+    @property
+    def finished(self):
+        """Whether the epochs are over, or the validation loss has stopped falling."""
+        return self.epoch >= self.config["epochs"] or self.bad_epochs >= self.config["patience"]
+
+    def make_resume_guard(self):
+        """What a run and its resumption must have in common."""
+        guard = {key: value for key, value in self.config.items() if key not in MAY_DIFFER}
+        guard |= {"processes": self.world, "hash of the training images": self.train_images.key}
+        guard |= {"hash of the validation images": self.val_images.key, "init_sha256": self.init_sha256}
+        encoder = self.inverter.encoder
+        sha256 = encoder_sha256(encoder)
+        return guard | {"weights_sha256": encoder.weights_sha256, "encoder_sha256": sha256}
+
+    def description(self):
+        """What will happen, in four lines."""
+        config = self.config
+        shape = " × ".join(map(str, self.inverter.shape))
+        where = f"{self.world} processes on {self.device}" if self.world > 1 else self.device
+        parameters = count_parameters(self.inverter.decoder)
+        images = f"{len(self.train_images)} training and {len(self.val_indices)} validation images"
+        lines = [
+            f"encoder: {config['encoder']}, layer {config['layer']}, {config['weights']} weights",
+            f"decoder: {config['decoder']}, {parameters:,} trainable parameters, for features {shape}",
+            f"data: {config['data']}, {images}, crops of {config['crop']}×{config['crop']}",
+            f"training: {config['epochs']} epochs of {self.steps} steps, on {where}, to {config['out']}",
+        ]
+        return "\n".join(lines)
+
+
+# --- Set-up ------------------------------------------------------------------------------------------------
+
+
+def set_determinism(deterministic=True):
+    """Deterministic algorithms, where PyTorch has them, or else the fastest.
+
+    Where it has none it warns: on CUDA the gradient of attention is not repeatable.
+    """
+    keep_freed_memory()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def download(args):
+    """Fetch DIV2K into args.data."""
+    from extras.div2k import download_div2k
+
+    if args.data == "sample":
+        raise UserError("--download --data sample: the sample needs no download; give a folder for DIV2K")
+    args.data = args.data or data.DIV2K_ROOT
+    download_div2k(args.data, bars=disable_bars(args))
+
+
+def steps_of_a_pass(images, batch_size, world):
+    """Steps in which `world` processes take all `images`. Raises UserError if `batch_size` is too large."""
+    if batch_size * world > images:
+        raise UserError(
+            f"--batch-size {batch_size} × {world} processes: more than the {images} training images"
+        )
+    return math.ceil(images / (batch_size * world))
+
+
+def check_crop(training):
+    """Raise UserError unless encoder, decoder and LPIPS take crops of this size."""
+    inverter, config = training.inverter, training.config
+    crop, size, batch_size = config["crop"], inverter.size, config["batch_size"]
+    layer = f"{config['encoder']} {config['layer']}"
+    side = data.side_of(size)
+    if crop > side:
+        raise UserError(f"--crop {crop}: images are {side} pixels wide; at most that")
+    if crop % inverter.stride and crop != size:
+        stride = inverter.stride
+        raise UserError(f"--crop {crop}: {layer} has a stride of {stride} pixels; give a multiple of it")
+    if size < LPIPS_MIN_SIZE:
+        raise UserError(f"--input-size {size}: LPIPS needs at least {LPIPS_MIN_SIZE} pixels")
+    if config["lpips_weight"] and crop < LPIPS_MIN_SIZE:
+        raise UserError(f"--crop {crop}: LPIPS needs at least {LPIPS_MIN_SIZE} pixels")
+    try:
+        shape = inverter.shape_at(crop)
+    except Exception as error:  # each network has its own
+        if out_of_memory(error):
+            raise
+        raise UserError(f"--crop {crop}: {layer} takes no such image ({error})") from None
+    images = len(training.train_images)
+    left = images % batch_size if training.world == 1 else 0  # several processes have full batches
+    joined = training.world > 1 and training.device.type == "cuda"  # SyncBatchNorm
+    if (left or batch_size) == 1 and shape[1:] == (1, 1) and not joined:  # batch norm may need more values
         try:
-            batches = epoch_batches(train_images, kept, config, state, steps, rank, world, device)
-            trained = train_epoch(model, batches, loss, state, config, steps, signals, bars, compute)
-            start = time.perf_counter()
-            numbers = val_numbers[rank::world]
-            validated, *shown = validate(inverter, val_images, numbers, loss, known, world, signals, bars)
-            val_seconds = time.perf_counter() - start
-        except Interrupted:
-            save_last(state, same, out, rank)
-            where = f"epoch {state.epoch + 1} after step {state.step}"
-            again = shlex.join([flag for flag in sys.argv if flag not in ("--overwrite", "--resume")])
-            how = "python" if world == 1 else "torchrun, as before,"
-            print(f"stopped in {where}; go on with: {how} {again} --resume")
-            sys.exit(128 + signals.received)
-        images = len(train_images) * config["passes"]
-        row, better = end_epoch(state, trained, validated, val_seconds, images)
-        if rank == 0:
-            if better:
-                remove_what_will_not_be_true(out, resumed=True)  # results of the best until now
-                save_best(inverter, config, state, out, init_sha256)
-            write_history(state.history, out / "history.csv")
-            draw_curves(state.history, out / "curves.png")
-            tracker.log(row, better, *shown)
-            if not bars:  # --quiet
-                print(epoch_line(row, config["epochs"], better), flush=True)
-        save_last(state, same, out, rank)  # last: what was interrupted before is done again
-    print(f"best: epoch {state.best_epoch}, validation loss {state.best_loss:.4f}, in {out / 'best.pt'}")
-    return state
-
-
-# --- An epoch --------------------------------------------------------------------------------------------
-
-
-def finished(state, config):
-    """Whether the epochs are over or the validation loss has stopped falling."""
-    return state.epoch >= config["epochs"] or state.bad_epochs >= config["patience"]
-
-
-def epoch_batches(images, kept, config, state, steps, rank, world, device):
-    """Yield this process's batches of the epoch of `state`, from its step on.
-
-    Each is crops (B, 3, N, N) in [0, 1], and their features where `kept`, a KeptCrops, has them, else None.
-    """
-    size = config["batch_size"]
-    crop = config["crop"]
-    steps_of_pass = steps // config["passes"]
-    plan = None
-    for step in range(state.step, steps):
-        number, place = divmod(state.epoch * steps + step, steps_of_pass)  # passes so far, steps in this one
-        if plan is None or place == 0:
-            plan = data.epoch_plan(images.sizes, config["seed"], number, crop, images.side)
-            if world > 1:  # every process takes as many steps, so the last ones wrap around
-                places = torch.arange(steps_of_pass * size * world, device=images.sizes.device) % len(images)
-                plan = [part[places] for part in plan]
-        first = (place * world + rank) * size
-        index, *drawn = (part[first : first + size] for part in plan)
-        features = None
-        if kept:
-            features, *drawn = kept.of(number, index)
-            features = features.to(device)
-        yield data.crops(images, index, *drawn, crop).to(device), features
-
-
-def gradients(model, images, features, loss, optimizer, clip):
-    """Give each parameter its gradient, or what Muon makes of it; arguments and result are train_step's."""
-    *earlier, output = model(images, features, each=True)
-    terms = loss(output, images, earlier)
-    total = terms["loss"].mean()
-    if isinstance(model, DistributedDataParallel):  # it wants a gradient, if 0, of every parameter
-        total = total + 0 * sum(image.sum() for image in earlier)
-    optimizer.zero_grad()
-    total.backward()
-    if clip:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-    if isinstance(optimizer, Muon):
-        optimizer.turn()
-    return {name: value.detach() for name, value in terms.items()}
-
-
-def train_step(model, images, features, loss, optimizer, clip=0, compute=gradients):
-    """One step on `images` (B, 3, N, N) in [0, 1]; {term of the loss: (B,)}, without gradient.
-
-    features: theirs, where they are known, else None. clip: the largest norm of the gradient; 0: any.
-    compute: `gradients`, or Graphs of it.
-    """
-    core = getattr(model, "module", model).core  # DistributedDataParallel's is inside
-    if isinstance(core, FeedbackDecoder):
-        core.draw()
-    terms = compute(model, images, features, loss, optimizer, clip)
-    optimizer.step()
-    return terms
-
-
-def train_epoch(model, batches, loss, state, config, steps, signals, bars, compute=gradients):
-    """Train on `batches` to the end of the epoch, which is counted in `state`; averages of the loss's terms.
-
-    Raises UserError for a loss that is not finite, and Interrupted where a signal arrived.
-    """
-    start = time.perf_counter() - state.seconds
-    losses = []
-    title = f"Epoch {state.epoch + 1}/{config['epochs']}"
-    bar = tqdm(None, title, steps, initial=state.step, unit="step", leave=False, disable=bars)
-    with bar, tf32(config["tf32"]):
-        for batch, features in batches:
-            model.train()
-            done = state.epoch * steps + state.step
-            if config["freeze_bn"] and done >= config["freeze_bn"]:
-                for layer in state.decoder.modules():  # batch norm's statistics stay as they are
-                    if isinstance(layer, (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)):
-                        layer.eval()
-            terms = train_step(model, batch, features, loss, state.optimizer, config["clip_grad"], compute)
-            if config["schedule"] == "onecycle" and state.step + 1 < steps:  # else `end_epoch` does it
-                state.scheduler.step()
-            state.meter.add(terms)
-            losses.append(terms["loss"].mean())
-            state.step += 1
-            bar.update()
-            last = state.step == steps
-            if last or len(losses) == LOOKS or signals.received:
-                check_finite(losses, state.epoch, state.step)
-                bar.set_postfix(loss=f"{losses[-1]:.4f}")
-                losses.clear()
-            state.seconds = time.perf_counter() - start
-            alone = not dist.is_initialized() or signals.device.type == "cpu"  # else a look has GPUs wait
-            if last or state.step % LOOKS == 0 or alone:
-                signals.check()
-    return state.meter.averages()
-
-
-def check_finite(losses, epoch, step):
-    """Raise UserError if one of `losses`, those of the last steps up to number `step`, is not finite."""
-    bad = (~torch.isfinite(torch.stack(losses))).nonzero()
-    if len(bad):
-        step = step - len(losses) + 1 + int(bad[0])
-        raise UserError(f"the loss is not finite in epoch {epoch + 1}, step {step}; {DIVERGED}")
+            trial = Inverter(inverter.encoder, copy.deepcopy(inverter.decoder), inverter.shape)
+            trial.train().decode(torch.zeros(1, *shape, device=training.device), (crop, crop))
+        except ValueError as error:
+            raise UserError(
+                f"--crop {crop}: a batch of one image has one position of {layer}; give another --crop or "
+                f"--batch-size: there are {images} images ({error})"
+            ) from None
 
 
 @torch.no_grad()
-def validate(inverter, images, numbers, loss, known, world, signals, bars):
-    """Measure the centre of the images that `numbers` names, which are this process's part.
+def measure_features(inverter, images, config):
+    """Set the decoder's mean and std of each feature channel, measured on the first training crops."""
+    plan = data.epoch_plan(images.sizes, config["seed"], 0, config["crop"], images.side)
+    parts = zip(*(part[:STATISTICS_CROPS].split(4) for part in plan), strict=True)
+    crops = (data.crops(images, part, config["crop"]).to(inverter.device) for part in parts)
+    features = torch.cat([inverter.encode(batch) for batch in crops]).float()
+    if isinstance(inverter.decoder, Fused):
+        std = torch.stack([source.std() for source in features.split(inverter.decoder.channels, 1)])
+        inverter.decoder.deviation.copy_(std.clamp_min(0.01 * std.mean()).clamp_min(1e-12))
+        features = inverter.decoder.fuse(features)
+        if not hasattr(inverter.base_decoder, "deviation"):
+            return
+    std, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)
+    smallest = (0.01 * std.mean()).clamp_min(1e-12)  # some channels are hardly ever active
+    inverter.base_decoder.mean.copy_(mean[0])
+    inverter.base_decoder.deviation.copy_(std[0].clamp_min(smallest))
 
-    known: {place of a batch's first image: features}, filled for the next validation. Of several processes on
-    the CPU each takes over the first one's batch norm. Returns averages of the loss's terms, and of some
-    images the targets and outputs, (SHOWN, 3, H, W) in [0, 1] each.
+
+def make_optimizer(inverter, lr, optimizer="adam"):
+    """Adam (paper 3.3.4) or Muon over the decoder's parameters."""
+    parameters = inverter.decoder.parameters()
+    if optimizer == "muon":
+        from extras.muon import Muon
+
+        return Muon(parameters, lr)
+    return torch.optim.Adam(parameters, lr, fused=True if inverter.device.type == "cuda" else None)
+
+
+def make_scheduler(optimizer, config, steps, lowest_lr):
+    """The learning rate's schedule: `plateau` (paper 3.3.4), or `onecycle`."""
+    if config["schedule"] == "plateau":
+        return ReduceLROnPlateau(optimizer, factor=0.5, patience=5, min_lr=lowest_lr)
+    return OneCycleLR(optimizer, config["lr"], config["epochs"] * steps, cycle_momentum=False)
+
+
+def make_forward_backward(training, graphs):
+    """`forward_backward`; with `graphs`, in one process on CUDA, recorded as CUDA graphs."""
+    if not graphs or training.world > 1 or training.device.type != "cuda":
+        return forward_backward
+    from extras.cuda_graphs import CudaGraphStep
+
+    return CudaGraphStep(forward_backward)
+
+
+def make_tracker(training, kind):
+    """The Tracker of rank 0, which also draws curves.png; None without extras/ and report/."""
+    if training.rank == 0 and find_spec("extras") and find_spec("report"):
+        from extras.trackers import Tracker
+
+        return Tracker(kind, training.out, training.config)
+
+
+def begin(training, args):
+    """Go on from last.pt with --resume, or make room for a new run; encode --kept-crops."""
+    out, config = training.out, training.config
+    resumed = args.resume and resume(training)
+    if resumed:
+        how = "finished" if training.finished else "resumed"
+        print(f"{how} after epoch {training.epoch}, step {training.step}")
+    if training.finished:
+        return
+    if training.rank == 0:
+        remove_stale_results(out, resumed)
+    save_last(training)  # a run can be resumed from the start
+    if training.rank == 0:
+        if training.best_epoch:
+            update_best(config, out)
+        write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    if config["kept_crops"]:
+        from extras.feature_cache import cache_features
+
+        training.feature_cache = cache_features(training, args.cache, disable_bars(args))
+
+
+# --- An epoch ----------------------------------------------------------------------------------------------
+
+
+def train_epoch(training):
+    """Train to the end of the epoch. Returns the means of the loss's terms.
+
+    Raises UserError for a loss that is not finite, and Interrupted if a signal arrived.
     """
-    device = inverter.device
-    if world > 1 and device.type == "cpu":  # gloo: batch norm's statistics are those of process 0
+    config, signals, steps = training.config, training.signals, training.steps
+    start = time.perf_counter() - training.seconds
+    losses = []
+    title = f"Epoch {training.epoch + 1}/{config['epochs']}"
+    bar = tqdm(None, title, steps, initial=training.step, unit="step", leave=False, disable=training.bars)
+    with bar, tf32(config["tf32"]):
+        for images, features in epoch_batches(training):
+            terms = train_step(training, images, features)
+            if config["schedule"] == "onecycle" and training.step + 1 < steps:  # the last: in end_epoch
+                training.scheduler.step()
+            training.meter.add(terms)
+            losses.append(terms["loss"].mean())
+            training.step += 1
+            bar.update()
+            last = training.step == steps
+            if last or len(losses) == SYNC_EVERY or signals.received:
+                check_finite(losses, training)
+                bar.set_postfix(loss=f"{losses[-1]:.4f}")
+                losses.clear()
+            training.seconds = time.perf_counter() - start
+            cheap = training.world == 1 or training.device.type == "cpu"  # else GPUs wait for each other
+            if last or training.step % SYNC_EVERY == 0 or cheap:
+                signals.check()
+    return training.meter.averages()
+
+
+def epoch_batches(training):
+    """Yield this process's batches of the rest of the epoch: crops (B, 3, N, N) in [0, 1], and features.
+
+    The features come from the FeatureCache; None without one.
+    """
+    config, images, size = training.config, training.train_images, training.config["batch_size"]
+    plan = None
+    for step in range(training.step, training.steps):
+        done = training.epoch * training.steps + step
+        pass_index, place = divmod(done, training.steps_per_pass)
+        if plan is None or place == 0:
+            plan = data.epoch_plan(images.sizes, config["seed"], pass_index, config["crop"], images.side)
+            if training.world > 1:  # all processes take as many steps: the last ones wrap around
+                count = training.steps_per_pass * size * training.world
+                places = torch.arange(count, device=images.sizes.device) % len(images)
+                plan = [part[places] for part in plan]
+        first = (place * training.world + training.rank) * size
+        index, *places = (part[first : first + size] for part in plan)
+        features = None
+        if training.feature_cache:
+            features, *places = training.feature_cache.batch(pass_index, index)
+            features = features.to(training.device)
+        yield data.crops(images, (index, *places), config["crop"]).to(training.device), features
+
+
+def train_step(training, images, features=None):
+    """One step on `images` (B, 3, N, N) in [0, 1]; {term of the loss: (B,)}, detached."""
+    config = training.config
+    training.model.train()
+    done = training.epoch * training.steps + training.step
+    if config["freeze_bn"] and done >= config["freeze_bn"]:
+        for layer in training.inverter.decoder.modules():
+            if isinstance(layer, (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)):
+                layer.eval()
+    if isinstance(training.inverter.base_decoder, FeedbackDecoder):
+        training.inverter.base_decoder.sample_warm_start()
+    terms = training.forward_backward(training, images, features)
+    training.optimizer.step()
+    return terms
+
+
+def forward_backward(training, images, features=None):
+    """Compute the gradients of the loss; {term: (B,)}, detached. features: of `images`, if known."""
+    *intermediate, output = training.model(images, features, each=True)
+    terms = training.loss(output, images, intermediate)
+    total = terms["loss"].mean()
+    if training.world > 1:  # DistributedDataParallel needs a gradient of every parameter
+        total = total + 0 * sum(image.sum() for image in intermediate)
+    training.optimizer.zero_grad()
+    total.backward()
+    if training.config["clip_grad"]:
+        torch.nn.utils.clip_grad_norm_(training.model.parameters(), training.config["clip_grad"])
+    if hasattr(training.optimizer, "orthogonalize_grads"):  # Muon
+        training.optimizer.orthogonalize_grads()
+    return {name: value.detach() for name, value in terms.items()}
+
+
+def check_finite(losses, training):
+    """Raise UserError if one of `losses`, those of the last steps, is not finite."""
+    bad = (~torch.isfinite(torch.stack(losses))).nonzero()
+    if len(bad):
+        step = training.step - len(losses) + 1 + int(bad[0])
+        raise UserError(f"the loss is not finite in epoch {training.epoch + 1}, step {step}; {DIVERGED}")
+
+
+@torch.no_grad()
+def validate(training):
+    """Measure the centres of this process's validation images.
+
+    Returns means of the loss's terms, with `seconds`, and targets and outputs of some images, (LOGGED_IMAGES,
+    3, H, W) in [0, 1] each. On the CPU all processes take over rank 0's batch norm.
+    """
+    start = time.perf_counter()
+    inverter, device, world = training.inverter, training.device, training.world
+    indices = training.val_indices[training.rank :: world]
+    if world > 1 and device.type == "cpu":
         for buffer in inverter.decoder.buffers():
             dist.broadcast(buffer, 0)
     inverter.eval()
-    shown = evenly_spaced(len(numbers), SHOWN)
+    logged = evenly_spaced(len(indices), LOGGED_IMAGES)
     targets = [torch.empty(0, 3, inverter.size, inverter.size, device=device)]  # a process may have no image
     outputs = targets.copy()
     meter = Meter(TERMS, device)
-    firsts = range(0, len(numbers), VALIDATED)
-    for first in tqdm(firsts, "Validation", unit="step", leave=False, disable=bars):
-        batch = data.center_crops(images[numbers[first : first + VALIDATED]], inverter.size).to(device)
-        features = known[first] if first in known else inverter.encode(batch)
-        size = features.nbytes / len(batch) * len(numbers) * world
-        if size <= KEPT_FEATURES:  # deep layers', which take long and are small
-            known[first] = features
+    cache = training.val_feature_cache
+    firsts = range(0, len(indices), VAL_BATCH)
+    for first in tqdm(firsts, "Validation", unit="step", leave=False, disable=training.bars):
+        pixels = training.val_images[indices[first : first + VAL_BATCH]]
+        batch = data.center_crops(pixels, inverter.size).to(device)
+        features = cache[first] if first in cache else inverter.encode(batch)
+        if features.nbytes / len(batch) * len(training.val_indices) <= VAL_CACHE_BYTES:
+            cache[first] = features
         output = inverter.decode(features)
-        meter.add(loss(output, batch))
-        here = [i - first for i in shown if first <= i < first + VALIDATED]
-        targets.append(target(batch[here], loss.protocol).clamp(0, 1))
+        meter.add(training.loss(output, batch))
+        here = [i - first for i in logged if first <= i < first + VAL_BATCH]
+        targets.append(target(batch[here], training.protocol).clamp(0, 1))
         outputs.append(output[here].clamp(0, 1))
         if world == 1:  # several processes may have unequal numbers of batches
-            signals.check()
-    return meter.averages(), torch.cat(targets), torch.cat(outputs)
+            training.signals.check()
+    means = meter.averages() | {"seconds": time.perf_counter() - start}
+    return means, torch.cat(targets), torch.cat(outputs)
 
 
-def end_epoch(state, trained, validated, val_seconds, images):
-    """Count the epoch in `state`; its row of the history, and whether its validation loss is the lowest.
+def end_epoch(training, trained, validated):
+    """Count the epoch; returns its row of the history, and whether its validation loss is the lowest so far.
 
-    Steps the schedule, and restarts what counts an epoch. trained, validated: averages of the
-    loss's terms. images: their number in the epoch's training. Raises UserError for a validation loss that is
-    not finite.
+    trained, validated: means of the loss's terms. Raises UserError for a validation loss that is not finite.
     """
     if not math.isfinite(validated["loss"]):
-        raise UserError(f"the validation loss of epoch {state.epoch + 1} is {validated['loss']}; {DIVERGED}")
-    row = {"epoch": state.epoch + 1}
+        found = f"the validation loss of epoch {training.epoch + 1} is {validated['loss']}"
+        raise UserError(f"{found}; {DIVERGED}")
+    row = {"epoch": training.epoch + 1}
     row |= {f"train_{name}": trained[name] for name in TERMS}
     row |= {f"val_{name}": validated[name] for name in TERMS}
-    row |= {"lr": state.optimizer.param_groups[0]["lr"], "seconds": round(state.seconds, 2)}
-    row["images_per_second"] = round(images / max(state.seconds, 1e-9), 2)
-    row["val_seconds"] = round(val_seconds, 2)
-    if isinstance(state.scheduler, ReduceLROnPlateau):
-        state.scheduler.step(validated["loss"])
+    row |= {"lr": training.optimizer.param_groups[0]["lr"], "seconds": round(training.seconds, 2)}
+    images = len(training.train_images) * training.config["passes"]
+    row["images_per_second"] = round(images / max(training.seconds, 1e-9), 2)
+    row["val_seconds"] = round(validated["seconds"], 2)
+    if isinstance(training.scheduler, ReduceLROnPlateau):
+        training.scheduler.step(validated["loss"])
     else:
-        state.scheduler.step()
-    state.history.append(row)
-    state.epoch += 1
-    state.step = 0
-    state.seconds = 0.0
-    state.meter.restart()
-    better = validated["loss"] < state.best_loss
+        training.scheduler.step()
+    training.history.append(row)
+    training.epoch += 1
+    training.step, training.seconds = 0, 0.0
+    training.meter.restart()
+    better = validated["loss"] < training.best_loss
     if better:
-        state.best_epoch = state.epoch
-        state.best_loss = validated["loss"]
-        state.bad_epochs = 0
+        training.best_epoch, training.best_loss, training.bad_epochs = training.epoch, validated["loss"], 0
     else:
-        state.bad_epochs += 1
+        training.bad_epochs += 1
     return row, better
 
 
+def write_epoch(training, better):
+    """Write history.csv, and best.pt if the epoch is the best."""
+    if better:
+        remove_stale_results(training.out, resumed=True)
+        save_best(training)
+    write_history(training.history, training.out / "history.csv")
+
+
+def stop(training):
+    """Save what an interrupted training has done, say how it goes on, and end the process."""
+    save_last(training)
+    flags = shlex.join([flag for flag in sys.argv if flag not in ("--overwrite", "--resume")])
+    command = "python" if training.world == 1 else "torchrun, as before,"
+    where = f"epoch {training.epoch + 1} after step {training.step}"
+    print(f"stopped in {where}; go on with: {command} {flags} --resume")
+    sys.exit(128 + training.signals.received)
+
+
+def epoch_line(row, epochs, better):
+    """An epoch's line on the screen."""
+    parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
+    for split in ("train", "val"):
+        terms = [f"{name} {row[f'{split}_{name}']:.{2 if name == 'psnr' else 4}f}" for name in TERMS]
+        parts.append(f"{split} {' '.join(terms)}".replace("nan", "–"))
+    parts.append(f"lr {row['lr']:.1e}")
+    parts.append(f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s")
+    left = (row["seconds"] + row["val_seconds"]) * (epochs - row["epoch"])
+    if left:
+        parts[-1] += f", {left:.0f} s left" if left < 100 else f", {left / 60:.0f} min left"
+    return " | ".join(parts) + ("  best" if better else "")
+
+
 if __name__ == "__main__":
-    run(lambda: train(ARGS))
+    cli_main(lambda: train(ARGS))

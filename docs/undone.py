@@ -17,11 +17,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
+from encoders import imagenet_weights
 from flags import Parser, positive_int
 from metrics import psnr
 from models import load_inverter
-from utils import UserError, run
-from weights import imagenet_weights
+from utils import UserError, cli_main
 
 WANTED = "alexnet conv4 imagenet documented"
 BATCH = 16
@@ -82,4 +82,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    cli_main(main)

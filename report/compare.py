@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import stdtrit
 
-from pictures import drawable, save_figure
-from study import METRICS
-from utils import UserError, make_folder, read_result, reading, same_data, seed_folders, write_csv
+from checkpoint import read_result, reading, seed_folders
+from report.pictures import drawable, save_figure
+from utils import METRICS, UserError, make_folder, same_data, write_csv
 
 ALL = "over images and seeds"  # the interval that a difference can be told by
 SAME = ("data", "protocol", "images", "size")  # of two runs, or their difference says nothing

@@ -7,12 +7,46 @@ from pathlib import Path
 
 import numpy as np
 
-from baselines import BASELINES, thumbnail_name
-from flags import MAY_DIFFER, completed, parse_train
-from study import DEFINING, IMAGE_SIZE, ITERATIONS, METRICS, PROTOCOLS, PUBLISHED, Published
-from utils import UserError, read_result, reading, same_data, seed_folders, seeds_of
+from checkpoint import read_result, reading, seed_folders, seeds_of
+from flags import MAY_DIFFER, parse_train, with_defaults
+from report.baselines import BASELINES, thumbnail_name
+from utils import IMAGE_SIZE, ITERATIONS, METRICS, PROTOCOLS, UserError, same_data
 
-CONFIGS = Path(__file__).with_name("configs")
+CONFIGS = Path(__file__).parents[1] / "configs"
+# The flags that make an experiment what it is.
+EXPERIMENT_KEYS = ("encoder", "layer", "decoder", "width", "mse_weight", "lpips_weight")
+
+
+class PublishedResult(NamedTuple):
+    """What the study published of an experiment; None: nothing."""
+
+    psnr: float
+    ssim: float
+    lpips: float | None = None
+    parameters: str | None = None
+    minutes: int | None = None  # of training
+    inference: str = "12–15"  # milliseconds an image, on an RTX 3090
+
+
+# By the names of the files in configs/; 05 and 15 are from the study's public repository, the rest from its
+# text.
+PUBLISHED_RESULTS = {
+    "01_vgg16_block1_tconv": PublishedResult(17.35, 0.560, 0.398, "34K", 70),
+    "02_vgg16_block2_tconv": PublishedResult(16.89, 0.512, 0.452),
+    "03_vgg16_block3_tconv": PublishedResult(15.12, 0.421, 0.587, "75K"),
+    "04_vgg16_block4_tconv": PublishedResult(13.76, 0.334, 0.724),
+    "05_vgg16_block5_tconv": PublishedResult(12.26, 0.269),
+    "06_vgg16_block1_attention": PublishedResult(16.92, 0.531, None, "12M", 180),
+    "07_vgg16_block1_wavelet": PublishedResult(16.78, 0.524, None, "8M", 140),
+    "08_vgg16_block1_frequency": PublishedResult(16.54, 0.518, None, "35M", 220),
+    "09_vgg16_block1_tconv_mse": PublishedResult(17.12, 0.541, 0.445, "34K"),
+    "10_vgg16_block1_tconv_lpips": PublishedResult(16.43, 0.538, 0.372, "34K"),
+    "11_resnet34_layer1_tconv": PublishedResult(16.82, 0.506, 0.461, "50K"),
+    "12_resnet34_layer2_tconv": PublishedResult(15.43, 0.428, 0.573),
+    "13_vit_small_block0_tconv": PublishedResult(14.67, 0.412, 0.621),
+    "14_vit_small_block1_tconv": PublishedResult(14.29, 0.389, 0.658),
+    "15_resnet34_layer1_attention": PublishedResult(13.53, 0.376, 0.282),
+}
 
 
 def result_rows(runs):
@@ -22,12 +56,14 @@ def result_rows(runs):
     called. `note` says what is special about a run, or why there are no measurements. Baselines come last.
     """
     experiments = {}
-    for name in PUBLISHED:
+    for name in PUBLISHED_RESULTS:
         experiments[name] = defining(vars(parse_train(["--config", str(CONFIGS / f"{name}.yaml")])))
     found = [path.parent for path in (*runs.glob("metrics.json"), *runs.glob("*/metrics.json"))]
     found += [path.parent.parent for path in runs.glob("*/seed[0-9]*/metrics.json")]
-    others = {str(folder.relative_to(runs)) for folder in found} - PUBLISHED.keys()  # `.` is `runs` itself
-    rows = [run_row(runs, name, experiments) for name in [*PUBLISHED, *sorted(others)]]
+    others = {
+        str(folder.relative_to(runs)) for folder in found
+    } - PUBLISHED_RESULTS.keys()  # `.` is `runs` itself
+    rows = [run_row(runs, name, experiments) for name in [*PUBLISHED_RESULTS, *sorted(others)]]
     baselines = baseline_rows(runs)
     note_below(rows, baselines)
     rows += baselines
@@ -37,7 +73,7 @@ def result_rows(runs):
 
 def run_row(runs, name, experiments):
     """The row of the run in folder `name` of `runs`, or of its seeds; experiments: {name: what makes it}."""
-    experiment = name if name in PUBLISHED else None
+    experiment = name if name in PUBLISHED_RESULTS else None
     seeds, first = [], None
     try:
         for folder in seed_folders(runs / name):
@@ -49,8 +85,10 @@ def run_row(runs, name, experiments):
             seeds.append(measured(results, folder))
         row = over_seeds(seeds) if len(seeds) > 1 else seeds[0]
         notes = [row["note"]]
-        if name in PUBLISHED and experiment != name:
-            others = [f"{key} {config[key]}" for key in DEFINING if config[key] != experiments[name][key]]
+        if name in PUBLISHED_RESULTS and experiment != name:
+            others = [
+                f"{key} {config[key]}" for key in EXPERIMENT_KEYS if config[key] != experiments[name][key]
+            ]
             notes.insert(0, f"not this experiment: {', '.join(others)}")
         if folder != runs / name:
             missing = [path for path in seeds_of(runs / name) if not (path / "metrics.json").exists()]
@@ -58,7 +96,7 @@ def run_row(runs, name, experiments):
         row["note"] = joined(*notes)
     except UserError as error:
         row = (seeds[0] if seeds else {}) | {"note": str(error).removeprefix(f"{runs}/")}
-    values = PUBLISHED[experiment]._asdict() if experiment else dict.fromkeys(Published._fields)
+    values = PUBLISHED_RESULTS[experiment]._asdict() if experiment else dict.fromkeys(PublishedResult._fields)
     return {"experiment": name} | {f"published_{key}": value for key, value in values.items()} | row
 
 
@@ -105,7 +143,7 @@ def is_experiment(row):
 
 def defining(config):
     """What of a configuration, {flag: value}, makes an experiment."""
-    return {key: config[key] for key in DEFINING}
+    return {key: config[key] for key in EXPERIMENT_KEYS}
 
 
 def read_results(folder):
@@ -123,7 +161,7 @@ def read_results(folder):
             raise ValueError("data, protocol and weights should be words")
         Path(results["data"]).resolve()  # or an error: no name that a folder can have
         defining(results["config"])
-        results["config"] = completed(results["config"])
+        results["config"] = with_defaults(results["config"])
         return results
 
 
@@ -148,8 +186,17 @@ def measured(results, folder):
 
 def optimisation(config):
     """How a run's optimisation and its images differ from the study's, or ""."""
-    study = completed({"crop": IMAGE_SIZE})
-    elsewhere = (*DEFINING, *MAY_DIFFER, "weights", "data", "protocol", "seed", "deterministic", "compile")
+    study = with_defaults({"crop": IMAGE_SIZE})
+    elsewhere = (
+        *EXPERIMENT_KEYS,
+        *MAY_DIFFER,
+        "weights",
+        "data",
+        "protocol",
+        "seed",
+        "deterministic",
+        "compile",
+    )
     keys = [key for key in study if key not in elsewhere]
     return ", ".join(f"{key} {config[key]}" for key in keys if config.get(key, study[key]) != study[key])
 

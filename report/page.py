@@ -12,12 +12,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pictures import draw_grid, drawable, save_figure
-from results import is_experiment, joined, read_history, result_rows
-from study import DIGITS, IMAGE_SIZE, METRICS
-from utils import UserError, evenly_spaced, reading, seed_folders, write_csv, write_text
+from checkpoint import reading, seed_folders
+from report.pictures import draw_grid, drawable, save_figure
+from report.results import is_experiment, joined, read_history, result_rows
+from utils import IMAGE_SIZE, METRICS, UserError, evenly_spaced, write_csv, write_text
 
-PAGE = Path(__file__).with_name("report.html")
+DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
+PAGE = Path(__file__).with_name("page.html")
 
 
 def write_report(runs):

@@ -16,14 +16,15 @@ class Muon(torch.optim.Optimizer):
     arXiv 2502.16982), so rates are of the same order. What is no matrix, such as a bias, gets Adam's step.
     In float32: torch's and timm's compute in bfloat16, which many CPUs have no arithmetic for.
 
-    A step is `turn`, then `step`: what is the same whatever the rate, a CUDA graph can hold (train.py).
+    A step is `orthogonalize_grads`, then `step`: the former is the same at any learning rate, so that a CUDA
+    graph can hold it (train.py).
     """
 
     def __init__(self, params, lr):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def turn(self):
+    def orthogonalize_grads(self):
         """Give each matrix, instead of its gradient, the direction that `step` takes."""
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -11,11 +11,10 @@ from tqdm import tqdm
 
 import data
 from metrics import psnr, target
-from pictures import MADE_BY, difference, to_pixels
-from study import PROTOCOLS
-from utils import UserError, atomic, digest, make_folder, out_of_memory
+from models import BUILDERS
+from report.pictures import MADE_BY, difference_image
+from utils import PROTOCOLS, UserError, atomic, digest, make_folder, out_of_memory
 
-LOCAL = ("tconv", "residual", "feedback")  # decoders, of which a pixel depends on some features around it
 WHOLE = 2**20  # pixels that are reconstructed in one go
 TILE = 512  # side of what is, of larger pictures, but for its margins
 TOLERANCE = 1e-4  # a fortieth of a grey level
@@ -72,10 +71,10 @@ def reconstruct_pictures(args, inverter, config, bars=None):
             with torch.no_grad():
                 output = (reconstruct_whole(inverter, image) if native else inverter(image)).clamp(0, 1)
             wanted = target(image, PROTOCOLS[config["protocol"]]).clamp(0, 1)
-            pair = to_pixels(wanted)[0], to_pixels(output)[0]
+            pair = data.to_pixels(wanted)[0], data.to_pixels(output)[0]
             about = PngImagePlugin.PngInfo()
             about.add_text("Software", f"{made_by} of {digest(file)[:16]}")
-            strip = Image.fromarray(torch.cat([*pair, difference(*pair)], 1).numpy())
+            strip = Image.fromarray(torch.cat([*pair, difference_image(*pair)], 1).numpy())
             with atomic(path) as temporary:
                 strip.save(temporary, pnginfo=about)
             print(f"{file}: {psnr(output, wanted).item():.2f} dB, {path}")
@@ -120,7 +119,7 @@ def takes_any_size(inverter, config):
     """
     _, height, width = inverter.shape
     stride = inverter.stride
-    if config["decoder"] not in LOCAL or (height * stride, width * stride) != (inverter.size,) * 2:
+    if not BUILDERS[config["decoder"]].local or (height * stride, width * stride) != (inverter.size,) * 2:
         return False
     try:
         return inverter.shape_at(inverter.size + stride)[1:] == (height + 1, width + 1)

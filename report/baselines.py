@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+from checkpoint import refuse_other_results, write_result
 from metrics import LPIPS, measure, summary, summary_table, target
-from study import DOCUMENTED, IMAGE_SIZE, METRICS
-from utils import make_folder, refuse_other_results, write_csv, write_result
+from utils import DOCUMENTED, IMAGE_SIZE, METRICS, make_folder, write_csv
 
 
 def thumbnail(side, targets, mean):

@@ -1,5 +1,6 @@
-"""A network up to a layer: how it runs, what of it is of no use there, and how an output becomes a map."""
+"""Running a network up to a layer, and turning the output into feature maps."""
 
+import difflib
 import math
 from contextlib import suppress
 from functools import partial
@@ -11,15 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from networks import build_network, near, own_input
-from study import ENCODERS
 from utils import UserError, first_line
 
 SPOTS = ((0, 1), (1, 4), (2, 2), (3, 0), (4, 3))  # rows and columns of five spots, which are uncorrelated
+MAX_DOUBLED = 400  # pixels; larger images take minutes at twice the size
 
 
-class Reached(Exception):
-    """The last layer has run: nothing behind it shall."""
+class StopForward(Exception):
+    """The last layer has run; skip the rest of the network."""
 
 
 class Trace:
@@ -64,19 +64,20 @@ class Layout(NamedTuple):
     order: torch.Tensor | None = None  # of the tokens, row by row, where the network has another
 
 
-def tried(look, name, size, devices=("meta", "cpu")):
-    """What `look` finds out of the network `name` and two size×size images of zeros.
+def on_meta_or_cpu(inspect, name, build, size, devices=("meta", "cpu")):
+    """`inspect(net, images)` of the network `name`, which `build` makes, and two size×size images.
 
-    On the meta device where that goes: nothing is computed. Raises UserError where the network refuses them.
+    On the meta device if the network runs there, which computes nothing. Raises UserError where the network
+    refuses the images.
     """
-    for device in devices:  # some networks want to see values
+    for device in devices:
         try:
             with torch.device(device):
-                net = build_network(name, size).eval()
-                net.requires_grad_(False)  # FlopCounterMode fails where a parameter goes through a module
-                return look(net, torch.zeros(2, 3, size, size))
+                net = build().eval()
+                net.requires_grad_(False)  # FlopCounterMode fails on parameters that pass through a module
+                return inspect(net, torch.zeros(2, 3, size, size))
         except UserError as error:
-            if device == "cpu" or "--encoder" not in str(error):  # one's own function may want values too
+            if device == "cpu" or "--encoder" not in str(error):  # a FILE.py may need values, too
                 raise
             refusal = error
         except Exception as error:  # each network has its own
@@ -84,8 +85,13 @@ def tried(look, name, size, devices=("meta", "cpu")):
     raise refusal
 
 
-def unused_modules(name, paths, size):
-    """The paths of modules of the network `name` that the layers at `paths` do not need, for such images.
+def near(name, names):
+    """A few of `names` that resemble `name`, or the first ones."""
+    return ", ".join(difflib.get_close_matches(name, names, 5, 0.3) or names[:5])
+
+
+def unused_modules(name, build, paths, size):
+    """The paths of modules that the layers at `paths` do not need, in the network `name` of `build`.
 
     Raises UserError where there is no such layer, where one does not run once, and where one gives no tensor.
     """
@@ -104,7 +110,7 @@ def unused_modules(name, paths, size):
                 advice = "not one tensor; choose a layer inside or behind it"
                 raise UserError(f"--layer {path}: gives a {type(output).__name__}, {advice}")
         unused = unused_of(net, trace, paths)
-        leave_out(net, unused)
+        prune_modules(net, unused)
         try:
             with torch.no_grad():
                 again = [output.shape for output in Trunk(net, paths).outputs(images)]
@@ -112,7 +118,7 @@ def unused_modules(name, paths, size):
             return []
         return unused if again == [trace.outputs[path].shape for path in paths] else []
 
-    return tried(follow, name, size)
+    return on_meta_or_cpu(follow, name, build, size)
 
 
 def unused_of(net, trace, paths):
@@ -133,7 +139,7 @@ def unused_of(net, trace, paths):
     return unused
 
 
-def leave_out(net, unused):
+def prune_modules(net, unused):
     """Replace the modules of `net` at these paths, so that they take neither memory nor weights."""
     for path in unused:
         parent, _, child = path.rpartition(".")
@@ -257,14 +263,12 @@ def as_map(x, layout):
     return x
 
 
-def layers_of(encoder, input_size=None, check=True):
-    """{path: ((C, H, W), multiply-adds up to there)} of the modules that can be a layer, as they run.
+def inspect_layers(name, build, size, check=True):
+    """{path: ((C, H, W), multiply-adds up to there)} of the modules that can be a layer, in running order.
 
-    input_size: of the images; the network's own where None. check: that a spot that moves in the image moves
-    in the feature maps, with random weights; else shapes decide. Raises UserError where there is no layer.
+    build: makes the network `name`. check: a spot that moves in size×size images must move in the feature
+    maps, with random weights; else shapes decide.
     """
-    name = ENCODERS.get(encoder, encoder)
-    size = input_size or own_input(name)["input_size"]
 
     def follow(net, images):
         images = 4 * moving_spot(size) - 2 if check else images
@@ -279,7 +283,7 @@ def layers_of(encoder, input_size=None, check=True):
         with FlopCounterMode(display=False) as counter:
             own = Trace(net, images, look)
         larger = {}
-        if check and any(layout is None for _, layout, _ in own.outputs.values()):
+        if check and size <= MAX_DOUBLED and any(layout is None for _, layout, _ in own.outputs.values()):
             with suppress(Exception):  # many networks take no other size
                 find = partial(find_layout, size=2 * size, any_size=True)
                 larger = Trace(net, 4 * moving_spot(2 * size) - 2, find).outputs
@@ -290,41 +294,28 @@ def layers_of(encoder, input_size=None, check=True):
                 layers[path] = tuple(as_map(torch.empty(shape), layout).shape[1:]), cost
         return layers
 
-    layers = tried(follow, name, size, ["cpu"])
-    if not layers:
-        raise UserError(f"--encoder {encoder}: no module in it runs once and gives feature maps")
-    return layers
+    return on_meta_or_cpu(follow, name, build, size, ["cpu"])
 
 
-class ConvReLU(nn.Conv2d):
-    """A convolution and the ReLU behind it, by one kernel of cuDNN where no gradient is wanted.
-
-    It spares two passes over the largest maps of a training step, bias and ReLU.
-    """
-
-    def forward(self, x):
-        here = x.is_cuda and torch.version.cuda  # AMD's GPUs call themselves CUDA, too
-        if not here or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return F.relu(super().forward(x), inplace=True)
-        amp = torch.is_autocast_enabled("cuda")
-        if amp and torch.cuda.get_device_capability(x.device) < (8, 0):  # without cuDNN's bfloat16
-            return F.relu(super().forward(x), inplace=True)
-        tensors = x, self.weight, self.bias
-        if amp:
-            tensors = (tensor.to(torch.get_autocast_dtype("cuda")) for tensor in tensors)
-        return torch.cudnn_convolution_relu(*tensors, self.stride, self.padding, self.dilation, self.groups)
+def resize(x, size):
+    """`x` (B, C, H, W) as (B, C, *size), bilinear: maps to each other's size, or to an image's."""
+    if x.shape[2:] == size:
+        return x
+    return resize_by_products(x, size) if x.is_cuda else F.interpolate(x, size, mode="bilinear")
 
 
-def fuse(net, wanted):
-    """Make one module of each convolution and ReLU in a row of `net`, but of a convolution at these paths."""
-    for around, row in net.named_modules():
-        children = list(row.named_children()) if type(row) is nn.Sequential else []
-        for (name, conv), (behind, relu) in pairwise(children):
-            plain = type(conv) is nn.Conv2d and conv.padding_mode == "zeros" and conv.bias is not None
-            path = f"{around}.{name}".removeprefix(".")
-            if plain and type(relu) is nn.ReLU and type(conv.padding) is tuple and path not in wanted:
-                conv.__class__ = ConvReLU
-                setattr(row, behind, nn.Sequential())  # passes on what it is given
+def resize_by_products(x, size):
+    """What F.interpolate gives, as matrix products: on a GPU its own gradient is not repeatable, or slow."""
+    rows, columns = (bilinear_weights(*pair, x) for pair in zip(x.shape[2:], size, strict=True))
+    x = columns @ x.permute(0, 2, 3, 1)  # (B, H, width, C), as channels last lies in memory
+    x = rows @ x.flatten(2)  # (B, height, width · C)
+    return x.unflatten(2, (size[1], -1)).permute(0, 3, 1, 2)
+
+
+def bilinear_weights(old, new, like):
+    """(new, old), with the type and device of `like`: what each of `new` positions takes of each of `old`."""
+    eye = torch.eye(old, device=like.device, dtype=like.dtype)
+    return F.interpolate(eye[None], new, mode="linear")[0].T
 
 
 class Trunk(nn.Module):
@@ -347,14 +338,14 @@ class Trunk(nn.Module):
         last = len(self.found) == len(self.paths) - 1
         self.found[path] = output if last else output.clone()
         if last:
-            raise Reached
+            raise StopForward
 
     def outputs(self, x):
         """What each layer gives."""
         self.found.clear()
         try:
             self.net(x)
-        except Reached:
+        except StopForward:
             outputs = [self.found[path] for path in self.paths]
             self.found.clear()
             return outputs
@@ -373,7 +364,7 @@ class Trunk(nn.Module):
             found = [layouts_of(output.shape, 1)[0] for output in outputs]
         else:
             found = [find_layout(output, size, orders) for output in outputs]
-        if None in found:
+        if None in found and size <= MAX_DOUBLED:
             with suppress(Exception):  # many networks take no other size
                 larger = self.outputs(normalize(moving_spot(2 * size)))
                 larger = [find_layout(output, 2 * size, any_size=True) for output in larger]

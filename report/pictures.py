@@ -7,18 +7,12 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from PIL import Image
 
-from study import FIGURES, METRICS
-from utils import atomic, evenly_spaced
+from utils import METRICS, METRICS_AND_FEATURE_ERROR, atomic, evenly_spaced
 
 MADE_BY = "feature-inversion"  # begins the `Software` text of each PNG
 
 
-def to_pixels(images):
-    """Images (B, 3, H, W) in [0, 1] as 8-bit pixels, uint8 (B, H, W, 3), on the CPU."""
-    return (255 * images).round().byte().permute(0, 2, 3, 1).cpu()
-
-
-def difference(a, b):
+def difference_image(a, b):
     """5 × |a − b| of uint8 pixels."""
     return (5 * (a.int() - b.int()).abs()).clamp(max=255).byte()
 
@@ -59,17 +53,26 @@ def draw_grid(rows, path):
     save_figure(figure, path)
 
 
-def draw_reconstructions(pictures, names, psnr, path, label="original"):
-    """Target, reconstruction and 5× difference of six of the images, by PSNR.
+def draw_evaluation(found, out, label, trained=None):
+    """Draw an Evaluation into the folder `out`.
 
-    pictures: {number of an image: (target, reconstruction), uint8 (H, W, 3)}; names, psnr: those of all N
-    images. label: of the row of targets.
+    label: of the row of targets. trained: iterations of the training, of a decoder that iterates.
     """
+    draw_reconstructions(found, out / "reconstructions.png", label)
+    draw_histograms(found.values, out / "histograms.png")
+    write_samples(found.pictures, out / "reconstructions.zip")
+    if found.iterates:
+        draw_iterations(found.iterates, out / "iterations.png", trained)
+
+
+def draw_reconstructions(found, path, label="original"):
+    """Target, reconstruction and 5× difference of six images of an Evaluation, by PSNR."""
+    pictures, names, psnr = found.pictures, found.names, found.values["psnr"]
     numbers = np.array(list(pictures))
     chosen = numbers[from_worst_to_best(psnr[numbers])]
     rows = {label: [(pictures[number][0], names[number]) for number in chosen]}
     rows["reconstruction"] = [(pictures[number][1], f"{psnr[number]:.2f} dB") for number in chosen]
-    rows["5 × difference"] = [(difference(*pictures[number]), "") for number in chosen]
+    rows["5 × difference"] = [(difference_image(*pictures[number]), "") for number in chosen]
     draw_grid(rows, path)
 
 
@@ -86,9 +89,11 @@ def draw_histograms(values, path):
 
 
 def draw_iterations(iterates, path, trained):
-    """Means of FIGURES after each iteration; iterates: {figure: (N,)} of each, trained: as in training."""
+    """Means of METRICS_AND_FEATURE_ERROR after each iteration; iterates: {figure: (N,)} of each, trained: as in training."""
     figure = Figure(figsize=(12, 3), layout="constrained")
-    for axis, (name, label) in zip(figure.subplots(1, len(FIGURES)), FIGURES.items(), strict=True):
+    for axis, (name, label) in zip(
+        figure.subplots(1, len(METRICS_AND_FEATURE_ERROR)), METRICS_AND_FEATURE_ERROR.items(), strict=True
+    ):
         axis.plot([values[name].mean() for values in iterates], marker="o")
         axis.axvline(trained, color="black", linestyle="--", label="trained with")
         axis.set(xlabel="iterations", ylabel=label)

@@ -1,4 +1,4 @@
-"""The study's loop, written plainly: what bench.py times ours against, in a process of its own."""
+"""The study's loop, written plainly: `python -m bench` times ours against it, in a process of its own."""
 
 import time
 import warnings
@@ -13,10 +13,9 @@ from PIL import Image, ImageOps
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision import transforms as T
 
+from encoders import imagenet_weights
 from models import build_decoder
-from study import IMAGENET_MEAN, IMAGENET_STD
-from utils import UserError
-from weights import imagenet_weights
+from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
 
 
 class PlainImages(torch.utils.data.Dataset):

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # The evidence of docs/conclusions.md, deeper.md, inversion.md and erratum.md: trained, evaluated, compared.
 #
-#   bash evidence.sh                      what is not done yet; on two CPU cores:
+#   bash docs/evidence.sh                      what is not done yet; on two CPU cores:
 #                                         loss, decoders and weights an hour, feedback another, muon and layers half
 #                                         of one each, data 45 minutes, deep seven hours, natural four, lite0 one
 #                                         and a quarter, published 27 minutes, inversion 20
-#   bash evidence.sh loss layers          some of them
-#   SEEDS="1 2" bash evidence.sh          other seeds than 1, 2 and 3 (deep, natural, lite0 and published have one,
+#   bash docs/evidence.sh loss layers          some of them
+#   SEEDS="1 2" bash docs/evidence.sh          other seeds than 1, 2 and 3 (deep, natural, lite0 and published have one,
 #                                         42; inversion none)
-#   RUNS=folder bash evidence.sh          another folder than runs/evidence
+#   RUNS=folder bash docs/evidence.sh          another folder than runs/evidence
 #
-# It wants natural/ and wide/ in this folder, deep, natural and lite0 imagenet/ too: docs/natural.txt, wide.txt and
+# Needs natural/ and wide/ in the folder above; deep, natural and lite0 imagenet/ too: docs/natural.txt, wide.txt and
 # imagenet.txt name their photographs. What was interrupted goes on where it stopped.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 seeds=${SEEDS:-1 2 3}
 root=${RUNS:-runs/evidence}
 if [[ ! $seeds =~ ^[0-9][0-9[:space:]]*$ ]]; then

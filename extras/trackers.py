@@ -1,4 +1,4 @@
-"""What a person sees of a training: the epoch's line, history.csv, curves.png, TensorBoard, wandb."""
+"""What a person watches during a training: curves.png, TensorBoard, Weights & Biases."""
 
 import math
 import sys
@@ -11,20 +11,19 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torchvision.utils import make_grid
 
+from checkpoint import EVENTS
 from metrics import TERMS
-from pictures import save_figure
-from study import METRICS
-from utils import write_csv
-
-EVENTS = "events.out.tfevents.*"  # TensorBoard's files in the folder of a run
+from report.pictures import save_figure
+from utils import METRICS
 
 
 class Tracker:
-    """Writes each epoch for TensorBoard, into the run's folder `out`; nowhere for the kind `none`.
+    """Draws curves.png after each epoch, and writes it for TensorBoard, into the run's folder `out`.
 
-    wandb: Weights & Biases, too, reads what is written, into its project `feature-inversion` and `out`/wandb.
-    It can't stop a training: whatever goes wrong (a package is missing, the disk full, the network down) is
-    one warning on stderr, and it is off from then on. It draws no random numbers.
+    kind `none`: draws alone. wandb: Weights & Biases reads what TensorBoard gets, into its project
+    `feature-inversion` and `out`/wandb. It can't stop a training: whatever goes wrong (a package is missing,
+    the disk full, the network down) is one warning on stderr, and it is off from then on. It draws no random
+    numbers.
     """
 
     def __init__(self, kind, out, config):
@@ -34,11 +33,13 @@ class Tracker:
         self.opened = ExitStack()
         self.writer = None
 
-    def log(self, row, better, targets, outputs):
-        """Write `row` of the history and some validation targets and outputs, (N, 3, H, W) in [0, 1].
+    def log(self, history, better, targets, outputs):
+        """Write the last row of the history and some validation targets and outputs, (N, 3, H, W) in [0, 1].
 
-        better: `row` has the lowest validation loss so far, so that its metrics are the run's.
+        better: it has the lowest validation loss so far, so that its metrics are the run's.
         """
+        row = history[-1]
+        draw_curves(history, self.out / "curves.png")
         if self.kind == "none":
             return
         scalars = {name: row[name] for name in ("lr", "images_per_second")}
@@ -133,26 +134,6 @@ def add_test_metrics(out, epoch, means):
 def validation_grid(targets, outputs):
     """`targets` above `outputs`, (N, 3, H, W) in [0, 1], at half their size, as one picture (3, h, w)."""
     return make_grid(F.avg_pool2d(torch.cat([targets, outputs]), 2), nrow=len(targets))
-
-
-def epoch_line(row, epochs, better):
-    """The line that an epoch prints."""
-    parts = [f"epoch {row['epoch']:>{len(str(epochs))}}/{epochs}"]
-    for split in ("train", "val"):
-        terms = [f"{name} {row[f'{split}_{name}']:.{2 if name == 'psnr' else 4}f}" for name in TERMS]
-        parts.append(f"{split} {' '.join(terms)}".replace("nan", "–"))
-    parts.append(f"lr {row['lr']:.1e}")
-    parts.append(f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s")
-    if row["epoch"] < epochs:
-        left = (row["seconds"] + row["val_seconds"]) * (epochs - row["epoch"])
-        parts[-1] += f", about {left / 60:.0f} min left"
-    return " | ".join(parts) + ("  best" if better else "")
-
-
-def write_history(history, path):
-    """One CSV row an epoch; the LPIPS columns are empty where it took no part in the loss."""
-    rows = [["" if value != value else value for value in row.values()] for row in history]
-    write_csv(path, history[0], rows)
 
 
 def draw_curves(history, path):

@@ -1,9 +1,9 @@
 """Time experiment 1's training and evaluation against a plain implementation of the study's loop, in one run.
 
-  python bench.py
-  python bench.py --json bench.json
-  python bench.py --batch-size 64 --images 90    the step alone, with as many images as a GPU likes
-  python bench.py --quality FOLDER         instead: wall time to the study's quality, plain and fast.yaml
+  python -m bench
+  python -m bench --json bench.json
+  python -m bench --batch-size 64 --images 90    the step alone, with as many images as a GPU likes
+  python -m bench --quality FOLDER         instead: wall time to the study's quality, plain and fast.yaml
 
 Plain: eager, NCHW, 2K PNGs decoded and resized every epoch by four workers, LPIPS from the lpips package,
 which computes the target's features under autograd, and a look at the loss every step. It has a process of
@@ -14,8 +14,8 @@ CPU's as well, which launches its kernels, and its step copies the batch to the 
 Not for Windows, which does not say how much memory a process took.
 """
 
-from flags import Parser, config_of, parse_train, positive_int
-from utils import UserError, run, select_device, tf32, wait, write_text
+from flags import Parser, parse_train, positive_int
+from utils import UserError, cli_main, select_device, synchronized_time, tf32, write_text
 
 
 def make_parser():
@@ -31,7 +31,7 @@ def make_parser():
 
 
 if __name__ == "__main__":
-    ARGS = run(lambda: make_parser().parse_args())
+    ARGS = cli_main(lambda: make_parser().parse_args())
 
 import json
 import math
@@ -51,15 +51,12 @@ import torch
 from PIL import Image
 
 import data
-import prepare
 import train
+from bench.plain import elsewhere
 from evaluate import evaluate_model
-from graphs import UNRECORDED, Graphs
-from kept import keep_crops
-from metrics import TERMS, Loss, Meter
-from models import inverter_of, load_inverter
-from plain import elsewhere
-from signals import Signals
+from extras.cuda_graphs import WARMUP_STEPS
+from extras.feature_cache import cache_features
+from models import load_inverter
 
 # What the study's recipe ends at after 30 epochs, on the test images of `natural` (README, Results).
 STUDY = {"psnr": 27.92, "ssim": 0.862, "lpips": 0.0236}
@@ -69,51 +66,28 @@ VARIANTS = ("--no-graphs", "--no-tf32", "--amp", "--compile", "--amp --compile")
 RECORDED = 30  # calls after which the CUDA graphs of all kinds of steps are recorded
 
 
-class Ours:
-    """A training on the photographs in `folder`, as train.py does it, with its flags but for the rate."""
-
-    def __init__(self, folder, device, *flags):
-        args = parse_train(["--data", folder, "--out", folder, *flags])
-        self.config = config_of(args)
-        self.device = device
-        self.cache = f"{folder}/cache"
-        self.images = data.load_split(folder, "train", self.cache, bars=True).to(device)
-        self.steps = prepare.steps_of_a_pass(len(self.images), self.config["batch_size"], world=1)
-        self.steps *= self.config["passes"]
-        self.inverter = inverter_of(self.config).to(device)
-        self.config["crop"] = self.config["crop"] or self.inverter.size
-        self.loss = Loss(self.config["mse_weight"], self.config["lpips_weight"]).to(device)
-        if self.config["compile"]:
-            self.inverter.compile()
-        optimizer = prepare.make_optimizer(self.inverter, 1e-4, self.config["optimizer"])
-        scheduler = prepare.make_scheduler(optimizer, self.config, self.steps, 1e-7)
-        self.state = train.State(self.inverter.decoder, optimizer, scheduler, Meter(TERMS, device))
-        graphs = args.graphs and device.type == "cuda"
-        self.compute = Graphs(train.gradients) if graphs else train.gradients
-
-    def batches(self):
-        """Those of the first epoch: crops (B, 3, N, N) in [0, 1], and their features, where they are kept."""
-        kept = None
-        if self.config["kept_crops"]:
-            kept = keep_crops(self.images, self.inverter, self.config, self.cache, True)
-        self.state.step = 0
-        return train.epoch_batches(self.images, kept, self.config, self.state, self.steps, 0, 1, self.device)
-
-    def step(self, batch):
-        """One step; the loss."""
-        options = (self.loss, self.state.optimizer, self.config["clip_grad"], self.compute)
-        with tf32(self.config["tf32"]):
-            terms = train.train_step(self.inverter.train(), batch, None, *options)
-        return terms["loss"].mean()
-
-    def epoch(self):
-        """An epoch, from the first step on."""
-        options = (self.config, self.steps, Signals(self.device), True, self.compute)
-        train.train_epoch(self.inverter, self.batches(), self.loss, self.state, *options)
+def training_on(folder, device, *flags):
+    """train.py's Training on the photographs in `folder`, and its first batch."""
+    cache = ["--cache", f"{folder}/cache", "--quiet"]
+    training = train.Training(parse_train(["--data", folder, "--out", folder, *cache, *flags]), device=device)
+    if training.config["kept_crops"]:
+        training.feature_cache = cache_features(training, f"{folder}/cache", True)
+    return training, next(train.epoch_batches(training))[0]
 
 
-def bench_step(plain, folder, device, batch_size, rounds, show):
-    """A training step: plain and ours; its variants on CUDA; without a `batch_size`, other decoders', too."""
+def step(training, batch):
+    with tf32(training.config["tf32"]):
+        train.train_step(training, batch)
+
+
+def epoch(training):
+    training.step = 0
+    train.train_epoch(training)
+
+
+def bench_step(plain, folder, device, args, show):
+    """A training step: plain and ours; its variants on CUDA; without --batch-size, other decoders', too."""
+    batch_size = args.batch_size
     same = ["--batch-size", str(batch_size or 4)]
     kinds = {"ours": same}
     if device.type == "cuda":
@@ -125,18 +99,17 @@ def bench_step(plain, folder, device, batch_size, rounds, show):
         kinds |= {f"best.yaml, {name}": [*best, name] for name in ("muon", "adam")}
     functions = {"plain": plain.step}
     for name, flags in kinds.items():
-        ours = Ours(folder, device, *flags)
-        batch, _ = next(ours.batches())
-        functions[name] = partial(ours.step, batch)
+        training, batch = training_on(folder, device, *flags)
+        functions[name] = partial(step, training, batch)
         if name == "ours":
             plain.keep(batch.cpu().contiguous().numpy())
         if device.type == "cuda":
             torch.cuda.empty_cache()
             before = torch.cuda.memory_reserved(device)
-            for _ in range(UNRECORDED + 2):
+            for _ in range(WARMUP_STEPS + 2):
                 functions[name]()
             show(**{f"cuda_gib {name}": (torch.cuda.memory_reserved(device) - before) / 2**30})
-    seconds = by_turns(device, functions, rounds)
+    seconds = by_turns(device, functions, args.rounds)
     show(**{f"step_ms {name}": 1000 * value for name, value in seconds.items()})
     show(step_speedup=seconds["plain"] / seconds["ours"])
 
@@ -154,9 +127,11 @@ def bench_epoch(plain, folder, device, rounds, show):
         "block5": ["--layer", "block5"],
         "block5, kept": ["--layer", "block5", "--kept-crops", "1"],
     }
-    functions = {name: Ours(folder, device, *flags).epoch for name, flags in kinds.items()}
+    functions = {
+        name: partial(epoch, training_on(folder, device, *flags)[0]) for name, flags in kinds.items()
+    }
     seconds = by_turns(device, functions, rounds, times=2)
-    fast = seconds["block1"] / prepare.steps_of_a_pass(count, 4, world=1)
+    fast = seconds["block1"] / train.steps_of_a_pass(count, 4, world=1)
     show(plain_epoch_step_ms=1000 * slow, epoch_step_ms=1000 * fast, epoch_speedup=slow / fast)
     show(image_ms={name: 1000 * value / count for name, value in seconds.items()})
     show(crop_speedup=seconds["block1"] / seconds["block1, crop 64"])
@@ -203,15 +178,15 @@ def mean_metrics(inverter, images):
 
 def bench_evaluation(plain, folder, device, show):
     """All three metrics of the photographs; ours has seen the images before."""
-    inverter = Ours(folder, device).inverter
+    inverter = training_on(folder, device)[0].inverter
     source = (folder, "train", f"{folder}/cache")
     files = [Path(folder, "train", name) for name in data.load_split(*source).names]
-    start = wait(device)
+    start = synchronized_time(device)
     plain.evaluate(files)
-    slow = (wait(device) - start) / len(files)
-    start = wait(device)
+    slow = (synchronized_time(device) - start) / len(files)
+    start = synchronized_time(device)
     evaluate_model(inverter, data.load_split(*source)[:], bars=True)
-    fast = (wait(device) - start) / len(files)
+    fast = (synchronized_time(device) - start) / len(files)
     show(plain_eval_images_per_second=1 / slow, eval_images_per_second=1 / fast, eval_speedup=slow / fast)
 
 
@@ -241,17 +216,17 @@ def by_turns(device, functions, rounds, times=6):
     for _ in range(rounds):
         for name, function in functions.items():
             for turn in range(times):
-                start = wait(device)
+                start = synchronized_time(device)
                 function()
                 if turn:
-                    seconds[name].append(wait(device) - start)
+                    seconds[name].append(synchronized_time(device) - start)
     return {name: median(values) for name, values in seconds.items()}
 
 
 def child_gib(*command):
     """Peak memory in GiB of the largest child so far, after running `command`; UserError if that fails."""
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parent.parent)
     if done.returncode:
         raise UserError(f"{command[1]} ended with status {done.returncode}, as it says above")
     unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, not KiB
@@ -290,13 +265,13 @@ def bench_speed(args, device, show):
         flags += ("--epochs", 1, "--quiet", "--device", device)
         if not args.batch_size:
             show(training_peak_gib=child_gib("train.py", *flags))
-        prepare.set_up()
+        train.set_determinism()
         with elsewhere(device) as plain:
-            bench_step(plain, folder, device, args.batch_size, args.rounds, show)
+            bench_step(plain, folder, device, args, show)
             if not args.batch_size:
                 bench_epoch(plain, folder, device, args.rounds, show)
                 bench_evaluation(plain, folder, device, show)
 
 
 if __name__ == "__main__":
-    run(lambda: bench(ARGS))
+    cli_main(lambda: bench(ARGS))

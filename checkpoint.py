@@ -1,0 +1,341 @@
+"""A run's folder: its lock, best.pt and last.pt, resuming, and results that a better best.pt makes stale."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from filelock import Timeout
+
+from encoders import encoder_sha256
+from flags import with_defaults
+from utils import (
+    FORMAT,
+    UserError,
+    digest,
+    leftovers,
+    load,
+    locked,
+    make_folder,
+    out_of_memory,
+    same_data,
+    save,
+    write_csv,
+    write_text,
+)
+
+FILES = ("best.pt", "last.pt", "config.yaml", "history.csv", "curves.png")  # of train.py
+EVENTS = "events.out.tfevents.*"  # TensorBoard's files
+RESULTS = (  # of evaluate.py; the first says what was measured, and is written last
+    "metrics.json",
+    "per_image.csv",
+    "reconstructions.png",
+    "histograms.png",
+    "reconstructions.zip",
+    "iterations.png",
+)
+INVERSION = ("inversion.json", "inversion.csv", "inversion.png")  # of invert.py, likewise
+
+# --- best.pt and last.pt -----------------------------------------------------------------------------------
+
+PROGRESS = ("epoch", "step", "seconds", "bad_epochs", "best_epoch", "best_loss", "history")
+# Flags whose text may differ between a run and its resumption where these entries are equal.
+PROOFS = {"encoder": "encoder_sha256", "weights": "encoder_sha256", "init": "init_sha256"}
+PROOFS |= {"data": "hash of the training images"}
+
+
+def save_last(training):
+    """Write last.pt in rank 0; every process must call it, for the sums of all."""
+    sums = training.meter.total()
+    if training.rank == 0:
+        content = {"format": FORMAT, "about": training.resume_guard, "sums": sums}
+        content |= {"rng": torch.get_rng_state(), "decoder": training.inverter.decoder.state_dict()}
+        content |= {name: getattr(training, name) for name in PROGRESS}
+        content |= {name: getattr(training, name).state_dict() for name in ("optimizer", "scheduler")}
+        save(content, training.out / "last.pt")
+
+
+def resume(training):
+    """Load last.pt into `training`; whether there is one. Raises UserError for that of another run."""
+    path = training.out / "last.pt"
+    contents = [load(path) if training.rank == 0 and path.exists() else None]
+    if training.world > 1:
+        dist.broadcast_object_list(contents)
+    content = contents[0]
+    if content is None:
+        return False
+    try:
+        check_same_run(with_defaults(content["about"]), training.resume_guard, training.out)
+        training.inverter.decoder.load_state_dict(content["decoder"])
+        for name in ("optimizer", "scheduler"):
+            getattr(training, name).load_state_dict(content[name])
+        for name in PROGRESS:
+            setattr(training, name, content[name])
+        training.meter.restart(content["sums"] if training.rank == 0 else None)
+        torch.set_rng_state(content["rng"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{path}: not the last.pt of such a run ({error})") from None
+    return True
+
+
+def check_same_run(about, guard, out):
+    """Raise UserError unless what last.pt says, `about`, is what this run says, `guard`."""
+    for key, value in guard.items():
+        found, proof = about.get(key, value), PROOFS.get(key)  # an older version may not have written it
+        if found == value or key == "patience" or proof in about and about[proof] == guard[proof]:
+            continue
+        if key == "epochs" and guard["schedule"] == "plateau" or key == "data" and same_data(found, value):
+            continue
+        why = ": onecycle's learning rates are for so many epochs" if key == "epochs" else ""
+        why = ", and not the same content" if proof in about else why
+        given = f"{key} is {value!r}, the run in {out} has {found!r}{why}"
+        raise UserError(f"--resume: {given}; give the same, or another --out")
+
+
+def save_best(training):
+    """Write best.pt: the decoder and what rebuilds it, nothing of the encoder."""
+    packages = ("torch", "torchvision", "timm", "lpips", "numpy")
+    inverter = training.inverter
+    content = {
+        "format": FORMAT,
+        "decoder": inverter.decoder.state_dict(),
+        "config": training.config,
+        "init_sha256": training.init_sha256,
+        "shape": list(inverter.shape),
+        "weights_sha256": inverter.encoder.weights_sha256,
+        "encoder_sha256": encoder_sha256(inverter.encoder),
+        "programs": inverter.encoder.programs,
+        "epoch": training.epoch,
+        "val_loss": training.best_loss,
+        "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
+    }
+    save(content, training.out / "best.pt")
+
+
+def update_best(config, out):
+    """Write the epochs and the patience of a resumed run into best.pt."""
+    best = load(out / "best.pt")
+    new = {name: config[name] for name in ("epochs", "patience")}
+    save(best | {"config": best["config"] | new}, out / "best.pt")
+
+
+def read_checkpoint(path):
+    """The content of the best.pt at `path`; its `config` has all flags. Raises UserError for another file."""
+    checkpoint = load(path)
+    wanted = {"decoder", "config", "shape", "encoder_sha256", "programs", "epoch", "val_loss"}
+    missing = wanted - set(checkpoint if type(checkpoint) is dict else ())
+    if missing:
+        raise UserError(f"{path}: not a best.pt of this train.py (it has no {', '.join(sorted(missing))})")
+    try:
+        return checkpoint | {"config": with_defaults(checkpoint["config"], path)}
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a best.pt of this program ({error})") from None
+
+
+def write_history(history, path):
+    """Write a CSV row for each epoch; LPIPS columns are empty where it was not computed."""
+    rows = [["" if value != value else value for value in row.values()] for row in history]
+    write_csv(path, history[0], rows)
+
+
+# --- The folder --------------------------------------------------------------------------------------------
+
+
+def lock_folder(out):
+    """Make the run's folder and lock it. Returns the lock; raises UserError if it is in use."""
+    try:
+        return locked(make_folder(out) / ".lock", timeout=0)
+    except Timeout:
+        raise UserError(f"--out {out}: another training is writing there; choose another --out") from None
+
+
+def check_folder(out, resume, overwrite):
+    """Remove what killed processes left in the folder `out`; UserError if it holds what must not be lost."""
+    best = (out / "best.pt").exists()
+    last = (out / "last.pt").exists()
+    if (best or last) and not resume and not overwrite:
+        raise UserError(f"--out {out}: holds a run; --resume goes on, --overwrite replaces; or another --out")
+    if best and not last and resume:
+        raise UserError(
+            f"--out {out}: holds best.pt but no last.pt to go on from; --overwrite, or another --out"
+        )
+    files = (*(out / name for name in FILES), *results_of(out), *out.glob(EVENTS))
+    others = [str(path.relative_to(out)) for path in files if path.exists()]
+    if others and not best and not last and not overwrite:
+        raise UserError(
+            f"--out {out}: holds {others[0]} of no run; choose another --out, or --overwrite replaces it"
+        )
+    for name in FILES:
+        for path in leftovers(out / name):
+            path.unlink()
+
+
+def remove_stale_results(out, resumed):
+    """Delete results that no longer match best.pt; of a new run its earlier files, too."""
+    files = [out / name for name in FILES if not resumed]
+    for path in (*files, *results_of(out), *out.glob(f"{EVENTS}.test" if resumed else EVENTS)):
+        path.unlink(missing_ok=True)
+
+
+# --- Results -----------------------------------------------------------------------------------------------
+
+
+def seeds_of(run):
+    """The folders of a run's seeds, `seed1` and so on, in the order of their numbers."""
+    numbers = {path.name.removeprefix("seed"): path for path in run.glob("seed*") if path.is_dir()}
+    return [numbers[number] for number in sorted(filter(str.isdecimal, numbers), key=int)]
+
+
+def seed_folders(run):
+    """[`run`] if it was evaluated; else those of its seeds that were, or the first seed, or [`run`]."""
+    if (run / "metrics.json").exists():
+        return [run]
+    seeds = seeds_of(run)
+    return [path for path in seeds if (path / "metrics.json").exists()] or (seeds or [run])[:1]
+
+
+def write_result(path, content):
+    """Write a result, a dictionary, to the JSON file at `path`; its `ckpt` becomes relative to it."""
+    if "ckpt" in content:
+        ckpt = Path(content["ckpt"])
+        place = os.path.relpath(ckpt.parent.resolve() / ckpt.name, path.parent.resolve())
+        content = content | {"ckpt": place}
+    write_text(path, json.dumps(content, indent=2))
+
+
+@contextmanager
+def reading(what, advice):
+    """Raise UserError of `what`, the reason and `advice`, where the block cannot read a file."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # json, csv and zipfile have many types
+        raise UserError(f"{what} ({error!r}); {advice}") from None
+
+
+def read_result(path):
+    """The content of the result at `path`. Raises UserError if there is none, or an earlier checkpoint's."""
+    command = "invert" if path.name in INVERSION else "evaluate"
+    if not path.exists():
+        raise UserError(f"{path.parent}: has no {path.name}; {command} it first")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    ckpt = path.parent / content["ckpt"] if "ckpt_sha256" in content else None  # older results have none
+    if ckpt and ckpt.is_file() and digest(ckpt) != content["ckpt_sha256"]:
+        raise UserError(f"{path} is of an earlier {ckpt.name}; {command} again")
+    return content
+
+
+def results_of(run):
+    """The result files in the folder `run`, and those in its sub-folders that are of its best.pt."""
+    found = [run / name for name in RESULTS + INVERSION]
+    for files in (RESULTS, INVERSION):
+        for path in (*run.glob(f"*/{files[0]}"), *run.glob(f"*/*/{files[0]}")):
+            with suppress(Exception):  # another program's
+                ckpt = json.loads(path.read_text(encoding="utf-8"))["ckpt"]
+                if (path.parent / ckpt).resolve() == (run / "best.pt").resolve():
+                    found += [path.with_name(name) for name in files]
+    return found
+
+
+def refuse_other_results(out, files, about):
+    """Raise UserError if the folder `out` holds other results, or another best.pt, than `about` says.
+
+    files: RESULTS, INVERSION or the baselines'; the first, a JSON file, has the keys and values of `about`.
+    """
+    best, first = out / "best.pt", out / files[0]
+    if "ckpt_sha256" in about and best.exists() and digest(best) != about["ckpt_sha256"]:
+        raise UserError(f"{best}: is another than --ckpt, or newer by now; give another --out")
+    advice = "give another --out, or remove it"
+    if not first.exists():
+        found = [out / name for name in files if (out / name).exists()]
+        if found and not best.exists():  # else an evaluation of it was interrupted
+            raise UserError(f"{found[0]}: no finished evaluation wrote it; {advice}")
+        return
+    with reading(f"{first}: not a result of this program", advice):
+        content = json.loads(first.read_text(encoding="utf-8"))
+        if "config" in about:
+            content["config"] = about["config"] | content["config"]  # older ones lack newer flags
+        other = [key for key in about if key != "ckpt_sha256" and content.get(key) != about[key]]
+        places = {"data": content.get("data"), "ckpt": out / content.get("ckpt", "")}
+        other = [key for key in other if key not in places or not same_data(places[key], about[key])]
+    if other:
+        raise UserError(f"{first}: is the result of another {other[0]}; {advice}")
+
+
+# --- Signals -----------------------------------------------------------------------------------------------
+
+# SLURM sends SIGUSR1 before it pre-empts; Windows has none.
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+COPY_SECONDS = 1  # in which a launcher may send the first signal again
+
+
+class Interrupted(Exception):
+    """A stopping signal arrived; the running step is done."""
+
+
+class Signals:
+    """Within `with`: the first stopping signal is remembered, another ends the process at once.
+
+    Works in the main thread; elsewhere it does nothing.
+    """
+
+    def __init__(self, device):
+        self.received = 0
+        self.device = device
+
+    def __enter__(self):
+        self.before = {}
+        self.waker, woken = socket.socketpair()
+        with suppress(ValueError):  # not the main thread
+            self.before = {number: signal.signal(number, self.handle) for number in STOPPING}
+            self.waker.setblocking(False)
+            self.waker_before = signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=end_at_another, args=(woken,), daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        if self.before:
+            signal.set_wakeup_fd(self.waker_before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.waker.close()
+
+    def handle(self, number, frame):
+        self.received = self.received or number
+
+    def check(self):
+        """Raise Interrupted if any process has received a signal."""
+        received = self.received
+        if dist.is_initialized():
+            flag = torch.tensor(received, device=self.device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            received = int(flag)
+        if received:
+            self.received = received
+            raise Interrupted
+
+
+def end_at_another(woken):
+    """End the process at a second stopping signal, even in the middle of a backward pass.
+
+    woken: a socket that receives the number of each signal. `handle` has to wait for PyTorch.
+    """
+    first = None
+    while number := woken.recv(1):
+        if number[0] not in STOPPING:
+            continue
+        now = time.monotonic()
+        first = first or now
+        if now - first > COPY_SECONDS or now > first and number[0] == signal.SIGINT:
+            os._exit(128 + number[0])

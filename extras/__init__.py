@@ -1,0 +1,1 @@
+"""Optional parts of the program, each imported only by the flag that needs it."""
