@@ -176,31 +176,32 @@ def test_the_pretrained_decoders_are_what_it_trains(evidence, tmp_path):
 
 def test_figures_of_what_it_measured(tmp_path, monkeypatch, error_line):
     runs = tmp_path / "runs"
-    names = [f"layers/{name}" for name in (*RESOLUTION.values(), *DEPTH.values())]
-    about = {"data": "natural", "protocol": "documented", "images": 1, "size": 224}
-    for name in (*names, *(f"data/{count}" for count in PHOTOGRAPHS)):
+
+    def write(name, text):
+        (runs / name).parent.mkdir(parents=True, exist_ok=True)
+        (runs / name).write_text(text)
+
+    layers = [f"layers/{name}" for name in (*RESOLUTION.values(), *DEPTH.values())]
+    for name in (*layers, *(f"data/{count}" for count in PHOTOGRAPHS)):
         for seed in (1, 2):
-            run = runs / name / f"seed{seed}"
-            run.mkdir(parents=True, exist_ok=True)
-            (run / "metrics.json").write_text(json.dumps(about))
-            (run / "per_image.csv").write_text(f"image,psnr,ssim,lpips\na,{20 + seed},0.5,0.5\n")
-    inverted = {"metrics": {"start": {"psnr": {"mean": 20}}, "inversion": {"psnr": {"mean": 25}}}}
+            about = {"data": "natural", "protocol": "documented", "images": 1, "size": 224}
+            write(f"{name}/seed{seed}/metrics.json", json.dumps(about))
+            write(f"{name}/seed{seed}/per_image.csv", f"image,psnr,ssim,lpips\na,{20 + seed},0.5,0.5\n")
+    found = {"metrics": {"start": {"psnr": {"mean": 20}}, "inversion": {"psnr": {"mean": 25}}}}
     for name in (*INVERTED, *(f"noise_{layer}" for layer in INVERTED)):
-        inversion = runs / "inversion" / name / "inversion.json"
-        inversion.parent.mkdir(parents=True)
-        inversion.write_text(json.dumps(inverted))
+        write(f"inversion/{name}/inversion.json", json.dumps(found))
 
     monkeypatch.setattr(sys, "argv", ["figures.py", str(runs), str(tmp_path)])
-    history = runs / "published" / "seed42" / "history.csv"
     assert status(figures.main) == 2
-    assert error_line() == f"{history}: is not there; bash evidence.sh makes it"
-    history.parent.mkdir(parents=True)
-    history.write_text("epoch,val_loss,val_mse,val_lpips\n1,0.7,1.1,0.3\n2,0.5,0.8,0.2\n")
-    inversion.write_text(json.dumps(inverted | {"ckpt": "best.pt", "ckpt_sha256": "0" * 64}))
-    inversion.with_name("best.pt").write_text("a better one")
+    history = "published/seed42/history.csv"
+    assert error_line() == f"{runs / history}: is not there; bash evidence.sh makes it"
+    write(history, "epoch,val_loss,val_mse,val_lpips\n1,0.7,1.1,0.3\n2,0.5,0.8,0.2\n")
+    place = f"inversion/{INVERTED[0]}"
+    write(f"{place}/inversion.json", json.dumps(found | {"ckpt": "best.pt", "ckpt_sha256": "0" * 64}))
+    write(f"{place}/best.pt", "a better one")
     assert status(figures.main) == 2
-    assert error_line() == f"{inversion} is of an earlier best.pt; invert again"
-    inversion.with_name("best.pt").unlink()
+    assert error_line() == f"{runs / place / 'inversion.json'} is of an earlier best.pt; invert again"
+    (runs / place / "best.pt").unlink()
     assert status(figures.main) == 0
     for name in ("published.png", "answers.png"):
         with Image.open(tmp_path / name) as figure:
