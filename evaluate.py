@@ -86,7 +86,8 @@ def evaluate_checkpoint(args, rank, world, device):
     if args.baselines:
         if rank == 0:
             source, out = data.resolve(args.data), Path(args.out or "runs")
-            write_baselines(source, out, PROTOCOLS[args.protocol], device, args.batch_size, args.cache, bars)
+            options = {"batch_size": args.batch_size, "cache": args.cache, "bars": bars}
+            write_baselines(source, out, PROTOCOLS[args.protocol], device, **options)
         return
     sha256 = digest(args.ckpt)  # first: a training may replace it meanwhile
     inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)

@@ -1,7 +1,9 @@
 """What a person looks at: pictures beside each other, and figures of the metrics."""
 
+import io
 import zipfile
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -32,6 +34,14 @@ def save_figure(figure, path, dpi=100):
     """Write a matplotlib figure to `path`, whole or not at all."""
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=dpi, metadata={"Software": MADE_BY})
+
+
+def svg(figure):
+    """A matplotlib figure as an SVG element, for a page."""
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(text, format="svg")
+    return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def drawable(text, most=60):
