@@ -19,17 +19,12 @@ def thumbnail(side, targets, mean):
     return F.interpolate(reduced, targets.shape[2:], mode="bicubic").clamp(0, 1)
 
 
-def thumbnail_name(side):
-    return f"thumbnail {side} × {side}"
-
-
-# Of the maps of the study's layers, from the deepest on: VGG16's, ResNet34's, ViT's and AlexNet's.
-SIDES = (6, 7, 13, 14, 27, 28, 56, 112)
+SIDES = (6, 7, 13, 14, 27, 28, 56, 112)  # of the maps of the study's layers
 # By name, what makes images of targets, (B, 3, H, W) in [0, 1] both, and of all, their mean colour.
 BASELINES = {
     "constant colour": lambda targets, mean: mean.expand_as(targets),  # one for all images
     "mean colour": lambda targets, mean: targets.mean((2, 3), keepdim=True).expand_as(targets),
-} | {thumbnail_name(side): partial(thumbnail, side) for side in SIDES}
+} | {f"thumbnail {side} × {side}": partial(thumbnail, side) for side in SIDES}
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ class Measured(NamedTuple):
 def compare(folders, out):
     """Print how each run differs from the first, and write the table and figure to the folder `out`.
 
-    folders: of runs, or of runs of several seeds, FOLDER/seed1 and so on. Raises UserError.
+    folders: of runs, or of their seeds, FOLDER/seed1 and so on. Raises UserError.
     """
     first, *others = [read_runs(Path(folder)) for folder in folders]
     rows = []

@@ -70,10 +70,9 @@ def draw_grid(rows, path):
 
 
 def draw_reconstructions(pictures, names, psnr, path, label="original"):
-    """Target, reconstruction and 5× difference of six of the images, by PSNR.
+    """Target, reconstruction and 5× difference of six images, by PSNR; label: of the row of targets.
 
-    pictures: {number of an image: (target, reconstruction), uint8 (H, W, 3)}; names, psnr: those of all N
-    images. label: of the row of targets.
+    pictures: {number of an image: (target, reconstruction), uint8 (H, W, 3)}; names, psnr: of all N images.
     """
     numbers = np.array(list(pictures))
     chosen = numbers[from_worst_to_best(psnr[numbers])]
@@ -87,8 +86,8 @@ def draw_histograms(values, path):
     """How the metrics, {metric: (N,)}, are distributed over the test images."""
     figure = Figure(figsize=(10, 3), layout="constrained")
     for axis, (name, label) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
-        mean = values[name].mean()
         axis.hist(values[name], bins=20)
+        mean = values[name].mean()
         axis.axvline(mean, color="black", linestyle="--", label=f"mean {mean:.3f}")
         axis.set(xlabel=label, ylabel="images")
         axis.legend()
@@ -108,15 +107,13 @@ def draw_iterations(iterates, path, trained):
 
 
 def write_samples(pictures, path, count=24):
-    """A zip of `count` evenly spaced ones of `pictures`, {number: (target, reconstruction)}, for the page.
+    """A zip of `count` of the `pictures`, {number: (target, reconstruction)}, which results.py reads.
 
-    The members are N-original.jpg and N-reconstruction.jpg, N being the image's number, its row in
-    per_image.csv, from 0 (report.py reads them).
+    It holds N-original.jpg and N-reconstruction.jpg; N is the image's row in per_image.csv, from 0.
     """
     numbers = np.array(list(pictures))
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for number in numbers[evenly_spaced(len(numbers), count)]:
             for kind, pixels in zip(("original", "reconstruction"), pictures[number], strict=True):
-                # with full colour, for 5× differences
-                with archive.open(f"{number:05}-{kind}.jpg", "w") as file:
+                with archive.open(f"{number:05}-{kind}.jpg", "w") as file:  # with full colour
                     Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=90, subsampling=0)

@@ -17,6 +17,7 @@ from study import DIGITS, METRICS
 from utils import UserError, evenly_spaced, write_csv, write_text
 
 PAGE = Path(__file__).with_name("report.html")
+COLUMNS = METRICS | {"parameters": "parameters", "minutes": "training", "inference_ms": "inference"}
 CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "val_psnr": "validation PSNR (dB)"}
 ABOUT = (
     "Each cell: published → measured; protocol documented unless a note says another. training: minutes, "
@@ -60,17 +61,16 @@ def test_images(rows):
 def cells(row):
     """{heading: text} of a row."""
     found = {"experiment": row["experiment"]}
-    for metric, label in METRICS.items():
-        digits = DIGITS[metric]
-        found[label] = f"{cell(row.get(f'published_{metric}'), digits)} → {cell(row.get(metric), digits)}"
-    found["parameters"] = f"{row.get('published_parameters') or '–'} → {cell(row.get('parameters'), 0)}"
-    found["training"] = f"{cell(row.get('published_minutes'), 0)} → {cell(row.get('minutes'), 1)}"
-    found["inference"] = f"{row.get('published_inference') or '–'} → {cell(row.get('inference_ms'), 1)}"
+    for key, label in COLUMNS.items():
+        values = row.get(f"published_{key.removesuffix('_ms')}"), row.get(key)
+        found[label] = " → ".join(cell(value, DIGITS.get(key, 1)) for value in values)
     return found | {"seed": row.get("seed", "–"), "data": row.get("data", "–"), "note": row["note"]}
 
 
 def cell(value, digits):
-    return "–" if value is None else f"{value:,.{digits}f}"
+    if isinstance(value, float):
+        return f"{value:,.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else value or "–"
 
 
 def results_table(rows):
@@ -86,7 +86,7 @@ def draw_results(rows, path):
     """Draw published and measured metrics of the experiments as bars, the baselines as dashed lines."""
     baselines = [row for row in rows if row["experiment"] in ("constant colour", "mean colour")]
     rows = [row for row in rows if "published_psnr" in row]
-    marks = ["" if row.get("weights", "imagenet") == "imagenet" else " *" for row in rows]
+    marks = [" *" if row.get("weights", "imagenet") != "imagenet" else "" for row in rows]
     names = [drawable(row["experiment"]) + mark for row, mark in zip(rows, marks, strict=True)]
     figure = Figure(figsize=(14, 0.3 * len(rows) + 0.5), layout="constrained")
     places = np.arange(len(rows))
@@ -124,23 +124,20 @@ def draw_curves(histories):
 def draw_images(images, path, count=6):
     """Draw the originals of `count` of the test_images above their reconstructions."""
     chosen = [images[i] for i in evenly_spaced(len(images), count)]
-    grid = {"original": [(decoded(image["original"]), image["name"]) for image in chosen]}
+    grid = {"original": [(image["original"], image["name"]) for image in chosen]}
     for name in dict.fromkeys(name for image in chosen for name in image["runs"]):
         runs = [image["runs"].get(name) for image in chosen]
-        psnr = METRICS["psnr"]
-        grid[name] = [run and (decoded(run["picture"]), f"{run['metrics'][psnr]} dB") for run in runs]
+        grid[name] = [run and (run["picture"], f"{run['metrics'][METRICS['psnr']]} dB") for run in runs]
+    for cells in grid.values():
+        cells[:] = [cell and (Image.open(io.BytesIO(cell[0])), cell[1]) for cell in cells]
     draw_grid(grid, path)
-
-
-def decoded(text):
-    return Image.open(io.BytesIO(base64.b64decode(text)))
 
 
 def page(rows, images, bars, curves):
     """The text of report.html, which needs no other file; bars, curves: SVG."""
     rows = sorted(rows, key=lambda row: ("psnr" not in row) + (row["note"] == "not run"))  # these last
-    content = json.dumps({"rows": [cells(row) for row in rows], "images": images})
+    content = {"rows": [cells(row) for row in rows], "images": images}
+    content = json.dumps(content, default=lambda jpeg: base64.b64encode(jpeg).decode())
     # With every < escaped, no name of a file can end the script element around the JSON.
-    parts = {"CONTENT": content.replace("<", "\\u003c"), "BARS": bars, "CURVES": curves}
-    parts["ABOUT"] = ABOUT
+    parts = {"ABOUT": ABOUT, "BARS": bars, "CURVES": curves, "CONTENT": content.replace("<", "\\u003c")}
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], PAGE.read_text(encoding="utf-8"))

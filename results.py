@@ -1,6 +1,5 @@
 """The rows of a report: what each experiment, other run and baseline measured, and what was published."""
 
-import base64
 import csv
 import json
 import math
@@ -9,21 +8,22 @@ from pathlib import Path
 
 import numpy as np
 
-from baselines import thumbnail_name
 from flags import MAY_DIFFER, completed, parse_train
-from study import DEFINING, DIGITS, IMAGE_SIZE, ITERATIONS, METRICS, PUBLISHED, Published
+from study import DEFINING, DIGITS, IMAGE_SIZE, METRICS, PUBLISHED, Published
 from utils import UserError, read_result, reading, same_data, seed_folders, seeds_of
 
 CONFIGS = Path(__file__).with_name("configs")
 PROTOCOL = {"documented": "", "published": "protocol published"}  # in a note
+COPIED = ("parameters", "inference_ms", "epoch", "data", "protocol", "weights", "size")
+# Flags that have a column or a note of their own, or move no number.
+ELSEWHERE = (*DEFINING, *MAY_DIFFER, "weights", "data", "protocol", "seed", "deterministic", "compile")
 NOTHING = Published(*[None] * len(Published._fields))
 
 
 def result_rows(runs):
     """A dictionary for each of the fifteen experiments, every other evaluated run and baseline in `runs`.
 
-    `note` says what is special about a row, or why it has no measurements. `history` is {column: numbers},
-    `images` what read_images returns.
+    `note` says what is special about a row, or why it has no measurements.
     """
     experiments = {}
     for name in PUBLISHED:
@@ -34,15 +34,16 @@ def result_rows(runs):
     rows = [run_row(runs, name, experiments) for name in [*PUBLISHED, *sorted(others)]]
     baselines = baseline_rows(runs)
     note_below(rows, baselines)
-    label_data(rows + baselines)
-    return rows + baselines
+    rows += baselines
+    names = {row["data"]: Path(row["data"]).name or row["data"] for row in rows if "data" in row}
+    for row in rows:
+        if "data" in row and len(set(names.values())) == len(names):  # else the names say too little
+            row["data"] = names[row["data"]]
+    return rows
 
 
 def run_row(runs, name, experiments):
-    """The row of the run in folder `name` of `runs`, or of its seeds.
-
-    Published numbers are of the one of `experiments`, {name: its defining flags}, with the same flags.
-    """
+    """The row of a folder with a run or its seeds; experiments: {name: its `defining` flags}."""
     experiment, history = name, {}
     folders = seed_folders(runs / name)
     try:
@@ -50,11 +51,10 @@ def run_row(runs, name, experiments):
         found = [read_results(folder) for folder in folders]
         for results, folder in zip(found, folders, strict=True):
             refuse_another(found[0], results, folder)
-        flags = defining(found[0]["config"])
+        flags, row = defining(found[0]["config"]), measured(found)
         experiment = next((key for key, wanted in experiments.items() if wanted == flags), None)
         others = [flag for flag in flags if flag not in experiments.get(name, flags)]
         notes = [f"not this experiment: {', '.join(others)}"] if others else []
-        row = measured(found)
         notes += [row["note"], inversion(folders[0], found[0])]
         if folders != [runs / name]:
             missing = [seed for seed in seeds_of(runs / name) if seed not in folders]
@@ -104,29 +104,17 @@ def read_results(folder):
 def measured(found):
     """The part of a row that metrics.json gives; found: the contents of this file for each seed."""
     first, config = found[0], found[0]["config"]
-    row = means(found)
-    copied = ("parameters", "inference_ms", "epoch", "data", "protocol", "weights")
-    row |= {key: first[key] for key in copied}
-    row |= {key: config[key] for key in ("encoder", "decoder")}
+    row = means(found) | {key: first[key] for key in COPIED}
+    row |= {key: config[key] for key in ("encoder", "decoder")} | {"resolution": first["shape"][1]}
     row["seed"] = ", ".join(str(results["config"]["seed"]) for results in found)
-    row |= {"resolution": first["shape"][1], "size": first["size"]}
-    weights, asked = first["weights"], first.get("iterations")
+    weights, study = first["weights"], completed({"crop": IMAGE_SIZE})
     notes = [{"imagenet": "", "random": "random weights (control)"}.get(weights, f"weights {weights}")]
-    notes += [PROTOCOL[first["protocol"]], optimisation(config)]
-    if asked and asked != (config["iterations"] or ITERATIONS):
-        notes.append(f"asked for {asked} iterations")
+    others = [key for key in study if key not in ELSEWHERE and config[key] != study[key]]
+    notes += [PROTOCOL[first["protocol"]], ", ".join(f"{key} {config[key]}" for key in others)]
     if len(found) > 1:
         spread = [f"± {row[f'{key}_seeds']:.4f} {label.split()[0]}" for key, label in METRICS.items()]
         notes.append(f"{len(found)} seeds: {', '.join(spread)}")
     return row | {"note": joined(*notes)}
-
-
-def optimisation(config):
-    """How a run's optimisation and its images differ from the study's, or ""."""
-    study = completed({"crop": IMAGE_SIZE})
-    elsewhere = (*DEFINING, *MAY_DIFFER, "weights", "data", "protocol", "seed", "deterministic", "compile")
-    keys = [key for key in study if key not in elsewhere and config[key] != study[key]]
-    return ", ".join(f"{key} {config[key]}" for key in keys)
 
 
 def means(found):
@@ -157,7 +145,7 @@ def inversion(folder, results):
             same |= {"start": config["decoder"], "data": results["data"]}
             if any(found.get(name) != value for name, value in same.items()):
                 return ""
-            start, end = (found["metrics"][kind]["psnr"]["mean"] for kind in ("start", "inversion"))
+            start, end = (found["metrics"][name]["psnr"]["mean"] for name in ("start", "inversion"))
             return f"inverted: {end:.2f} dB from {start:.2f} ({found['images']} images)"
     except UserError as error:
         return str(error).removeprefix(f"{folder}/")
@@ -174,7 +162,7 @@ def read_history(folder):
 
 
 def read_images(folder):
-    """[(name, original, {"picture", "metrics"})] in reconstructions.zip, as base64. Raises UserError."""
+    """[(name, original, {"picture", "metrics"})] of reconstructions.zip, as JPEGs. Raises UserError."""
     if not (folder / "reconstructions.zip").exists():
         return []
     images = []
@@ -182,7 +170,7 @@ def read_images(folder):
         with open(folder / "per_image.csv", newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         with zipfile.ZipFile(folder / "reconstructions.zip") as archive:
-            jpegs = {name: base64.b64encode(archive.read(name)).decode() for name in archive.namelist()}
+            jpegs = {name: archive.read(name) for name in archive.namelist()}
         for number in sorted({name.split("-")[0] for name in jpegs}):
             row = rows[int(number)]
             metrics = {label: f"{float(row[key]):.{DIGITS[key]}f}" for key, label in METRICS.items()}
@@ -207,24 +195,10 @@ def baseline_rows(runs):
 
 
 def note_below(rows, baselines):
-    """Say in `note` which rows of IMAGE_SIZE have a PSNR below a baseline's on the same data.
-
-    The baselines are each image's mean colour, and its thumbnail with a pixel for each position of the layer.
-    """
+    """Say in `note` which rows have less PSNR than mean colours, or thumbnails of their layer's size."""
     for row in (row for row in rows if row.get("size") == IMAGE_SIZE):
-        names = ("mean colour", thumbnail_name(row["resolution"]))
+        names = ("mean colour", f"thumbnail {row['resolution']} × {row['resolution']}")
         for limit in (other for other in baselines if other["experiment"] in names):
             same = row["protocol"] == limit["protocol"] and same_data(row["data"], limit["data"])
             if same and row["psnr"] < limit["psnr"]:
                 row["note"] = joined(row["note"], f"below {limit['experiment']}")
-
-
-def label_data(rows):
-    """Shorten `data` to the name of the folder, if the rows have no other folder of this name."""
-    rows = [row for row in rows if "data" in row]
-    sources = {row["data"] for row in rows}
-    for row in rows:
-        name = Path(row["data"]).name
-        alike = [source for source in sources if Path(source).name == name]
-        if name and all(same_data(row["data"], source) for source in alike):
-            row["data"] = name

@@ -8,7 +8,6 @@ import pytest
 from scipy.stats import t, ttest_ind
 
 import compare
-from pictures import drawable
 
 
 def write_run(folder, psnr, images=None, **about):
@@ -52,12 +51,9 @@ def test_interval_is_that_of_a_paired_t_test(draws, tmp_path, figures_of, capsys
     point, _, (bar,) = figures[0].axes[0].containers[0]
     assert point.get_xdata() == pytest.approx([mean])
     assert bar.get_segments()[0][:, 0] == pytest.approx([float(found["low"]), float(found["high"])])
-    assert (tmp_path / "out" / "compare.png").exists()
-    # One seed says nothing of others: it is called so, and nothing is marked.
     screen = capsys.readouterr().out
     assert {row["interval"] for row in rows.values()} == {"over images alone"}
     assert screen.count("over images alone") == 3 and "*" not in screen.split("\n", 1)[1]
-    assert figures[0].axes[0].get_yticklabels()[0].get_text() == f"{drawable(str(b))}\nover images alone"
 
 
 def test_interval_of_seeds_is_that_of_welchs_t_test(draws, tmp_path, capsys):

@@ -98,20 +98,27 @@ def decoded(text):
         return np.asarray(picture) / 255
 
 
-def test_experiments_side_by_side(evaluated, photos, copied, tmp_path, run_evaluate, figures_of, capsys):
-    figures = figures_of(report)
-    copied(tmp_path / NAMES[2])
-    (tmp_path / NAMES[2] / "metrics.json").unlink()  # it is still training
-    copied(tmp_path / NAMES[0])
-    copied(tmp_path / EVIL)
-    (tmp_path / NAMES[1]).mkdir()
-    (tmp_path / NAMES[1] / "error.txt").write_text("something\nerror: out of <b>memory</b>\n")
-    shutil.copy(evaluated.parent / "baselines.json", tmp_path)
-    assert run_evaluate("--report", tmp_path) == 0
-    found, page = measured(evaluated), Page(tmp_path)
-    baselines = json.loads((tmp_path / "baselines.json").read_text())["baselines"]
+@pytest.fixture(scope="module")
+def reported(evaluated):
+    """A folder of experiment 1, one that failed, one still training, a run of another name, baselines."""
+    folder = evaluated.parent / "reported"
+    for name in (NAMES[0], NAMES[2], EVIL):
+        shutil.copytree(evaluated, folder / name)
+    (folder / NAMES[2] / "metrics.json").unlink()
+    (folder / NAMES[1]).mkdir()
+    (folder / NAMES[1] / "error.txt").write_text("something\nerror: out of <b>memory</b>\n")
+    images = (folder / EVIL / "per_image.csv").read_text().replace("00.jpg", f'"</script>{EVIL}"')
+    (folder / EVIL / "per_image.csv").write_text(images)
+    shutil.copy(evaluated.parent / "baselines.json", folder)
+    evaluate.evaluate(parse_evaluate(["--report", str(folder)]))
+    return folder
 
-    with open(tmp_path / "results.csv", newline="") as file:
+
+def test_experiments_side_by_side(evaluated, reported, photos):
+    found, page = measured(evaluated), Page(reported)
+    baselines = json.loads((reported / "baselines.json").read_text())["baselines"]
+
+    with open(reported / "results.csv", newline="") as file:
         rows = {row["experiment"]: row for row in csv.DictReader(file)}
     assert list(rows) == [*NAMES, EVIL, *baselines]
     first = rows[NAMES[0]]
@@ -126,9 +133,9 @@ def test_experiments_side_by_side(evaluated, photos, copied, tmp_path, run_evalu
     assert float(rows["mean colour"]["ssim"]) == baselines["mean colour"]["ssim"]["mean"]
     assert rows["mean colour"]["published_psnr"] == rows["mean colour"]["minutes"] == ""
 
-    table = (tmp_path / "results.md").read_text()
+    table = (reported / "results.md").read_text()
     assert f"| {NAMES[0]} | 17.35 → {found['psnr']['mean']:.2f} | 0.560 → " in table
-    assert "| 34K → 33,731 | 70 → " in table and table in capsys.readouterr().out
+    assert "| 34K → 33,731 | 70 → " in table
     assert "error: out of <b>memory</b>" in rows[NAMES[1]]["note"] == page.rows[NAMES[1]]["note"]
 
     assert list(page.rows)[:3] == [NAMES[0], EVIL, "constant colour"]
@@ -136,47 +143,45 @@ def test_experiments_side_by_side(evaluated, photos, copied, tmp_path, run_evalu
     assert page.rows[NAMES[2]]["note"] == "not finished" and page.rows[NAMES[3]]["note"] == "not run"
     assert page.rows[NAMES[0]]["PSNR (dB) ↑"] == f"17.35 → {found['psnr']['mean']:.2f}"
 
-    for axis, metric in zip(figures[0].axes, METRICS, strict=True):
-        lines = [baselines[name][metric]["mean"] for name in ("constant colour", "mean colour")]
+
+def test_bars_and_dashed_lines(evaluated, reported, tmp_path):
+    figure = report.draw_results(results.result_rows(reported), tmp_path / "results.png")
+    for axis, metric in zip(figure.axes, METRICS, strict=True):
+        values = json.loads((reported / "baselines.json").read_text())["baselines"]
+        lines = [values[name][metric]["mean"] for name in ("constant colour", "mean colour")]
         assert [line.get_xdata()[0] for line in axis.lines] == lines
-        assert axis.containers[1].datavalues[0] == found[metric]["mean"] and len(axis.get_yticks()) == 16
+        found = measured(evaluated)[metric]["mean"]
+        assert axis.containers[1].datavalues[0] == found and len(axis.get_yticks()) == 16
 
 
-def test_page_needs_no_other_file_and_takes_names_for_text(copied, tmp_path):
-    copied(tmp_path / EVIL)
-    rows = (tmp_path / EVIL / "per_image.csv").read_text().replace("00.jpg", f'"</script>{EVIL}"')
-    (tmp_path / EVIL / "per_image.csv").write_text(rows)
-    report.write_report(tmp_path)
-    page = Page(tmp_path)
+def test_page_needs_no_other_file_and_takes_names_for_text(reported):
+    page = Page(reported)
     assert "img" not in page.elements and "b" not in page.elements
     assert len(page.elements["script"]) == 2 and len(page.elements["svg"]) == 2
     sources = {"src", "href", "xlink:href", "action", "data"}
     attributes = [pair for every in page.elements.values() for element in every for pair in element.items()]
     assert all(value[0] == "#" or value == "data:," for name, value in attributes if name in sources)
-    assert EVIL in page.rows and page.data["images"][0]["name"] == f"</script>{EVIL}"
+    assert EVIL in page.rows and page.data["images"][3]["name"] == f"</script>{EVIL}"
     assert page.text.count(EVIL) == 2  # in the bars, and in the legend of the curves
     assert {NAMES[14], "validation loss", "LPIPS ↓"} <= set(page.text)
 
 
-def test_test_images_beside_every_reconstruction(copied, photos, tmp_path, figures_of):
-    for name in ("a", "b"):
-        copied(tmp_path / name)
-    report.write_report(tmp_path)
-    images = Page(tmp_path).data["images"]
+def test_test_images_beside_every_reconstruction(photos, reported):
+    images = Page(reported).data["images"][:3]  # the fourth is that of the other name
     assert [image["name"] for image in images] == ["00.jpg", "01.jpg", "02.jpg"]
-    with open(tmp_path / "a" / "per_image.csv", newline="") as file:
+    assert [list(image["runs"]) for image in images] == [[NAMES[0]], [NAMES[0], EVIL], [NAMES[0], EVIL]]
+    with open(reported / NAMES[0] / "per_image.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     for image, row in zip(images, rows, strict=True):
         with Image.open(photos / "test" / image["name"]) as photo:
             expected = np.asarray(photo)[16:240, 16:240] / 255
         original = decoded(image["original"])
         assert original.shape == (224, 224, 3) and np.abs(original - expected).mean() < 0.02
-        assert list(image["runs"]) == ["a", "b"]
-        made = decoded(image["runs"]["b"]["picture"])
+        made = decoded(image["runs"][NAMES[0]]["picture"])
         mse = ((made - expected) ** 2).mean()
         assert 10 * np.log10(1 / mse) == pytest.approx(float(row["psnr"]), abs=0.5)
-        assert image["runs"]["b"]["metrics"]["PSNR (dB) ↑"] == f"{float(row['psnr']):.2f}"
-    with Image.open(tmp_path / "grid.png") as picture:
+        assert image["runs"][NAMES[0]]["metrics"]["PSNR (dB) ↑"] == f"{float(row['psnr']):.2f}"
+    with Image.open(reported / "grid.png") as picture:
         assert picture.height > 3 * 200 and picture.width > 3 * 200
 
 
@@ -206,24 +211,21 @@ def test_published_numbers_are_of_the_configuration(copied, tmp_path):
 def test_notes_say_how_a_run_differs_from_the_study(copied, tmp_path):
     study = {"epochs": 30, "lr": 1e-4}
     copied(tmp_path / "few", study | {"train_images": 80, "patience": 3})
-    copied(tmp_path / "six", study | {"decoder": "feedback"}, iterations=6)
-    copied(tmp_path / "three", study | {"decoder": "feedback"}, iterations=3)
     copied(tmp_path / "control", study, weights="random")
     copied(tmp_path / "code", study, protocol="published")
     notes = notes_of(tmp_path)
-    assert notes["few"] == "train_images 80, patience 3" and notes["three"] == ""
-    assert notes["six"] == "asked for 6 iterations" and notes["code"] == "protocol published"
+    assert notes["few"] == "train_images 80, patience 3" and notes["code"] == "protocol published"
     assert notes["control"] == "random weights (control)"
 
 
-def test_data_are_named_as_briefly_as_tells_them_apart(copied, tmp_path):
-    sources = {"a": "/one/photos", "b": "/two/photos", "c": "/one/natural", "d": "sample", "e": "."}
-    sources["f"] = "/x/../one/natural"
-    for name, source in sources.items():
+def test_data_are_named_by_their_folder_if_that_tells_them_apart(copied, tmp_path):
+    for name, source in {"a": "/one/photos", "b": "/one/natural", "c": "sample", "d": "."}.items():
         copied(tmp_path / name, data=source)
-    labels = {row["experiment"]: row.get("data") for row in results.result_rows(tmp_path)}
-    wanted = ["/one/photos", "/two/photos", "natural", "sample", ".", "natural"]
-    assert [labels[name] for name in sources] == wanted
+    labels = [row["data"] for row in results.result_rows(tmp_path) if "data" in row]
+    assert labels == ["photos", "natural", "sample", "."]
+    copied(tmp_path / "e", data="/two/photos")
+    labels = [row["data"] for row in results.result_rows(tmp_path) if "data" in row]
+    assert labels == ["/one/photos", "/one/natural", "sample", ".", "/two/photos"]
 
 
 @pytest.mark.parametrize("name", ["history.csv", "reconstructions.zip", "per_image.csv", "metrics.json"])
