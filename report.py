@@ -128,8 +128,8 @@ def draw_images(images, path, count=6):
     for name in dict.fromkeys(name for image in chosen for name in image["runs"]):
         runs = [image["runs"].get(name) for image in chosen]
         grid[name] = [run and (run["picture"], f"{run['metrics'][METRICS['psnr']]} dB") for run in runs]
-    for cells in grid.values():
-        cells[:] = [cell and (Image.open(io.BytesIO(cell[0])), cell[1]) for cell in cells]
+    for line in grid.values():
+        line[:] = [cell and (Image.open(io.BytesIO(cell[0])), cell[1]) for cell in line]
     draw_grid(grid, path)
 
 

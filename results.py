@@ -36,8 +36,8 @@ def result_rows(runs):
     note_below(rows, baselines)
     rows += baselines
     names = {row["data"]: Path(row["data"]).name or row["data"] for row in rows if "data" in row}
-    for row in rows:
-        if "data" in row and len(set(names.values())) == len(names):  # else the names say too little
+    if len(set(names.values())) == len({Path(data).resolve() for data in names}):  # one for each folder
+        for row in (row for row in rows if "data" in row):
             row["data"] = names[row["data"]]
     return rows
 
