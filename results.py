@@ -112,7 +112,8 @@ def measured(found):
     others = [key for key in study if key not in ELSEWHERE and config[key] != study[key]]
     notes += [PROTOCOL[first["protocol"]], ", ".join(f"{key} {config[key]}" for key in others)]
     if len(found) > 1:
-        spread = [f"± {row[f'{key}_seeds']:.4f} {label.split()[0]}" for key, label in METRICS.items()]
+        stds = {label.split()[0]: row[f"{key}_seeds"] for key, label in METRICS.items()}
+        spread = [f"± {std:.{2 if name == 'PSNR' else 4}f} {name}" for name, std in stds.items()]
         notes.append(f"{len(found)} seeds: {', '.join(spread)}")
     return row | {"note": joined(*notes)}
 

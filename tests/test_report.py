@@ -274,7 +274,7 @@ def test_seeds_are_one_row_with_their_std(copied, tmp_path):
     row, failed, *_ = results.result_rows(tmp_path)
     assert (row["psnr"], row["psnr_std"], row["seed"]) == (22.5, 1.0, "2, 10")
     assert row["psnr_seeds"] == pytest.approx(3 / 2**0.5)  # two values 3 apart
-    assert "; 2 seeds: ± 2.1213 PSNR, ± 0.0000 SSIM, ± 0.0000 LPIPS" in row["note"]
+    assert "; 2 seeds: ± 2.12 PSNR, ± 0.0000 SSIM, ± 0.0000 LPIPS" in row["note"]
     assert row["note"].endswith("; seed3 failed: error: no memory; seed4 not finished")
     assert len(row["images"]) == 3 and failed["note"] == "failed: error: no"
 
