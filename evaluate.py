@@ -89,7 +89,8 @@ def evaluate_checkpoint(args, rank, world, device):
             from report.baselines import write_baselines
 
             source, out = data.resolve(args.data), Path(args.out or "runs")
-            write_baselines(source, out, PROTOCOLS[args.protocol], device, args.batch_size, args.cache, bars)
+            options = {"batch_size": args.batch_size, "cache": args.cache, "bars": bars}
+            write_baselines(source, out, PROTOCOLS[args.protocol], device, **options)
         return
     sha256 = digest(args.ckpt)  # first: a training may replace it meanwhile
     inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)

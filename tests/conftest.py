@@ -10,7 +10,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two t
 import lpips
 import pytest
 import torch
-from made_up import page_content, write_runs
 from PIL import Image
 
 import data
@@ -164,17 +163,3 @@ def trained(photos, tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(trained):
     return torch.load(trained / "best.pt", weights_only=True)
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """A folder of experiments with made-up numbers; not to be changed."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_runs(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def content(runs):
-    """The data that the page carries."""
-    return page_content(runs)
