@@ -11,12 +11,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pictures import draw_grid, drawable, save_figure, svg
-from results import result_rows
-from study import DIGITS, METRICS
-from utils import UserError, evenly_spaced, write_csv, write_text
+from report.pictures import draw_grid, drawable, save_figure, svg
+from report.results import DIGITS, result_rows
+from utils import METRICS, UserError, evenly_spaced, write_csv, write_text
 
-PAGE = Path(__file__).with_name("report.html")
+PAGE = Path(__file__).with_name("page.html")
 COLUMNS = METRICS | {"parameters": "parameters", "minutes": "training", "inference_ms": "inference"}
 CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "val_psnr": "validation PSNR (dB)"}
 ABOUT = (

@@ -63,10 +63,10 @@ def draw_grid(rows, path):
     save_figure(figure, path)
 
 
-def draw_reconstructions(pictures, names, psnr, path, label="original"):
-    """Target, reconstruction and 5× difference of six images, by PSNR; label: of the row of targets.
+def draw_evaluation(found, out, label, trained=None):
+    """Draw an Evaluation into the folder `out`.
 
-    pictures: {number of an image: (target, reconstruction), uint8 (H, W, 3)}; names, psnr: of all N images.
+    label: of the row of targets. trained: iterations of the training, of a decoder that iterates.
     """
     draw_reconstructions(found, out / "reconstructions.png", label)
     draw_histograms(found.values, out / "histograms.png")
@@ -99,11 +99,10 @@ def draw_histograms(values, path):
 
 
 def draw_iterations(iterates, path, trained):
-    """Means of METRICS_AND_FEATURE_ERROR after each iteration; iterates: {figure: (N,)} of each, trained: as in training."""
+    """Means after each iteration; iterates: {metric: (N,)} of each; trained: iterations of the training."""
+    labels = METRICS_AND_FEATURE_ERROR
     figure = Figure(figsize=(12, 3), layout="constrained")
-    for axis, (name, label) in zip(
-        figure.subplots(1, len(METRICS_AND_FEATURE_ERROR)), METRICS_AND_FEATURE_ERROR.items(), strict=True
-    ):
+    for axis, (name, label) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
         axis.plot([values[name].mean() for values in iterates], marker="o")
         axis.axvline(trained, color="black", linestyle="--", label="trained with")
         axis.set(xlabel="iterations", ylabel=label)

@@ -5,19 +5,54 @@ import json
 import math
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from flags import MAY_DIFFER, completed, parse_train
-from study import DEFINING, DIGITS, IMAGE_SIZE, METRICS, PUBLISHED, Published
-from utils import UserError, read_result, reading, same_data, seed_folders, seeds_of
+from checkpoint import read_result, reading, seed_folders, seeds_of
+from flags import MAY_DIFFER, parse_train, with_defaults
+from utils import IMAGE_SIZE, METRICS, UserError, same_data
 
-CONFIGS = Path(__file__).with_name("configs")
+CONFIGS = Path(__file__).parents[1] / "configs"
+# The flags that make an experiment what it is.
+EXPERIMENT_KEYS = ("encoder", "layer", "decoder", "width", "mse_weight", "lpips_weight")
+DIGITS = {name: 2 if "dB" in label else 3 for name, label in METRICS.items()}
+
+
+class PublishedResult(NamedTuple):
+    """What the study published of an experiment; None: nothing."""
+
+    psnr: float
+    ssim: float
+    lpips: float | None = None
+    parameters: str | None = None
+    minutes: int | None = None  # of training
+    inference: str = "12–15"  # milliseconds an image, on an RTX 3090
+
+
+# By the names of configs/; 05 and 15 are from the study's public repository, the rest from its text.
+PUBLISHED_RESULTS = {
+    "01_vgg16_block1_tconv": PublishedResult(17.35, 0.560, 0.398, "34K", 70),
+    "02_vgg16_block2_tconv": PublishedResult(16.89, 0.512, 0.452),
+    "03_vgg16_block3_tconv": PublishedResult(15.12, 0.421, 0.587, "75K"),
+    "04_vgg16_block4_tconv": PublishedResult(13.76, 0.334, 0.724),
+    "05_vgg16_block5_tconv": PublishedResult(12.26, 0.269),
+    "06_vgg16_block1_attention": PublishedResult(16.92, 0.531, None, "12M", 180),
+    "07_vgg16_block1_wavelet": PublishedResult(16.78, 0.524, None, "8M", 140),
+    "08_vgg16_block1_frequency": PublishedResult(16.54, 0.518, None, "35M", 220),
+    "09_vgg16_block1_tconv_mse": PublishedResult(17.12, 0.541, 0.445, "34K"),
+    "10_vgg16_block1_tconv_lpips": PublishedResult(16.43, 0.538, 0.372, "34K"),
+    "11_resnet34_layer1_tconv": PublishedResult(16.82, 0.506, 0.461, "50K"),
+    "12_resnet34_layer2_tconv": PublishedResult(15.43, 0.428, 0.573),
+    "13_vit_small_block0_tconv": PublishedResult(14.67, 0.412, 0.621),
+    "14_vit_small_block1_tconv": PublishedResult(14.29, 0.389, 0.658),
+    "15_resnet34_layer1_attention": PublishedResult(13.53, 0.376, 0.282),
+}
 PROTOCOL = {"documented": "", "published": "protocol published"}  # in a note
 COPIED = ("parameters", "inference_ms", "epoch", "data", "protocol", "weights", "size")
 # Flags that have a column or a note of their own, or move no number.
-ELSEWHERE = (*DEFINING, *MAY_DIFFER, "weights", "data", "protocol", "seed", "deterministic", "compile")
-NOTHING = Published(*[None] * len(Published._fields))
+ELSEWHERE = (*EXPERIMENT_KEYS, *MAY_DIFFER, "weights", "data", "protocol", "seed", "deterministic", "compile")
+NOTHING = PublishedResult(*[None] * len(PublishedResult._fields))
 
 
 def result_rows(runs):
@@ -30,9 +65,8 @@ def result_rows(runs):
         experiments[name] = defining(vars(parse_train(["--config", str(CONFIGS / f"{name}.yaml")])))
     found = [path.parent for path in (*runs.glob("metrics.json"), *runs.glob("*/metrics.json"))]
     found += [path.parent.parent for path in runs.glob("*/seed[0-9]*/metrics.json")]
-    others = {
-        str(folder.relative_to(runs)) for folder in found
-    } - PUBLISHED_RESULTS.keys()  # `.` is `runs` itself
+    names = {str(folder.relative_to(runs)) for folder in found}  # `.` is `runs` itself
+    others = names - PUBLISHED_RESULTS.keys()
     rows = [run_row(runs, name, experiments) for name in [*PUBLISHED_RESULTS, *sorted(others)]]
     baselines = baseline_rows(runs)
     note_below(rows, baselines)
@@ -66,14 +100,14 @@ def run_row(runs, name, experiments):
         row |= {"note": joined(*notes), "images": read_images(folders[0])}
     except UserError as error:
         row = {"note": str(error).removeprefix(f"{runs}/")}
-    published = PUBLISHED.get(experiment, NOTHING)._asdict()
+    published = PUBLISHED_RESULTS.get(experiment, NOTHING)._asdict()
     row = {f"published_{key}": value for key, value in published.items()} | row
     return {"experiment": name} | row | {"history": history}
 
 
 def defining(config):
     """What makes an experiment, of a configuration: a text for each flag."""
-    return [f"{key} {config[key]}" for key in DEFINING]
+    return [f"{key} {config[key]}" for key in EXPERIMENT_KEYS]
 
 
 def not_measured(folder):
@@ -98,7 +132,7 @@ def read_results(folder):
         raise UserError(not_measured(folder))
     with reading("metrics.json is not that of evaluate.py", "evaluate again"):
         results = read_result(folder / "metrics.json")
-        results["config"] = completed(results["config"])
+        results["config"] = with_defaults(results["config"])
         measured([results])  # or an error
         return results
 
@@ -109,7 +143,7 @@ def measured(found):
     row = means(found) | {key: first[key] for key in COPIED}
     row |= {key: config[key] for key in ("encoder", "decoder")} | {"resolution": first["shape"][1]}
     row["seed"] = ", ".join(str(results["config"]["seed"]) for results in found)
-    weights, study = first["weights"], completed({"crop": IMAGE_SIZE})
+    weights, study = first["weights"], with_defaults({"crop": IMAGE_SIZE})
     notes = [{"imagenet": "", "random": "random weights (control)"}.get(weights, f"weights {weights}")]
     others = [key for key in study if key not in ELSEWHERE and config[key] != study[key]]
     notes += [PROTOCOL[first["protocol"]], ", ".join(f"{key} {config[key]}" for key in others)]

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 import data
+import encoders
 import evaluate
 import invert
 import train
 import utils
-import weights
 from flags import parse_evaluate, parse_invert, parse_train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -62,7 +62,7 @@ def reference_lpips():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    state = weights.imagenet_weights("alexnet")
+    state = encoders.imagenet_weights("alexnet")
     trunk = {key.split(".", 1)[1]: key for key in net.net.state_dict()}  # "0.weight" → "slice1.0.weight"
     net.net.load_state_dict(
         {trunk[key.removeprefix("features.")]: state[key] for key in state if "features" in key}
@@ -132,7 +132,7 @@ def run_invert():
 
 def status(main):
     try:
-        utils.run(main)
+        utils.cli_main(main)
     except SystemExit as exit:
         return exit.code
     return 0

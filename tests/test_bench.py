@@ -9,10 +9,10 @@ import pytest
 import torch
 from training import CPU, parse
 
-import bench
+import bench.__main__ as bench
 import data
-import plain
 import train
+from bench import plain
 from evaluate import evaluate_model
 from utils import UserError
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import t, ttest_ind
 
-import compare
+from report import compare
 
 
 def write_run(folder, psnr, images=None, **about):

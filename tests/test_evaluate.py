@@ -20,17 +20,14 @@ from scipy.ndimage import correlate1d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torchvision.transforms import functional as tv
 
-import baselines
-import compare
 import data
 import evaluate
 import invert
 import metrics
-import pictures
-import report
 import train
 from models import build_inverter, load_inverter
-from study import METRICS
+from report import baselines, compare, page, pictures
+from utils import METRICS
 
 
 @pytest.fixture
@@ -219,7 +216,7 @@ NAMES = {  # of files and folders, and how they are drawn
 
 def test_any_name_can_be_drawn(tmp_path, figures_of):
     """Without a warning: of a glyph that the font lacks, or of a panel that a long name leaves no room."""
-    drawn = list(map(figures_of, (pictures, compare, report, invert)))
+    drawn = list(map(figures_of, (pictures, compare, page, invert)))
     names, dot = [*NAMES, "猫" * 255, "x" * 4000], Image.new("RGB", (8, 8))
     row = {"against": names[0], "difference": 0.5, "low": 0.1, "high": 1.0, "won": 1.0, "interval": "here"}
     rows = [row | {"run": name, "metric": metric} for name in names for metric in METRICS]
@@ -229,7 +226,7 @@ def test_any_name_can_be_drawn(tmp_path, figures_of):
         warnings.simplefilter("error")
         pictures.draw_grid({name: [(dot, name)] for name in names}, tmp_path / "grid.png")
         compare.draw(rows, tmp_path / "compare.png")
-        report.draw_results([values | {"experiment": name} for name in names], tmp_path / "results.png")
+        page.draw_results([values | {"experiment": name} for name in names], tmp_path / "results.png")
         invert.draw_courses(courses, tmp_path / "course.png")
     (grid,), (table,), (chart,), (course,) = drawn
     titles = [axis.get_title() for axis in grid.axes]
@@ -268,7 +265,7 @@ def test_feature_error_of_one_test_image(checkpoint, own_photos, tmp_path, measu
     image = data.center_crops(data.load_split(str(own_photos), "test")[:])
     with torch.no_grad():
         features = inverter.encode(image)
-        start = inverter.encode(inverter.iterates(features)[0])
+        start = inverter.encode(inverter.decode_all(features)[0])
     norm = np.linalg.norm(features.double().numpy().ravel())
     error = np.linalg.norm((start - features).double().numpy().ravel()) / norm
     assert found["feature_norm"] == pytest.approx(norm, rel=1e-5)

@@ -1,4 +1,4 @@
-"""evidence.sh, with a python that only takes notes: what is trained, at which rates, and compared."""
+"""docs/evidence.sh, with a python that only takes notes: what is trained, at which rates, and compared."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from PIL import Image
 
 from docs import figures
 from docs.figures import DEPTH, INVERTED, PHOTOGRAPHS, RESOLUTION
-from flags import completed, config_of, parse_evaluate, parse_invert, parse_train
+from flags import config_of, parse_evaluate, parse_invert, parse_train, with_defaults
 from utils import load
 
 STUB = """#!/bin/sh
@@ -49,7 +49,7 @@ printf 'epoch,val_loss\\n1,9\\n2,%s\\n' $loss > "$file"
 
 @pytest.fixture
 def evidence(tmp_path):
-    """Run evidence.sh with a stub of python: its result, and the flags that it called each program with."""
+    """Run docs/evidence.sh with a stub of python: its result, and the flags of each program."""
     stub = tmp_path / "python"
     stub.write_text(STUB)
     stub.chmod(0o755)
@@ -63,7 +63,7 @@ def evidence(tmp_path):
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
         } | variables
         options = {"cwd": REPOSITORY, "env": environment | variables, "capture_output": True, "text": True}
-        result = subprocess.run(["bash", "evidence.sh", *groups], **options)
+        result = subprocess.run(["bash", "docs/evidence.sh", *groups], **options)
         calls = {"train.py": [], "evaluate.py": [], "invert.py": [], "docs/lite0.py": []}
         for line in notes.read_text().splitlines():
             program, *flags = line.split("\t")
@@ -170,7 +170,7 @@ def test_the_pretrained_decoders_are_what_it_trains(evidence, tmp_path):
     for name, run in made.items():
         checkpoint = load(REPOSITORY / "pretrained" / f"{name}.pt")
         gone = {"feedback": None, "own_weights": False}  # flags that were there then
-        assert completed(checkpoint["config"]) == told[run] | gone
+        assert with_defaults(checkpoint["config"]) == told[run] | gone
         assert checkpoint["encoder_sha256"]
 
 
@@ -194,7 +194,7 @@ def test_figures_of_what_it_measured(tmp_path, monkeypatch, error_line):
     monkeypatch.setattr(sys, "argv", ["figures.py", str(runs), str(tmp_path)])
     assert status(figures.main) == 2
     history = "published/seed42/history.csv"
-    assert error_line() == f"{runs / history}: is not there; bash evidence.sh makes it"
+    assert error_line() == f"{runs / history}: is not there; bash docs/evidence.sh makes it"
     write(history, "epoch,val_loss,val_mse,val_lpips\n1,0.7,1.1,0.3\n2,0.5,0.8,0.2\n")
     place = f"inversion/{INVERTED[0]}"
     write(f"{place}/inversion.json", json.dumps(found | {"ckpt": "best.pt", "ckpt_sha256": "0" * 64}))

@@ -15,9 +15,10 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-from baselines import BASELINES
 from flags import parse_train
-from study import DEFINING, INPUT, PUBLISHED
+from report.baselines import BASELINES
+from report.results import EXPERIMENT_KEYS, PUBLISHED_RESULTS
+from utils import INPUT_FLAGS
 
 NAME = "01_vgg16_block1_tconv"
 
@@ -167,7 +168,9 @@ def test_signal_to_the_shell_alone_is_passed_on(start, calls, tmp_path, number):
     assert output.endswith("saved\n")
 
 
-DEFINING_FLAGS = [f"--{name.replace('_', '-')}" for name in (*DEFINING, *INPUT, "fusion", "encoder=alexnet")]
+DEFINING_FLAGS = [
+    f"--{name.replace('_', '-')}" for name in (*EXPERIMENT_KEYS, *INPUT_FLAGS, "fusion", "encoder=alexnet")
+]
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,7 @@ def test_a_copy_of_the_script_works_in_the_folder_of_the_allocation(tmp_path):
 
 def test_configs_are_the_fifteen_experiments():
     names = [path.stem for path in sorted((REPOSITORY / "configs").glob("[0-9]*.yaml"))]
-    assert names == list(PUBLISHED)
+    assert names == list(PUBLISHED_RESULTS)
     for name in names:
         args = parse_train(["--config", str(REPOSITORY / "configs" / f"{name}.yaml")])
         assert name.split("_", 1)[1].startswith(f"{args.encoder}_{args.layer}_{args.decoder}")

@@ -13,10 +13,10 @@ from skimage.metrics import peak_signal_noise_ratio
 
 import data
 import invert
-import results
 from encoders import Encoder
 from metrics import psnr
 from models import load_inverter
+from report import results
 
 FEW = ("--count", 1, "--steps", 2, "--quiet")
 

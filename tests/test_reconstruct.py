@@ -11,10 +11,10 @@ from PIL import Image
 from training import wake
 
 import data
-import pictures
-import reconstruct
+from data import to_pixels
+from extras import own_pictures
 from models import build_inverter, load_inverter
-from pictures import to_pixels
+from report import pictures
 
 
 def photograph(height, width):
@@ -29,8 +29,8 @@ def test_tiles_are_the_whole_without_seams(decoder):
     wake(inverter.decoder)
     image = photograph(301, 423)  # neither is a multiple of the stride
     with torch.no_grad():
-        whole = reconstruct.reconstruct_whole(inverter, image)
-        tiles = reconstruct.reconstruct_whole(inverter, image, whole=0, tile=128)
+        whole = own_pictures.reconstruct_whole(inverter, image)
+        tiles = own_pictures.reconstruct_whole(inverter, image, whole=0, tile=128)
     assert whole.shape == tiles.shape == image.shape
     assert (whole - tiles).abs().max() < 1e-3  # a quarter of a grey level
     assert whole.std() > 0.001
@@ -38,15 +38,15 @@ def test_tiles_are_the_whole_without_seams(decoder):
 
 def test_padding_by_reflection_is_numpys():
     image = photograph(45, 7)
-    padded = reconstruct.pad_to_multiple(image, 32)
+    padded = own_pictures.pad_to_multiple(image, 32)
     expected = np.pad(image.numpy(), ((0, 0), (0, 0), (0, 19), (0, 25)), "reflect")
     np.testing.assert_array_equal(padded, expected)
-    assert reconstruct.pad_to_multiple(photograph(1, 64), 16).shape == (1, 3, 16, 64)
+    assert own_pictures.pad_to_multiple(photograph(1, 64), 16).shape == (1, 3, 16, 64)
 
 
 def test_reach_is_what_a_pixel_depends_on():
     """Two convolutions and a pool of block1, the transposed and the last convolution: at most 7 pixels."""
-    assert reconstruct.reach(build_inverter().eval()) in (4, 6, 8)
+    assert own_pictures.reach(build_inverter().eval()) in (4, 6, 8)
 
 
 def test_own_pictures_keep_their_size_or_are_the_central_square(trained, tmp_path, run_evaluate):
@@ -76,7 +76,7 @@ def test_own_pictures_keep_their_size_or_are_the_central_square(trained, tmp_pat
 )
 def test_which_take_a_picture_of_any_size(encoder, layer, decoder, native):
     inverter = build_inverter(encoder, layer, decoder, "random", width=8)
-    assert reconstruct.takes_any_size(inverter, {"decoder": decoder}) is native
+    assert own_pictures.takes_any_size(inverter, {"decoder": decoder}) is native
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_names_that_collide_are_told_apart(draw, colours, tmp_path):
 def test_thousands_of_names_do_not_wait(tmp_path):
     files = [Path(f"folder{number}/IMG_{number // 2}.jpg") for number in range(20_000)]
     start = time.perf_counter()
-    paths = reconstruct.strip_paths(files, tmp_path)
+    paths = own_pictures.strip_paths(files, tmp_path)
     assert time.perf_counter() - start < 2
     assert len(set(paths)) == 20_000
 

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 import evaluate
-import report
-import results
 from flags import parse_evaluate
-from study import METRICS, PUBLISHED
+from report import page, results
+from report.results import PUBLISHED_RESULTS
+from utils import METRICS
 
-NAMES = list(PUBLISHED)
+NAMES = list(PUBLISHED_RESULTS)
 EVIL = "<img src=x onerror=alert(1)> {{CONTENT}}"  # a name that a folder may have
 
 
@@ -145,7 +145,7 @@ def test_experiments_side_by_side(evaluated, reported, photos):
 
 
 def test_bars_and_dashed_lines(evaluated, reported, tmp_path):
-    figure = report.draw_results(results.result_rows(reported), tmp_path / "results.png")
+    figure = page.draw_results(results.result_rows(reported), tmp_path / "results.png")
     for axis, metric in zip(figure.axes, METRICS, strict=True):
         values = json.loads((reported / "baselines.json").read_text())["baselines"]
         lines = [values[name][metric]["mean"] for name in ("constant colour", "mean colour")]

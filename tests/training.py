@@ -42,7 +42,7 @@ def train_epoch(training, kept=None):
 
 
 def validate(training, known=None):
-    """(means, targets, outputs) of the validation images; known: features, {first image of a batch: features}."""
+    """(means, targets, outputs) of the validation images; known: {first image of a batch: features}."""
     training.val_feature_cache = {} if known is None else known
     means, *images = train.validate(training)
     del means["seconds"]
