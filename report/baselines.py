@@ -57,7 +57,7 @@ def write_baselines(source, out, protocol, device, *, batch_size=4, cache=None, 
     about = {"data": source, "protocol": protocol.name}
     refuse_other_results(out, ("baselines.json",), about)
     path = make_folder(out) / "baselines.json"
-    images = data.load_split(source, "test", cache, protocol, bars)
+    images = data.load_split(source, "test", cache, protocol, bars=bars)
     about |= {"images": len(images), "size": IMAGE_SIZE}
     print(f"Baselines, protocol {protocol.name}; {len(images)} test images of {source}")
     summaries = {}

@@ -37,21 +37,26 @@ def figures():
     return {}
 
 
+def parse_bench(*flags):
+    return bench.make_parser().parse_args(flags)
+
+
 def test_plain_loop_trains_as_ours_does(own_photos):
-    ours = bench.Ours(str(own_photos), CPU, "--batch-size", "2")
+    training, batch = bench.training_on(str(own_photos), CPU, "--batch-size", "2")
     theirs = plain.Plain(CPU)
-    batch, _ = next(ours.batches())
     for _ in range(3):
-        assert theirs.step(batch.contiguous()) == pytest.approx(float(ours.step(batch)), rel=1e-4)
+        ours = train.train_step(training, batch)["loss"].mean()
+        assert theirs.step(batch.contiguous()) == pytest.approx(float(ours), rel=1e-4)
 
 
 def test_step_of_any_batch(five, figures):
     arguments = (plain.Plain(CPU), str(five), CPU)
-    bench.bench_step(*arguments, 1, 1, lambda **values: figures.update(values))
+    args = ["--rounds", "1", "--batch-size"]
+    bench.bench_step(*arguments, parse_bench(*args, "1"), lambda **values: figures.update(values))
     assert set(figures) == {"step_ms plain", "step_ms ours", "step_speedup"}
     assert figures["step_speedup"] == pytest.approx(figures["step_ms plain"] / figures["step_ms ours"])
     with pytest.raises(UserError, match="--batch-size 64 × 1 processes: more than the 4 training images"):
-        bench.bench_step(*arguments, 64, 1, None)
+        bench.bench_step(*arguments, parse_bench(*args, "64"), None)
 
 
 @pytest.mark.slow
@@ -63,14 +68,14 @@ def test_every_part_is_timed(five, figures):
     assert figures["epoch_step_ms"] == pytest.approx(4 * figures["image_ms"]["block1"])
     assert set(figures["image_ms"]) == {"block1", "block1, crop 64", "block5", "block5, kept"}
     assert figures["kept_crops_speedup"] > 1
-    bench.bench_step(*arguments, None, 1, lambda **values: figures.update(values))
+    bench.bench_step(*arguments, parse_bench("--rounds", "1"), lambda **values: figures.update(values))
     assert min(figures[f"step_ms {name}"] for name in ("ours", "best.yaml, muon", "best.yaml, adam")) > 0
 
 
 def test_evaluation_measures_what_plain_does(five, figures):
     """The metrics of scikit-image and of the lpips package are ours."""
     images = data.load_split(str(five), "train")
-    inverter, theirs = bench.Ours(str(five), CPU).inverter, plain.Plain(CPU)
+    inverter, theirs = bench.training_on(str(five), CPU)[0].inverter, plain.Plain(CPU)
     inverter.decoder.load_state_dict(theirs.decoder.state_dict())
     values = evaluate_model(inverter, images[:], bars=True).values
     expected = theirs.evaluate([five / "train" / name for name in images.names])
