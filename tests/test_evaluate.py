@@ -22,11 +22,10 @@ from torchvision.transforms import functional as tv
 
 import data
 import evaluate
-import invert
 import metrics
 import train
 from models import build_inverter, load_inverter
-from report import baselines, compare, page, pictures
+from report import baselines, compare, inversion, page, pictures
 from utils import METRICS
 
 
@@ -199,7 +198,8 @@ def test_pictures_are_from_worst_to_best_above_five_times_the_difference(monkeyp
     grey = torch.full((8, 8, 3), 100, dtype=torch.uint8)
     pairs = {number: (grey, grey + step) for number, step in enumerate((3, 60, 20))}
     psnr = np.array([38.6, 12.6, 22.1])
-    pictures.draw_reconstructions(pairs, ["a", "b", "c"], psnr, tmp_path / "x.png")
+    found = evaluate.Evaluation({"psnr": psnr}, [], pairs, ["a", "b", "c"])
+    pictures.draw_reconstructions(found, tmp_path / "x.png")
     (rows,) = drawn
     assert [caption for _, caption in rows["original"]] == ["b", "c", "a"]
     assert [caption for _, caption in rows["reconstruction"]] == ["12.60 dB", "22.10 dB", "38.60 dB"]
@@ -216,7 +216,7 @@ NAMES = {  # of files and folders, and how they are drawn
 
 def test_any_name_can_be_drawn(tmp_path, figures_of):
     """Without a warning: of a glyph that the font lacks, or of a panel that a long name leaves no room."""
-    drawn = list(map(figures_of, (pictures, compare, page, invert)))
+    drawn = list(map(figures_of, (pictures, compare, page, inversion)))
     names, dot = [*NAMES, "猫" * 255, "x" * 4000], Image.new("RGB", (8, 8))
     row = {"against": names[0], "difference": 0.5, "low": 0.1, "high": 1.0, "won": 1.0, "interval": "here"}
     rows = [row | {"run": name, "metric": metric} for name in names for metric in METRICS]
@@ -227,7 +227,7 @@ def test_any_name_can_be_drawn(tmp_path, figures_of):
         pictures.draw_grid({name: [(dot, name)] for name in names}, tmp_path / "grid.png")
         compare.draw(rows, tmp_path / "compare.png")
         page.draw_results([values | {"experiment": name} for name in names], tmp_path / "results.png")
-        invert.draw_courses(courses, tmp_path / "course.png")
+        inversion.draw_courses(courses, tmp_path / "course.png")
     (grid,), (table,), (chart,), (course,) = drawn
     titles = [axis.get_title() for axis in grid.axes]
     assert titles[:4] == [*list(NAMES.values())[:3], "abcdefghijk…stuvwxyz.jpg"]
@@ -245,7 +245,7 @@ def test_any_name_can_be_drawn(tmp_path, figures_of):
 
 def test_interrupted_evaluation_leaves_no_old_numbers(trained, tmp_path, measure, monkeypatch):
     assert measure(trained / "best.pt", "--out", tmp_path) == 0
-    monkeypatch.setattr(evaluate, "draw_histograms", lambda *_: sys.exit(143))
+    monkeypatch.setattr(pictures, "draw_histograms", lambda *_: sys.exit(143))
     assert measure(trained / "best.pt", "--out", tmp_path) == 143
     assert (tmp_path / "per_image.csv").exists() and not (tmp_path / "metrics.json").exists()
 
@@ -317,14 +317,14 @@ def test_a_better_epoch_removes_the_results_of_the_one_before(photos, tmp_path, 
     run = tmp_path / "run"
     losses = iter([3.0, 1.0, 2.0])
     nothing = torch.empty(0, 3, 224, 224)
-    terms = dict.fromkeys(metrics.TERMS, 1.0)
+    terms = dict.fromkeys([*metrics.TERMS, "seconds"], 1.0)
     monkeypatch.setattr(train, "validate", lambda *_: (terms | {"loss": next(losses)}, nothing, nothing))
     there = []
     real = train.save_last
 
-    def evaluated(state, same, out, rank):
-        real(state, same, out, rank)
-        if state.epoch:
+    def evaluated(training):
+        real(training)
+        if training.epoch:
             files = run / "natural" / "metrics.json", run / "events.out.tfevents.1.test"
             there.append([path.exists() for path in files])
             files[0].parent.mkdir(exist_ok=True)
