@@ -12,7 +12,6 @@ from training import batches_of, parts_of, train_epoch, validate
 
 import data
 import kept
-from decoders import AttentionDecoder
 from encoders import Encoder
 from kept import keep_crops
 from prepare import check_crop
@@ -89,12 +88,6 @@ def test_alexnets_crops_end_at_their_own_size():
     parts = parts_of("sample", "--encoder", "alexnet", "--layer", "conv1", "--crop", 64)
     crops, _ = next(batches_of(parts))
     assert parts.inverter(crops).shape == crops.shape == (4, 3, 64, 64)
-
-
-def test_attention_has_nothing_of_the_size_of_the_map():
-    states = [AttentionDecoder((64, side, side), 16, size=2 * side).state_dict() for side in (32, 112)]
-    small, large = ({name: tensor.shape for name, tensor in state.items()} for state in states)
-    assert small == large
 
 
 @pytest.mark.slow
