@@ -234,7 +234,6 @@ def test_a_running_training_keeps_its_images(own_photos, tmp_path):
 def test_finished_cache_needs_no_lock(own_photos, tmp_path, monkeypatch):
     """So that it can be in a folder where nothing may be written."""
     good = load(own_photos, cache=tmp_path)[:]
-
     monkeypatch.setattr(data, "locked", Mock(side_effect=PermissionError(13, "Permission denied")))
     assert torch.equal(load(own_photos, cache=tmp_path)[:], good)
 

@@ -148,17 +148,9 @@ def test_lpips_gradient_is_finite_where_features_are_zero():
 # --- weights -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"a": torch.zeros(1)}, "has no features.0.weight"),
-        ({"features.0.weight": torch.zeros(1)}, "should be (64, 3, 3, 3)"),
-        (torch.rand(3), "not a state dict"),
-    ],
-)
-def test_weights_file_that_does_not_fit(tmp_path, content, message):
-    torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=f"w.pth.*{re.escape(message)}"):
+def test_weights_of_another_shape_are_refused(tmp_path):
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"w.pth.*should be \(64, 3, 3, 3\)"):
         Encoder("vgg16", "block1", str(tmp_path / "w.pth"))
 
 
