@@ -20,7 +20,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
-from training import parts_of
+from training import training_on
 
 import data
 import train
@@ -60,11 +60,11 @@ class Fuzzer:
             self.tile.save(self.folder / name)
         for name in ("good.png", "good.jpg", "good.tif", "good.webp"):
             self.tile.save(self.folder / name)
-        parts = parts_of(self.folder, "--width", 4, "--batch-size", 2)
-        self.state = parts.state
+        training = training_on(self.folder, "--width", 4, "--batch-size", 2)
+        self.state = training
         self.state.best_loss = 0.5
         self.state.epoch = 1
-        train.save_best(parts.inverter, parts.config, self.state, self.folder)
+        train.save_best(training.inverter, training.config, self.state, self.folder)
         train.save_last(self.state, {}, self.folder, rank=0)
         self.good = {name: (self.folder / name).read_bytes() for name in ("best.pt", "last.pt")}
         self.weights = {key: value.clone() for key, value in self.state.decoder.state_dict().items()}

@@ -8,13 +8,13 @@ import pytest
 import torch
 from kill_resume import read_run
 from PIL import Image
-from training import batches_of, parts_of, train_epoch, validate
+from training import batches_of, train_epoch, training_on, validate
 
 import data
-import kept
 from encoders import Encoder
-from kept import keep_crops
-from prepare import check_crop
+from extras import feature_cache
+from extras.feature_cache import cache_features
+from train import check_crop
 from utils import UserError
 
 
@@ -44,16 +44,16 @@ def test_crops_are_encoded_as_such_and_validation_is_not(photos, tmp_path, run_t
 
 
 def test_an_epoch_of_two_passes_draws_what_two_epochs_draw(photos):
-    parts = parts_of(photos, "--crop", 32)
+    training = training_on(photos, "--crop", 32)
     expected = []
-    for parts.state.epoch in (2, 3):
-        expected += [crops for crops, _ in batches_of(parts)]
-    parts = parts_of(photos, "--crop", 32, "--passes", 2)
-    parts.state.epoch = 1
-    found = [crops for crops, _ in batches_of(parts)]
+    for training.epoch in (2, 3):
+        expected += [crops for crops, _ in batches_of(training)]
+    training = training_on(photos, "--crop", 32, "--passes", 2)
+    training.epoch = 1
+    found = [crops for crops, _ in batches_of(training)]
     assert len(found) == 4 and all(map(torch.equal, found, expected))
-    parts.state.step = 3  # resumed in the second pass
-    assert torch.equal(next(batches_of(parts))[0], expected[3])
+    training.step = 3  # resumed in the second pass
+    assert torch.equal(next(batches_of(training))[0], expected[3])
 
 
 ONE_POSITION = ["--layer", "block5", "--decoder", "attention", "--width", 8, "--crop", 32, "--batch-size"]
@@ -78,32 +78,32 @@ def test_impossible_crops_are_refused(photos, tmp_path, run_train, error_line, f
 
 
 def test_batches_of_one_in_several_processes_are_refused_too(photos):
-    parts = parts_of(photos, *ONE_POSITION, 1)
+    training = training_on(photos, *ONE_POSITION, 1)
     with pytest.raises(UserError, match="each of 8 images, by itself, has one position of vgg16 block5"):
-        check_crop(parts.inverter, parts.config, 8, world=2)
+        check_crop(training.inverter, training.config, 8, world=2)
 
 
 def test_alexnets_crops_end_at_their_own_size():
     """Its 64-pixel crops have 7 positions, which 2× steps do not lead back to 64."""
-    parts = parts_of("sample", "--encoder", "alexnet", "--layer", "conv1", "--crop", 64)
-    crops, _ = next(batches_of(parts))
-    assert parts.inverter(crops).shape == crops.shape == (4, 3, 64, 64)
+    training = training_on("sample", "--encoder", "alexnet", "--layer", "conv1", "--crop", 64)
+    crops, _ = next(batches_of(training))
+    assert training.inverter(crops).shape == crops.shape == (4, 3, 64, 64)
 
 
 @pytest.mark.slow
 def test_attention_learnt_on_crops_holds_on_whole_images(photos):
     """On 16 × 16 positions, then on 112 × 112: without a loss of quality, and far above a grey picture."""
     flags = ["--decoder", "attention", "--width", 32, "--crop", 32, "--lr", 3e-3, "--passes", 40]
-    parts = parts_of(photos, *flags, "--lpips-weight", 0, "--mse-weight", 1, "--freeze-bn", 20)
-    train_epoch(parts)
-    parts.inverter.eval()
+    training = training_on(photos, *flags, "--lpips-weight", 0, "--mse-weight", 1, "--freeze-bn", 20)
+    train_epoch(training)
+    training.inverter.eval()
     errors = []
     with torch.no_grad():
-        for image in data.center_crops(parts.val[:]):
+        for image in data.center_crops(training.val_images[:]):
             tiles = image.unfold(1, 32, 32).unfold(2, 32, 32).permute(1, 2, 0, 3, 4).flatten(0, 1)
-            errors.append((parts.inverter(tiles) - tiles).square().mean())
+            errors.append((training.inverter(tiles) - tiles).square().mean())
     of_crops = torch.stack(errors).log10().mean() * -10
-    whole, _, _ = validate(parts)
+    whole, _, _ = validate(training)
     assert whole["psnr"] > of_crops - 0.5 and whole["psnr"] > 17, (whole["psnr"], of_crops)
 
 
@@ -128,7 +128,7 @@ def test_kept_crops_train_as_today(tmp_path, run_kept, monkeypatch):
     """With as many as epochs; float16 moves the losses by less than a thousandth."""
     runs = {}
     for name, flags in {"today": [], "float16": ["--kept-crops", 2], "float32": ["--kept-crops", 2]}.items():
-        monkeypatch.setattr(kept, "DTYPE", np.float32 if name == "float32" else np.float16)
+        monkeypatch.setattr(feature_cache, "DTYPE", np.float32 if name == "float32" else np.float16)
         assert run_kept(name, *flags, "--no-tf32", cache=name) == 0
         runs[name] = [float(row["val_loss"]) for row in read_run(tmp_path / name)[2]]
     assert runs["float32"] == pytest.approx(runs["today"], rel=1e-5)
@@ -159,8 +159,8 @@ def test_key_of_kept_crops(photos, own_photos, tmp_path):
     """Whatever changes the features, the crops or the images makes another file; a copied folder does not."""
 
     def files(folder, *flags):
-        parts = parts_of(folder, *DEEP, "--lpips-weight", 0, "--kept-crops", 2, *flags)
-        keep_crops(parts.train, parts.inverter, parts.config, tmp_path, True)
+        training = training_on(folder, *DEEP, "--lpips-weight", 0, "--kept-crops", 2, *flags)
+        cache_features(training, tmp_path, True)
         return len(list(tmp_path.glob("*.features")))
 
     others = (["--seed", 1], ["--layer", "conv4"], ["--kept-crops", 1], ["--crop", 96], ["--amp"])
@@ -173,19 +173,19 @@ def test_key_of_kept_crops(photos, own_photos, tmp_path):
 
 
 def test_kept_crops_are_those_of_the_epochs_and_come_again(photos, tmp_path):
-    parts = parts_of(photos, *DEEP, "--kept-crops", 2)
-    crops = keep_crops(parts.train, parts.inverter, parts.config, tmp_path, True)
-    for parts.state.epoch in (0, 1, 2):
-        today = [batch for batch, _ in batches_of(parts)]
-        for (batch, features), wanted in zip(batches_of(parts, kept=crops), today, strict=True):
-            expected = parts.inverter.encode(batch)
+    training = training_on(photos, *DEEP, "--kept-crops", 2)
+    crops = cache_features(training, tmp_path, True)
+    for training.epoch in (0, 1, 2):
+        today = [batch for batch, _ in batches_of(training)]
+        for (batch, features), wanted in zip(batches_of(training, kept=crops), today, strict=True):
+            expected = training.inverter.encode(batch)
             torch.testing.assert_close(features, expected, rtol=2e-3, atol=2e-3)
-            assert torch.equal(batch, wanted) == (parts.state.epoch < 2)
+            assert torch.equal(batch, wanted) == (training.epoch < 2)
 
 
 def test_disk_too_small_for_kept_crops(tmp_path, run_kept, error_line, monkeypatch):
-    free = kept.shutil._ntuple_diskusage(9, 9, 10**6)
-    monkeypatch.setattr(kept.shutil, "disk_usage", lambda path: free)
+    free = feature_cache.shutil._ntuple_diskusage(9, 9, 10**6)
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: free)
     assert run_kept("run", "--kept-crops", 5, "--crop", 224) == 2
     assert "--kept-crops 5 of 8 images take 0.01 GB, the disk has 0.00 GB left" in error_line()
     assert not list((tmp_path / "cache").glob("*features*"))
@@ -194,7 +194,7 @@ def test_disk_too_small_for_kept_crops(tmp_path, run_kept, error_line, monkeypat
 def test_full_disk_leaves_no_half_file(tmp_path, run_kept, capsys, monkeypatch):
     full = OSError(errno.ENOSPC, "No space left on device")
     some = np.zeros(9, np.float16)
-    monkeypatch.setattr(kept, "encode", Mock(side_effect=[some, some, some, full]))
+    monkeypatch.setattr(feature_cache, "encode", Mock(side_effect=[some, some, some, full]))
     assert run_kept("run", "--kept-crops", 2) == 2
     last = capsys.readouterr().err.splitlines()[-1]  # after what is going to be written
     assert last.startswith("error: ") and "No space left on device" in last

@@ -6,21 +6,21 @@ import subprocess
 import sys
 
 import numpy as np
+import prepare
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import REPOSITORY
+from graphs import UNRECORDED, Graphs
 from kill_resume import read_run, same
+from muon import Muon
 from training import batches_of, parse, parts_of
 
 import data
-import prepare
 import train
 from decoders import resize
 from evaluate import evaluate_model
-from graphs import UNRECORDED, Graphs
 from models import load_inverter
-from muon import Muon
 from utils import select_device, tf32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -164,7 +164,7 @@ def test_images_live_on_the_gpu(photos):
     there = images.to(torch.device("cuda"))
     assert there.resident.is_cuda and there.resident.nbytes == 3 * 8 * 256**2
     plans = (data.epoch_plan(x.sizes, 1, 0, 96) for x in (images, there))
-    here, found = (data.crops(x, *plan, 96) for x, plan in zip((images, there), plans, strict=True))
+    here, found = (data.crops(x, plan, 96) for x, plan in zip((images, there), plans, strict=True))
     assert found.is_cuda and torch.allclose(found.cpu(), here, rtol=0, atol=1e-7)
 
 

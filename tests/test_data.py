@@ -21,9 +21,8 @@ from PIL import Image, ImageCms, PngImagePlugin
 from torchvision.transforms import functional as tv
 
 import data
-from reconstruct import picture_files
-from study import PROTOCOLS
-from utils import UserError, user_cache
+from extras.own_pictures import picture_files
+from utils import PROTOCOLS, UserError, user_cache
 
 
 def load(folder, split="test", cache=None):
@@ -207,7 +206,7 @@ def test_more_images_than_files_may_be_open(photos):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, limits[1]))
     try:
-        batch = data.crops(images, zero, zero, zero, zero.bool(), 32)
+        batch = data.crops(images, (zero, zero, zero, zero.bool()), 32)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert torch.equal(batch[299], images.image(0)[:32, :32].permute(2, 0, 1) / 255)
@@ -548,9 +547,9 @@ def test_crops_are_torchvisions(tmp_path, protocol, size):
     reached = []
     for epoch in range(20):
         plan = data.epoch_plan(train.sizes, 42, epoch, size)
-        crops = data.crops(train, *plan, size)
+        crops = data.crops(train, plan, size)
         assert crops.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(data.crops(resident, *plan, size), crops)
+        assert torch.equal(data.crops(resident, plan, size), crops)
         for i, top, left, flip, crop in zip(*plan, crops, strict=True):
             expected = tv.crop(resized[train.names[i]], int(top), int(left), size, size)
             assert torch.equal(crop, (tv.hflip(expected) if flip else expected) / 255)

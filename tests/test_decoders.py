@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from training import wake
 
-from decoders import MultiHeadAttention, TransformerBlock, resize_by_products
+from decoders import FeedbackDecoder, MultiHeadAttention, TransformerBlock
 from encoders import Encoder
-from feedback import FeedbackDecoder
+from layers import resize_by_products
 from models import BUILDERS, build_decoder, count_parameters
-from study import DECODERS
+from utils import DECODERS
 
 SHAPES = [  # every distinct feature shape of every encoder's layers
     *[(64, 112, 112), (128, 56, 56), (256, 28, 28), (512, 14, 14), (512, 7, 7)],  # VGG16

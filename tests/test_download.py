@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-import download
+from extras import div2k
 from utils import UserError
 
 
@@ -51,7 +51,7 @@ def zipped(*names, link=None):
 @pytest.fixture
 def server(monkeypatch):
     """A server of an archive that a test gives it."""
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(div2k.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), CuttingServer) as server:
         server.archive, server.cuts, server.requests = zipped("DIV2K_valid_HR/0801.png"), 0, []
@@ -63,7 +63,7 @@ def server(monkeypatch):
 def fetch(server, root, md5=None, size=None):
     url = f"http://127.0.0.1:{server.server_port}/DIV2K_valid_HR.zip"
     md5 = md5 or hashlib.md5(server.archive).hexdigest()
-    download.download_div2k(root, [(url, md5, size or len(server.archive))])
+    div2k.download_div2k(root, [(url, md5, size or len(server.archive))])
 
 
 def test_download_resumes_where_the_connection_was_cut(server, tmp_path):
@@ -118,6 +118,6 @@ def test_unsafe_archive_is_refused(server, tmp_path, unsafe):
 
 
 def test_unreachable_server_is_one_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(div2k.time, "sleep", lambda seconds: None)
     with pytest.raises(UserError, match="127.0.0.1:9"):
-        download.download_div2k(tmp_path, [("http://127.0.0.1:9/DIV2K_valid_HR.zip", "0" * 32, 1)])
+        div2k.download_div2k(tmp_path, [("http://127.0.0.1:9/DIV2K_valid_HR.zip", "0" * 32, 1)])

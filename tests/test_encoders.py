@@ -4,24 +4,24 @@ import hashlib
 import math
 
 import families
+import networks
 import numpy as np
+import prepare
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+import trunk
+from study import IMAGENET_MEAN, IMAGENET_STD, LAYERS
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 from training import batches_of, parts_of
 
 import models
-import networks
-import prepare
-import trunk
 from decoders import Fused
 from encoders import Encoder, build_encoder
-from study import IMAGENET_MEAN, IMAGENET_STD, LAYERS
 from utils import UserError
 
 

@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from training import batches_of, parse, parts_of, wake
+from training import batches_of, parse, training_on, wake
 
 import data
 import evaluate
-import pictures
-import prepare
 import train
-from feedback import FeedbackDecoder
+from decoders import FeedbackDecoder
 from flags import parse_evaluate
 from metrics import Loss
 from models import build_inverter, load_inverter
-from study import FIGURES
+from report import pictures
+from utils import METRICS_AND_FEATURE_ERROR
 
 SMALL = ["--decoder", "feedback", "--width", 16, "--crop", 32, "--mse-weight", 1, "--lpips-weight", 0]
 SMALL += ["--lr", 2e-3, "--clip-grad", 0.3]
@@ -67,7 +66,7 @@ def test_an_iteration_sees_what_the_features_lack():
 
 def test_at_first_an_iteration_changes_nothing():
     inverter = build_inverter(decoder="feedback", width=8).eval()
-    images = inverter.iterates(inverter.encode(torch.rand(1, 3, 64, 64)), (64, 64))
+    images = inverter.decode_all(inverter.encode(torch.rand(1, 3, 64, 64)), (64, 64))
     assert len(images) == 4 and all(torch.equal(image, images[0]) for image in images)
 
 
@@ -82,7 +81,9 @@ def test_metrics_of_each_iteration(feedback, run_evaluate, figures_of):
     fewer = json.loads((feedback / "iterations-1" / "metrics.json").read_text())
     assert fewer["iterates"] == found["iterates"][:2] and fewer["psnr"] == found["iterates"][1]["psnr"]
     drawn = [list(axis.lines[0].get_ydata()) for axis in figures[-1].axes]
-    assert drawn == [[after[name]["mean"] for after in fewer["iterates"]] for name in FIGURES]
+    assert drawn == [
+        [after[name]["mean"] for after in fewer["iterates"]] for name in METRICS_AND_FEATURE_ERROR
+    ]
 
 
 def test_more_iterations_are_another_round(feedback, tested, run_evaluate):
@@ -113,12 +114,12 @@ def test_feature_error_by_hand(feedback, tested):
 
 
 def test_a_step_trains_all_weights(photos):
-    parts = parts_of(photos, *SMALL)
-    wake(parts.inverter.decoder)
-    prepare.measure_features(parts.inverter, parts.train, parts.config)
-    batch, features = next(batches_of(parts))
-    train.train_step(parts.inverter.train(), batch, features, parts.loss, parts.state.optimizer, clip=1e-3)
-    gradients = [parameter.grad for parameter in parts.inverter.decoder.parameters()]
+    training = training_on(photos, *SMALL)
+    wake(training.inverter.decoder)
+    train.measure_features(training.inverter, training.train_images, training.config)
+    batch, features = next(batches_of(training))
+    train.train_step(training.inverter.train(), batch, features, training.loss, training.optimizer, clip=1e-3)
+    gradients = [parameter.grad for parameter in training.inverter.decoder.parameters()]
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
     assert norm == pytest.approx(1e-3, rel=0.01)
@@ -147,23 +148,23 @@ def test_loss_counts_earlier_iterates():
 
 
 def test_features_are_normalised_by_their_mean_and_deviation(photos):
-    parts = parts_of(photos, *SMALL)
-    decoder = parts.inverter.decoder
-    prepare.measure_features(parts.inverter, parts.train, parts.config)
-    crops = torch.cat([batch for batch, _ in batches_of(parts)])
-    channels = parts.inverter.encode(crops).double().transpose(0, 1).flatten(1)
+    training = training_on(photos, *SMALL)
+    decoder = training.inverter.decoder
+    train.measure_features(training.inverter, training.train_images, training.config)
+    crops = torch.cat([batch for batch, _ in batches_of(training)])
+    channels = training.inverter.encode(crops).double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(decoder.mean.flatten().double(), channels.mean(1), rtol=1e-4, atol=1e-6)
     expected = channels.std(1).clamp_min(0.01 * channels.std(1).mean())
     torch.testing.assert_close(decoder.deviation.flatten().double(), expected, rtol=1e-4, atol=0)
 
 
 def test_published_images_are_shown_to_the_encoder_as_they_are_normalised(photos):
-    inverter = parts_of(photos, *SMALL, "--protocol", "published").inverter.eval()
+    inverter = training_on(photos, *SMALL, "--protocol", "published").inverter.eval()
     wake(inverter.decoder)
     features = inverter.encode(torch.rand(1, 3, 64, 64))
     seen = []
     inverter.encoder.trunk.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    images = inverter.iterates(features, (64, 64))
+    images = inverter.decode_all(features, (64, 64))
     assert len(seen) == 3 and all(map(torch.equal, seen, images))
 
 

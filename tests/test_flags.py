@@ -7,11 +7,11 @@ import sys
 import pytest
 import yaml
 from conftest import REPOSITORY
-from training import parse, parts_of
+from training import parse, training_on
 
-import bench
+import bench.__main__ as bench
 import flags as flags_module
-from study import DEFINING, PUBLISHED
+from report.results import EXPERIMENT_KEYS, PUBLISHED_RESULTS
 from utils import UserError
 
 
@@ -38,7 +38,7 @@ def test_defaults_are_the_papers(photos):
     paper |= {"batch_size": 4, "lr": 1e-4, "schedule": "plateau", "patience": 15, "seed": 42, "out": "runs"}
     paper |= {"mse_weight": 0.5, "lpips_weight": 0.5, "data": None}
     assert {key: args[key] for key in paper} == paper
-    state = parts_of(photos).state
+    state = training_on(photos).state
     (group,) = state.optimizer.param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 1e-8, 0)
     assert (state.scheduler.factor, state.scheduler.patience, state.scheduler.min_lrs) == (0.5, 5, [1e-7])
@@ -186,13 +186,13 @@ def test_help_is_instant_and_whole(script):
     assert len(commands) >= 3 and "(default: None)" not in done.stdout
     text = " ".join(done.stdout.split())
     layers = "vgg16: block1…block5; resnet34: layer1…layer4; vit_small: block0…block11; alexnet: conv1…conv5"
-    parts = (layers, "--lr LR", "(default: 0.0001)", "python train.py --config configs/sample.yaml")
-    assert script != "train.py" or all(part in text for part in parts)
+    training = (layers, "--lr LR", "(default: 0.0001)", "python train.py --config configs/sample.yaml")
+    assert script != "train.py" or all(part in text for part in training)
 
 
 def test_every_config_file_is_valid():
     files = sorted((REPOSITORY / "configs").glob("*.yaml"))
-    assert {f"{name}.yaml" for name in PUBLISHED} < {file.name for file in files}
+    assert {f"{name}.yaml" for name in PUBLISHED_RESULTS} < {file.name for file in files}
     for file in files:
         parse("--config", file)
 
@@ -200,11 +200,11 @@ def test_every_config_file_is_valid():
 # --- --fast ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", PUBLISHED_RESULTS)
 def test_every_experiment_has_an_optimisation_of_its_own(name):
     path = REPOSITORY / "configs" / f"{name}.yaml"
     tuned = yaml.safe_load(path.read_text())["fast"]
-    assert not set(tuned) & {*DEFINING, "data", "protocol", "seed", "weights"}
+    assert not set(tuned) & {*EXPERIMENT_KEYS, "data", "protocol", "seed", "weights"}
     study, fast = vars(parse("--config", path)), vars(parse("--config", path, "--fast"))
     assert all(float(fast[key]) == float(tuned[key]) for key in ("lr", "batch_size", "crop", "epochs"))
     assert (study["lr"], study["crop"], study["epochs"], study["batch_size"]) == (1e-4, None, 30, 4)

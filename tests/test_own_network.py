@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import networks
 import pytest
 import torch
 import torchvision
@@ -16,7 +17,6 @@ from torch import nn
 
 import data
 import encoders
-import networks
 from encoders import Encoder, build_encoder
 from flags import weights_of_each
 from models import load_inverter

@@ -9,12 +9,12 @@ import sys
 
 import pytest
 import torch
+import tracker
 from conftest import REPOSITORY
 from kill_resume import read_run, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import history
 
-import tracker
 import train
 from flags import parse_train
 from utils import load

@@ -11,6 +11,7 @@ import yaml
 from conftest import REPOSITORY
 from kill_resume import read_run, same
 from skimage.metrics import peak_signal_noise_ratio
+from study import DEFINING, PUBLISHED_CODE
 from training import parse, parts_of, train_epoch, validate
 
 import data
@@ -20,7 +21,6 @@ import train
 from encoders import Encoder
 from metrics import LPIPS, Loss
 from models import build_inverter, load_inverter
-from study import DEFINING, PUBLISHED_CODE
 from utils import load, select_device
 
 
