@@ -296,6 +296,7 @@ def test_only_its_own_temporary_files_are_removed(tmp_path):
 # --- killed processes, mutated files, full disks -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical():
     assert kill_resume.check(runs=1) == 1
 
