@@ -141,6 +141,7 @@ evaluate.evaluate(parse_evaluate([*ckpt, "--out", f"{folder}/two"]))
 """
 
 
+@pytest.mark.slow
 def test_two_gloo_processes(photos, tmp_path, run_evaluate):
     """Interrupted and resumed, both end with the same parameters; they measure what one process measures."""
     (tmp_path / "ranks.py").write_text(RANKS)
