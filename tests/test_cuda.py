@@ -74,15 +74,11 @@ def test_step_is_the_cpus(photos, name):
     assert all(difference(terms[key], wanted[key]) < 1e-5 for key in terms)
 
 
-@pytest.mark.parametrize(
-    ("flags", "least", "most"),
-    [
-        ((), 1e-3, 0.05),
-        (("--compile",), 0, 1e-4),
-        (("--amp",), 1e-3, 0.15),
-        (("--amp", "--compile"), 1e-3, 0.15),
-    ],
-)
+WAYS = [((), 1e-3, 0.05), (("--compile",), 0, 1e-4), (("--amp",), 1e-3, 0.15)]
+WAYS += [(("--amp", "--compile"), 1e-3, 0.15)]
+
+
+@pytest.mark.parametrize(("flags", "least", "most"), WAYS)
 def test_other_ways_to_compute_a_step(photos, flags, least, most):
     """Without a flag: TF32. An H100's gradients differ by 0.026, 5e-7, 0.070 and 0.077."""
     terms, found = gradients_on("cuda", photos, *flags, fast=not flags)
@@ -123,16 +119,18 @@ def test_recording_without_memory(photos):
 
 def run_alone(*flags, before="pass"):
     """train.py with `flags`, after this statement, in a process of its own, because it fails on the GPU."""
-    code = (
-        f"import sys, torch, train; {before}; train.run(lambda: train.train(train.parse_train(sys.argv[1:])))"
-    )
-    command = [sys.executable, "-c", code, *map(str, flags)]
+    run = "train.run(lambda: train.train(train.parse_train(sys.argv[1:])))"
+    command = [sys.executable, "-c", f"import sys, torch, train; {before}; {run}", *map(str, flags)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
 
 
+def is_one_line(done, words):
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
 def test_what_cannot_be_recorded(photos, tmp_path):
-    program = tmp_path / "net.py"
-    program.write_text(
+    (tmp_path / "net.py").write_text(
         "from torch import nn\n"
         "class Looks(nn.Conv2d):\n"
         "    def forward(self, x):\n"
@@ -141,22 +139,17 @@ def test_what_cannot_be_recorded(photos, tmp_path):
         "def build():\n"
         "    return nn.Sequential(Looks(3, 8, 3, 2, 1), nn.ReLU())\n"
     )
-    flags = ["--data", photos, "--encoder", f"{program}:build", "--layer", "1", "--input-size", 64]
+    flags = ["--data", photos, "--encoder", f"{tmp_path}/net.py:build", "--layer", "1", "--input-size", 64]
     flags += ["--batch-size", 2, "--epochs", 2, "--quiet", "--out", tmp_path / "out"]
-    refused = run_alone(*flags)
-    assert refused.returncode == 2, refused.stderr
-    assert "give --no-graphs" in refused.stderr.splitlines()[-1] and "Traceback" not in refused.stderr
+    is_one_line(run_alone(*flags), "give --no-graphs")
     assert run_alone(*flags, "--resume", "--no-graphs").returncode == 0
 
 
 def test_too_little_memory_is_said_in_one_line(photos, tmp_path):
     flags = ("--data", photos, "--batch-size", 8, "--decoder", "frequency", "--epochs", 1, "--quiet")
-    limit = (
-        "torch.cuda.set_per_process_memory_fraction(1e9 / torch.cuda.get_device_properties(0).total_memory)"
-    )
-    done = run_alone(*flags, "--out", tmp_path, before=limit)
-    assert done.returncode == 2, done.stderr
-    assert "memory" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    total = "torch.cuda.get_device_properties(0).total_memory"
+    limit = f"torch.cuda.set_per_process_memory_fraction(1e9 / {total})"
+    is_one_line(run_alone(*flags, "--out", tmp_path, before=limit), "memory")
 
 
 def test_images_live_on_the_gpu(photos):
@@ -196,10 +189,10 @@ def test_a_run_goes_from_one_device_to_the_other(
         assert run_train(*flags, "--device", first) == 128 + signal.SIGTERM
     assert run_train(*flags, "--device", second, "--resume") == 0
     assert run_evaluate("--ckpt", tmp_path / "run" / "best.pt", "--device", first) == 0
-    found, expected = (read_run(tmp_path / name)[2] for name in ("run", "whole"))
-    assert [float(row["val_loss"]) for row in found] == pytest.approx(
-        [float(row["val_loss"]) for row in expected], rel=0.01
+    found, expected = (
+        [float(row["val_loss"]) for row in read_run(tmp_path / name)[2]] for name in ("run", "whole")
     )
+    assert found == pytest.approx(expected, rel=0.01)
 
 
 def test_inversion_and_own_pictures(photos, trained, tmp_path, run_invert, run_evaluate):

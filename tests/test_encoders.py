@@ -90,11 +90,11 @@ def test_every_kind_is_listed(name, layer, shape):
 def test_networks_that_normalise_again_get_what_they_make_of_it(name, image):
     """torchvision gives these two, with their weights, a `transform_input` behind ImageNet's own."""
     net = torchvision.models.get_model(name, transform_input=True, init_weights=False)
-    imagenet = (torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD))
-    mean, std = (numbers.view(3, 1, 1) for numbers in imagenet)
     own = networks.own_input(f"torchvision/{name}")
-    again = (image - torch.tensor(own["mean"]).view(3, 1, 1)) / torch.tensor(own["std"]).view(3, 1, 1)
-    assert torch.allclose(again, net._transform_input((image - mean) / std), atol=1e-5)
+    numbers = (own["mean"], own["std"], IMAGENET_MEAN, IMAGENET_STD)
+    mean, std, imagenet_mean, imagenet_std = (torch.tensor(three).view(3, 1, 1) for three in numbers)
+    expected = net._transform_input((image - imagenet_mean) / imagenet_std)
+    assert torch.allclose((image - mean) / std, expected, atol=1e-5)
 
 
 def layout_in(output):
@@ -127,9 +127,7 @@ def test_blocks_of_tokens_lie_side_by_side():
     torch.manual_seed(0)
     net = timm.create_model("nest_tiny").eval()
     encoder = Encoder("timm/nest_tiny", "levels.0.transformer_encoder", "random", seed=0)
-    assert encoder.shapes == [(96, 56, 56)] and trunk.layers_of("timm/nest_tiny")[
-        "levels.0.transformer_encoder"
-    ][0] == (96, 56, 56)
+    assert encoder.shapes == [(96, 56, 56)]
     found = []
     net.levels[0].transformer_encoder.register_forward_hook(lambda *args: found.append(args[2]))
     image = torch.rand(1, 3, 224, 224)
@@ -215,9 +213,8 @@ def test_what_is_no_feature_is_one_line(own, name, layer, message):
 
 
 def test_an_image_of_another_size_is_refused():
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match="takes no 10×10 images"):
         Encoder("timm/vit_tiny_patch16_224", "blocks.0", "random", input_size=10)
-    assert "takes no 10×10 images" in str(error.value)
 
 
 def test_heads_become_channels_and_are_no_windows():
@@ -229,27 +226,16 @@ def test_heads_become_channels_and_are_no_windows():
     assert layout_in(folded) is None
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "timm/cait_xxs24_224",
-        "timm/convit_tiny",
-        "timm/convnext_atto",
-        "timm/efficientnet_lite0",
-        "timm/gmlp_ti16_224",
-        "timm/mobilenetv3_small_050",
-        "timm/poolformer_s12",
-        "timm/regnetx_002",
-        "timm/repghostnet_050",
-        "timm/swin_tiny_patch4_window7_224",
-        "timm/xcit_nano_12_p8_224",
-        "torchvision/densenet121",
-        "torchvision/maxvit_t",
-        "torchvision/shufflenet_v2_x0_5",
-        "torchvision/squeezenet1_1",
-    ],
-)
+FAMILIES = """
+timm/cait_xxs24_224 timm/convit_tiny timm/convnext_atto timm/efficientnet_lite0 timm/gmlp_ti16_224
+timm/mobilenetv3_small_050 timm/poolformer_s12 timm/regnetx_002 timm/repghostnet_050
+timm/swin_tiny_patch4_window7_224 timm/xcit_nano_12_p8_224 torchvision/densenet121 torchvision/maxvit_t
+torchvision/shufflenet_v2_x0_5 torchvision/squeezenet1_1
+"""
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES.split())
 def test_families_have_features_and_a_picture(name):
     """The middle layer; `python tests/families.py` asks all families, at three."""
     layers = trunk.layers_of(name)
@@ -271,41 +257,20 @@ def test_table_lists_the_layers_of_a_network(capsys, monkeypatch):
 # --- Weights ----------------------------------------------------------------------------------------------
 
 
-WRAPPINGS = [
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "net",
-    "ema",
-    "checkpoint/model",
-    "state_dict/module.",
-]
-WRAPPINGS += [
-    "module.",
-    "_orig_mod.",
-    "_orig_mod.module.",
-    "model.",
-    "net.",
-    "backbone.",
-    "encoder.",
-    "a.b.c.",
-    "",
-]
+WRAPPINGS = "state_dict model model_state_dict net ema checkpoint/model state_dict/module. module. _orig_mod."
+WRAPPINGS += " _orig_mod.module. backbone. a.b.c."
 
 
-@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("wrapping", [*WRAPPINGS.split(), ""])
 def test_weights_are_read_as_others_write_them(wrapping, image, tmp_path):
     """In dictionaries and behind a prefix, beside what else a training keeps: other tensors, other layers."""
     net = torchvision.models.resnet18()
     *around, prefix = wrapping.split("/") if wrapping[-1:] in (".", "") else [*wrapping.split("/"), ""]
     state = {prefix + key: value for key, value in net.state_dict().items()}
     state |= {f"{prefix}head.0.weight": torch.zeros(1), "head.conv1.weight": torch.zeros(64, 3, 7, 7)}
+    beside = {"epoch": torch.tensor(3), "optimizer": {"state": {0: {"step": torch.tensor(1)}}}}
     for name in reversed(around):
-        state = {
-            name: state,
-            "epoch": torch.tensor(3),
-            "optimizer": {"state": {0: {"step": torch.tensor(1)}}},
-        }
+        state = {name: state} | beside
     file = tmp_path / "x.pth"
     torch.save(state, file)
     encoder = Encoder("torchvision/resnet18", "layer1", str(file))
@@ -315,16 +280,21 @@ def test_weights_are_read_as_others_write_them(wrapping, image, tmp_path):
     assert encoder.weights_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def resnet18_of(file, layer="layer1"):
+    return Encoder("torchvision/resnet18", layer, str(file))
+
+
 def test_safetensors_are_read(tmp_path):
     net = torchvision.models.resnet18()
     state = {f"backbone.{key}": value for key, value in net.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
-    encoder = Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.safetensors"))
+    encoder = resnet18_of(tmp_path / "x.safetensors")
     assert torch.equal(encoder.trunk.net.conv1.weight, net.conv1.weight)
 
 
 def test_which_weights_of_several_are_meant(tmp_path):
     """Those that stand for themselves, then `state_dict`, then `model`; where nothing says so, none."""
+    file = tmp_path / "x.pth"
     a, b = (torchvision.models.resnet18().state_dict() for _ in range(2))
     for state, expected in (
         ({"state_dict": a, "state_dict_ema": b}, a),
@@ -333,17 +303,16 @@ def test_which_weights_of_several_are_meant(tmp_path):
         ({"student": a, "teacher": b}, None),
         ({f"{name}.{key}": state[key] for name, state in (("q", a), ("k", b)) for key in a}, None),
     ):
-        torch.save(state, tmp_path / "x.pth")
+        torch.save(state, file)
         if expected:
-            encoder = Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.pth"))
-            assert torch.equal(encoder.trunk.net.conv1.weight, expected["conv1.weight"])
+            assert torch.equal(resnet18_of(file).trunk.net.conv1.weight, expected["conv1.weight"])
         else:
             with pytest.raises(UserError, match="both fit; save one of them"):
-                Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.pth"))
+                resnet18_of(file)
     del a["layer1.0.conv1.weight"]
-    torch.save({"model": a}, tmp_path / "x.pth")
+    torch.save({"model": a}, file)
     with pytest.raises(UserError, match="has no layer1.0.conv1.weight"):
-        Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.pth"))
+        resnet18_of(file)
 
 
 def test_a_convolution_and_its_relu_are_one_but_where_the_layer_lies_between(image):
@@ -364,15 +333,16 @@ def test_a_file_without_a_weight_or_of_no_weights_is_one_line(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     del state["layer1.1.bn2.bias"]
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="has no layer1.1.bn2.bias"):
-        Encoder("torchvision/resnet18", "layer2", str(tmp_path / "x.pth"))
-    Encoder("torchvision/resnet18", "layer1.0", str(tmp_path / "x.pth"))  # needs none behind
+    resnet18_of(tmp_path / "x.pth", "layer1.0")  # needs none behind
     torch.save({0: state["conv1.weight"]}, tmp_path / "numbers.pth")
-    with pytest.raises(UserError, match="not a state dict"):
-        Encoder("torchvision/resnet18", "layer1", str(tmp_path / "numbers.pth"))
     (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match="not a safetensors file"):
-        Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.safetensors"))
+    for name, layer, message in (
+        ("x.pth", "layer2", "has no layer1.1.bn2.bias"),
+        ("numbers.pth", "layer1", "not a state dict"),
+        ("x.safetensors", "layer1", "not a safetensors file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resnet18_of(tmp_path / name, layer)
 
 
 # --- Several at once --------------------------------------------------------------------------------------
@@ -384,9 +354,7 @@ def test_layers_are_joined_in_one_pass(image):
     joint.encoders[0].trunk.net.features[0].register_forward_pre_hook(lambda *_: passes.append(1))
     z = joint(image)
     deep, shallow = (Encoder("vgg16", layer, "random")(image) for layer in ("block2", "block1"))
-    assert (
-        len(passes) == 1 and joint.shapes == [(128, 56, 56), (64, 112, 112)] and z.shape == (1, 192, 112, 112)
-    )
+    assert len(passes) == 1 and joint.shapes == [(128, 56, 56), (64, 112, 112)]
     assert torch.equal(z[:, 128:], shallow)
     expected = torch.nn.functional.interpolate(deep, (112, 112), mode="bilinear")
     torch.testing.assert_close(z[:, :128], expected)
@@ -398,12 +366,19 @@ def test_encoders_may_have_weights_of_their_own(image):
     assert z.shape == (1, 192 + 128 + 192, 56, 56) and not torch.equal(z[:, :192], z[:, 320:])
     alone = nn.functional.interpolate(Encoder("alexnet", "conv2")(image), (56, 56), mode="bilinear")
     torch.testing.assert_close(z[:, :192], alone)
-    with pytest.raises(UserError, match="2 encoders, 1 layers"):
-        build_encoder("vgg16+alexnet", "block1", "random")
-    with pytest.raises(UserError, match="a layer of vgg16 twice"):
-        build_encoder("vgg16+vgg16", "block1+block1", "random")
-    with pytest.raises(UserError, match="--input-size"):
-        build_encoder("vgg16+torchvision/inception_v3", "block1+Mixed_5b", "random")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "layer", "message"),
+    [
+        ("vgg16+alexnet", "block1", "2 encoders, 1 layers"),
+        ("vgg16+vgg16", "block1+block1", "a layer of vgg16 twice"),
+        ("vgg16+torchvision/inception_v3", "block1+Mixed_5b", "give an --input-size"),
+    ],
+)
+def test_what_cannot_be_joined_is_one_line(encoder, layer, message):
+    with pytest.raises(UserError, match=message):
+        build_encoder(encoder, layer, "random")
 
 
 @pytest.mark.parametrize("fusion", ["concat", "weighted", "attention"])
@@ -458,8 +433,8 @@ def test_a_source_that_never_changes(photos, monkeypatch, dead):
     assert parts.inverter.decoder.eval()(features).isfinite().all()
 
 
-@pytest.mark.parametrize("decoder", ["tconv", "residual", "feedback"])
 @pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["tconv", "residual", "feedback"])
 def test_several_are_trained_resumed_and_measured(decoder, photos, tmp_path, run_train, run_evaluate):
     names = ("--encoder", "vgg16+vgg16", "--layer", "block3+block2", "--fusion", "weighted")
     options = ["--data", photos, "--decoder", decoder, "--crop", 32, "--out", tmp_path, "--quiet"]
