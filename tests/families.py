@@ -23,9 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from networks import build_network
-from trunk import layers_of
-
+from encoders import build_network, layers_of
 from flags import Parser
 from models import build_inverter, count_parameters
 from utils import UserError

@@ -64,7 +64,7 @@ ONE_POSITION = ["--layer", "block5", "--decoder", "attention", "--width", 8, "--
     [
         (["--crop", 51], "vgg16 block1 has a stride of 2 pixels; give a multiple of it"),
         (["--layer", "block5", "--crop", 48], "vgg16 block5 has a stride of 32 pixels"),
-        (["--crop", 30], "LPIPS wants at least 31 pixels"),
+        (["--crop", 30], "LPIPS needs at least 31 pixels"),
         (["--crop", 288], "images are 256 pixels wide; at most that"),
         (["--encoder", "alexnet", "--layer", "conv5", "--crop", 32], "alexnet conv5 takes no such image"),
         ([*ONE_POSITION, 7], "the last of 8 images, by itself, has one position of vgg16 block5"),

@@ -6,20 +6,19 @@ import subprocess
 import sys
 
 import numpy as np
-import prepare
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import REPOSITORY
-from graphs import UNRECORDED, Graphs
 from kill_resume import read_run, same
-from muon import Muon
-from training import batches_of, parse, parts_of
+from training import batches_of, parse, training_on
 
 import data
 import train
-from decoders import resize
 from evaluate import evaluate_model
+from extras.cuda_graphs import WARMUP_STEPS, CudaGraphStep
+from extras.muon import Muon
+from layers import resize
 from models import load_inverter
 from utils import select_device, tf32
 
@@ -42,20 +41,20 @@ DECODERS = {
 
 def gradients_on(device, photos, *flags, steps=1, wrap=lambda gradients: gradients, fast=False):
     """(terms, gradients as one vector) of the last of some steps, on `device`, in float64; fast: in TF32."""
-    prepare.set_up()  # else no two steps need be the same
-    parts = parts_of(photos, *SHORT, *flags)
-    parts.inverter.to(device).train()
-    parts.loss.to(device)
+    train.set_determinism()  # else no two steps need be the same
+    training = training_on(photos, *SHORT, *flags)
+    training.inverter.to(device).train()
+    training.loss.to(device)
     select_device(device)  # float32 is float32
-    if parts.config["compile"]:
-        parts.inverter.compile()
-    optimizer = prepare.make_optimizer(parts.inverter, 1e-3)
-    compute = wrap(train.gradients)
-    images, features = next(batches_of(parts))
+    if training.config["compile"]:
+        training.inverter.compile()
+    optimizer = train.make_optimizer(training.inverter, 1e-3)
+    compute = wrap(train.forward_backward)
+    images, features = next(batches_of(training))
     with tf32(fast):
         for _ in range(steps):
-            terms = compute(parts.inverter, images.to(device), features, parts.loss, optimizer, 0)
-    found = [p.grad.flatten() for p in parts.inverter.decoder.parameters() if p.grad is not None]
+            terms = compute(training.inverter, images.to(device), features, training.loss, optimizer, 0)
+    found = [p.grad.flatten() for p in training.inverter.decoder.parameters() if p.grad is not None]
     return {name: value.double().cpu() for name, value in terms.items()}, torch.cat(found).double().cpu()
 
 
@@ -88,10 +87,10 @@ def test_other_ways_to_compute_a_step(photos, flags, least, most):
 
 
 def test_a_graph_computes_what_it_records(photos):
-    compute = Graphs(train.gradients)
-    terms, found = gradients_on("cuda", photos, steps=UNRECORDED + 3, wrap=lambda gradients: compute)
+    compute = CudaGraphStep(train.forward_backward)
+    terms, found = gradients_on("cuda", photos, steps=WARMUP_STEPS + 3, wrap=lambda gradients: compute)
     assert len(compute.recorded) == 1
-    wanted, expected = gradients_on("cuda", photos, steps=UNRECORDED + 3)
+    wanted, expected = gradients_on("cuda", photos, steps=WARMUP_STEPS + 3)
     assert same(terms, wanted) and torch.equal(found, expected)
 
 
@@ -111,10 +110,10 @@ def test_recording_without_memory(photos):
     def short(*args):
         if torch.cuda.is_current_stream_capturing():
             raise torch.OutOfMemoryError("out of memory")
-        return train.gradients(*args)
+        return train.forward_backward(*args)
 
     with pytest.raises(torch.OutOfMemoryError):
-        gradients_on("cuda", photos, steps=UNRECORDED + 1, wrap=lambda gradients: Graphs(short))
+        gradients_on("cuda", photos, steps=WARMUP_STEPS + 1, wrap=lambda gradients: CudaGraphStep(short))
 
 
 def run_alone(*flags, before="pass"):
@@ -226,7 +225,7 @@ def test_muons_step_is_the_cpus():
         weight.grad = torch.randn(64, 32, 3, 3, generator=generator).to(device)
         before = weight.clone()
         optimizer = Muon([weight], 0.01)
-        optimizer.turn()
+        optimizer.orthogonalize_grads()
         optimizer.step()
         weights[device] = (weight - before).double().cpu()
     assert difference(weights["cuda"], weights["cpu"]) < 1e-4
@@ -237,13 +236,13 @@ def test_nccl(photos):
     terms, found = gradients_on("cuda", photos)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        parts = parts_of(photos, *SHORT)
-        inverter = parts.inverter.cuda().train()
+        training = training_on(photos, *SHORT)
+        inverter = training.inverter.cuda().train()
         inverter.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(inverter.decoder)
         model = torch.nn.parallel.DistributedDataParallel(inverter)
-        optimizer = prepare.make_optimizer(inverter, 1e-3)
-        images, _ = next(batches_of(parts))
-        again = train.train_step(model, images.cuda(), None, parts.loss.cuda(), optimizer)
+        optimizer = train.make_optimizer(inverter, 1e-3)
+        images, _ = next(batches_of(training))
+        again = train.train_step(model, images.cuda(), None, training.loss.cuda(), optimizer)
         meter = train.Meter(train.TERMS, "cuda")
         meter.add(again)
         meter.add(again)

@@ -4,25 +4,24 @@ import hashlib
 import math
 
 import families
-import networks
 import numpy as np
-import prepare
 import pytest
 import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-import trunk
-from study import IMAGENET_MEAN, IMAGENET_STD, LAYERS
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
-from training import batches_of, parts_of
+from training import batches_of, training_on
 
+import encoders
+import layers
 import models
+import train
 from decoders import Fused
 from encoders import Encoder, build_encoder
-from utils import UserError
+from utils import IMAGENET_MEAN, IMAGENET_STD, LAYERS, UserError
 
 
 def normalised(encoder, image):
@@ -83,14 +82,14 @@ def test_every_kind_becomes_a_map(name, layer, shape):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer", "shape"), KINDS)
 def test_every_kind_is_listed(name, layer, shape):
-    assert trunk.layers_of(name)[layer][0] == shape
+    assert encoders.layers_of(name)[layer][0] == shape
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_networks_that_normalise_again_get_what_they_make_of_it(name, image):
     """torchvision gives these two, with their weights, a `transform_input` behind ImageNet's own."""
     net = torchvision.models.get_model(name, transform_input=True, init_weights=False)
-    own = networks.own_input(f"torchvision/{name}")
+    own = encoders.pretrained_input_config(f"torchvision/{name}")
     numbers = (own["mean"], own["std"], IMAGENET_MEAN, IMAGENET_STD)
     mean, std, imagenet_mean, imagenet_std = (torch.tensor(three).view(3, 1, 1) for three in numbers)
     expected = net._transform_input((image - imagenet_mean) / imagenet_std)
@@ -98,15 +97,15 @@ def test_networks_that_normalise_again_get_what_they_make_of_it(name, image):
 
 
 def layout_in(output):
-    return trunk.find_layout(output, 84)
+    return layers.find_layout(output, 84)
 
 
 @pytest.mark.parametrize("encoder", LAYERS)
 def test_the_studys_layers_move_with_the_image(encoder):
     """Which are not looked at when they are built."""
     own = Encoder(encoder, "+".join(LAYERS[encoder]), "random")
-    for layer, maps in zip(LAYERS[encoder], own(trunk.moving_spot(224)), strict=True):
-        assert trunk.find_layout(maps, 224).kind == "grid", layer
+    for layer, maps in zip(LAYERS[encoder], own(layers.moving_spot(224)), strict=True):
+        assert layers.find_layout(maps, 224).kind == "grid", layer
 
 
 def test_windows_lie_side_by_side():
@@ -114,9 +113,9 @@ def test_windows_lie_side_by_side():
     from timm.models.maxxvit import grid_partition
     from timm.models.swin_transformer import window_partition
 
-    images = trunk.moving_spot(84).permute(0, 2, 3, 1)
+    images = layers.moving_spot(84).permute(0, 2, 3, 1)
     for windows in (window_partition(images, (7, 7)), window_partition(images, (7, 7)).flatten(1, 2)):
-        assert torch.equal(trunk.as_map(windows, layout_in(windows)), images.permute(0, 3, 1, 2))
+        assert torch.equal(layers.as_map(windows, layout_in(windows)), images.permute(0, 3, 1, 2))
     assert layout_in(grid_partition(images, (7, 7)).flatten(1, 2)) is None  # every twelfth pixel
 
 
@@ -218,9 +217,9 @@ def test_an_image_of_another_size_is_refused():
 
 
 def test_heads_become_channels_and_are_no_windows():
-    positions = F.adaptive_avg_pool2d(trunk.moving_spot(84), 12).flatten(2)  # (6, 3, 144)
+    positions = F.adaptive_avg_pool2d(layers.moving_spot(84), 12).flatten(2)  # (6, 3, 144)
     heads = torch.cat([torch.zeros(6, 3, 1), positions], 2)[:, :, :, None].repeat(1, 1, 1, 9)
-    x = trunk.as_map(heads, layout_in(heads))  # with a class token before the positions
+    x = layers.as_map(heads, layout_in(heads))  # with a class token before the positions
     assert x.shape == (6, 27, 12, 12) and torch.equal(x[1, 9:18, 2, 1], positions[1, 1, 25].expand(9))
     folded = heads[:, :, 1:].repeat(1, 3, 1, 1)[:, :4].flatten(0, 1)  # four heads of an image in the batch
     assert layout_in(folded) is None
@@ -238,7 +237,7 @@ torchvision/shufflenet_v2_x0_5 torchvision/squeezenet1_1
 @pytest.mark.parametrize("name", FAMILIES.split())
 def test_families_have_features_and_a_picture(name):
     """The middle layer; `python tests/families.py` asks all families, at three."""
-    layers = trunk.layers_of(name)
+    layers = encoders.layers_of(name)
     layer = families.three_of(list(layers))[1]
     assert families.picture_of(name, layer) == layers[layer][0]
 
@@ -319,7 +318,7 @@ def test_a_convolution_and_its_relu_are_one_but_where_the_layer_lies_between(ima
     """The networks' own features either way: features.10, before ReLU, has what features.11 sets to 0."""
     before, behind = (Encoder("torchvision/alexnet", f"features.{place}") for place in (10, 11))
     kinds = [[type(module) for module in encoder.trunk.net.features] for encoder in (before, behind)]
-    assert [row.count(trunk.ConvReLU) for row in kinds] == [4, 5]
+    assert [row.count(layers.ConvReLU) for row in kinds] == [4, 5]
     assert kinds[0][10] is nn.Conv2d and nn.ReLU not in kinds[0] + kinds[1]
     assert before(image).min() < 0 and torch.equal(before(image).relu(), behind(image))
     net = torchvision.models.alexnet()
@@ -392,25 +391,25 @@ def test_sources_are_weighed(fusion):
     z = torch.rand(2, 5, 4, 4)
     fused = Fused(Same(), [2, 3], fusion)
     fused.deviation.copy_(torch.tensor([2.0, 4.0]))
-    parts = z[:, :2] / 2, z[:, 2:] / 4
+    training = z[:, :2] / 2, z[:, 2:] / 4
     if fusion == "weighted":
         fused.logits.data[0, 1] = math.log(3)  # shares of 1 and 3 in four, of two sources
-        parts = parts[0] / 2, 3 * parts[1] / 2
+        training = training[0] / 2, 3 * training[1] / 2
     if fusion == "attention":
-        share = fused.weigh(torch.cat(parts, 1)).softmax(1)
+        share = fused.weigh(torch.cat(training, 1)).softmax(1)
         assert share.shape == (2, 2, 4, 4) and share.std() > 0
-        expected = torch.cat([2 * share[:, :1] * parts[0], 2 * share[:, 1:] * parts[1]], 1)
+        expected = torch.cat([2 * share[:, :1] * training[0], 2 * share[:, 1:] * training[1]], 1)
     else:
-        expected = torch.cat(parts, 1)
+        expected = torch.cat(training, 1)
     torch.testing.assert_close(fused(z), expected)
     assert len(list(fused.parameters())) == {"concat": 0, "weighted": 1, "attention": 2}[fusion]
 
 
 def test_each_source_is_divided_by_its_own_deviation(photos):
-    parts = parts_of(photos, "--encoder", "vgg16+vgg16", "--layer", "block2+block1", "--crop", 32)
-    prepare.measure_features(parts.inverter, parts.train, parts.config)
-    features = parts.inverter.encode(torch.cat([batch for batch, _ in batches_of(parts)])).numpy()
-    deviation = parts.inverter.decoder.deviation.numpy()
+    training = training_on(photos, "--encoder", "vgg16+vgg16", "--layer", "block2+block1", "--crop", 32)
+    train.measure_features(training.inverter, training.train_images, training.config)
+    features = training.inverter.encode(torch.cat([batch for batch, _ in batches_of(training)])).numpy()
+    deviation = training.inverter.decoder.deviation.numpy()
     np.testing.assert_allclose(deviation, [features[:, :128].std(), features[:, 128:].std()], rtol=1e-4)
     assert deviation[0] != pytest.approx(deviation[1], rel=0.01)
 
@@ -419,18 +418,18 @@ def test_each_source_is_divided_by_its_own_deviation(photos):
 def test_a_source_that_never_changes(photos, monkeypatch, dead):
     """Its map is divided by no 0: what is decoded is finite."""
     names = ("--encoder", "vgg16+vgg16", "--layer", "block2+block1", "--decoder", "residual")
-    parts = parts_of(photos, *names, "--crop", 32, "--width", 8)
-    real = parts.inverter.encode
+    training = training_on(photos, *names, "--crop", 32, "--width", 8)
+    real = training.inverter.encode
 
     def encode(images):
         features = real(images).clone()
         features[:, dead] = 0
         return features
 
-    monkeypatch.setattr(parts.inverter, "encode", encode)
-    prepare.measure_features(parts.inverter, parts.train, parts.config)
+    monkeypatch.setattr(training.inverter, "encode", encode)
+    train.measure_features(training.inverter, training.train_images, training.config)
     features = encode(torch.rand(2, 3, 32, 32))
-    assert parts.inverter.decoder.eval()(features).isfinite().all()
+    assert training.inverter.decoder.eval()(features).isfinite().all()
 
 
 @pytest.mark.slow

@@ -284,4 +284,4 @@ def test_images_too_small_for_lpips_are_refused_first(own, photos, optimise, err
     monkeypatch.setattr(invert, "invert_images", None)
     flags = ("--encoder", f"{own}:build", "--layer", "first.0", "--data", photos)
     assert optimise(*flags, "--input-size", 28) == 2
-    assert "--input-size 28: LPIPS wants at least 31 pixels" in error_line()
+    assert "--input-size 28: LPIPS needs at least 31 pixels" in error_line()

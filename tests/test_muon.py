@@ -27,7 +27,7 @@ def moved(optimizer, shapes, steps=3, **options):
         for weight in weights:
             weight.grad = torch.randn(weight.numel(), generator=generator).view_as(weight)
         if optimizer is Muon:
-            rule.turn()
+            rule.orthogonalize_grads()
         rule.step()
     return weights
 

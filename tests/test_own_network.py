@@ -8,7 +8,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import networks
 import pytest
 import torch
 import torchvision
@@ -18,9 +17,9 @@ from torch import nn
 import data
 import encoders
 from encoders import Encoder, build_encoder
-from flags import weights_of_each
+from extras import user_network
 from models import load_inverter
-from utils import UserError
+from utils import UserError, weights_of_each
 
 
 def test_the_readmes_own_network(photos, tmp_path, monkeypatch, run_train, run_evaluate, run_invert):
@@ -29,7 +28,7 @@ def test_the_readmes_own_network(photos, tmp_path, monkeypatch, run_train, run_e
     program, commands = (part.split("```")[0] for part in re.split("```python\n|```bash\n", section)[1:3])
     monkeypatch.chdir(tmp_path)
     Path("mynet.py").write_text(program)
-    net = networks.own_network("mynet.py", "build")
+    net = user_network.user_network("mynet.py", "build")
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     for _ in range(3):  # which of ten shades is the picture?
         shade = torch.arange(10)
@@ -87,16 +86,16 @@ def test_a_file_with_a_dataclass(tmp_path):
         "@dataclass\nclass Config:\n    width: int = 4\n"
         "build = lambda: nn.Conv2d(3, Config().width, 3)\n"
     )
-    assert networks.own_network(path, "build").out_channels == 4
+    assert user_network.user_network(path, "build").out_channels == 4
     assert sys.modules["data"] is data
 
 
 def test_another_file_is_another_encoder(own, tmp_path):
     """Whose weights are the same."""
-    before = encoders.weights_key(Encoder(f"{own}:build", "first.1", "own"))
+    before = encoders.encoder_sha256(Encoder(f"{own}:build", "first.1", "own"))
     other = tmp_path / "net.py"
     other.write_text(own.read_text() + "\n")
-    assert encoders.weights_key(Encoder(f"{other}:build", "first.1", "own")) != before
+    assert encoders.encoder_sha256(Encoder(f"{other}:build", "first.1", "own")) != before
 
 
 def test_plus_in_a_path(own, photos, tmp_path, monkeypatch, run_train, run_evaluate, image):
@@ -111,7 +110,7 @@ def test_plus_in_a_path(own, photos, tmp_path, monkeypatch, run_train, run_evalu
         found = encoders.build_encoder(both, "first.1+first.1", "own")(image)
         assert torch.equal(found, torch.cat([wanted, wanted], 1))
 
-    torch.save(networks.own_network(own, "build").state_dict(), "a+b.pth")
+    torch.save(user_network.user_network(own, "build").state_dict(), "a+b.pth")
     torch.save(torchvision.models.alexnet().state_dict(), "c+d+e.pth")
     flags = ("--data", photos, "--epochs", 1, "--crop", 32, "--width", 8, "--val-images", 1, "--quiet")
     flags += ("--lpips-weight", 0, "--tracker", "none")
@@ -134,7 +133,6 @@ def test_the_encoder_that_is_wrong_is_named(tmp_path, run_train, error_line, nam
 # --- What it imports ------------------------------------------------------------------------------------
 
 NET = """
-from torch import nn
 from layers import WIDTH
 from models import Scale
 from blocks.deep import SIDE
@@ -216,8 +214,8 @@ def test_a_file_that_imports_this_projects_modules(tmp_path):
     (tmp_path / "net.py").write_text(
         "from weights import Path\nfrom torch import nn\nbuild = lambda: nn.Conv2d(3, 4, 3)"
     )
-    assert networks.own_network(f"{tmp_path}/net.py", "build").out_channels == 4
-    programs = networks.programs_of(f"{tmp_path}/net.py:build")
+    assert user_network.user_network(f"{tmp_path}/net.py", "build").out_channels == 4
+    programs = user_network.user_code_sha256(f"{tmp_path}/net.py:build")
     assert f"{tmp_path}/net.py" in programs and not any(str(REPOSITORY) in file for file in programs)
 
 
@@ -252,7 +250,7 @@ def test_a_neighbour_that_forward_imports_is_one_line(tmp_path):
 def test_relative_imports_are_one_line(tmp_path):
     (tmp_path / "net.py").write_text("from .layers import WIDTH\n")
     with pytest.raises(UserError, match="net.py:build: ImportError: attempted relative import"):
-        networks.own_network(f"{tmp_path}/net.py", "build")
+        user_network.user_network(f"{tmp_path}/net.py", "build")
 
 
 # --- Checkpoints that name a program ------------------------------------------------------------------------
@@ -262,7 +260,7 @@ def test_relative_imports_are_one_line(tmp_path):
 def of_mynet(own, photos, tmp_path, run_train):
     """The folder of a run of net.py and net.pth, which lie in it."""
     (tmp_path / "net.py").write_text(own.read_text().replace("Raising()", "nn.Identity()"))
-    net = networks.own_network(tmp_path / "net.py", "build")
+    net = user_network.user_network(tmp_path / "net.py", "build")
     for buffer in net.buffers():
         if buffer.is_floating_point():
             buffer.uniform_(0.5, 1.5)
@@ -310,7 +308,7 @@ def test_files_of_a_checkpoint_may_move(of_mynet, run_train, run_evaluate, run_i
     for wrong in (*other, (*places[:2], "--weights", "imagenet")):
         assert run_evaluate(*ckpt, *wrong) == 2
         assert "was trained with" in error_line()
-    torch.save(networks.own_network(moved / "net.py", "build").state_dict(), moved / "net.pth")
+    torch.save(user_network.user_network(moved / "net.py", "build").state_dict(), moved / "net.pth")
     assert run_evaluate(*ckpt, *places) == 2
     assert "was trained with other" in error_line()
     assert run_train(*flags, *places, "--out", folder / "run", "--resume") == 2

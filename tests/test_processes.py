@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import REPOSITORY
-from training import batches_of, parts_of, validate
+from training import batches_of, training_on, validate
 
 import train
 import utils
@@ -38,12 +38,12 @@ def launched(*command):
 
 def one_step(photos, rank, world, parallel):
     """The decoder's state after a step on this process's part of a batch of four."""
-    parts = parts_of(photos, "--width", 8, "--crop", 64, "--batch-size", 4 // world)
-    parts.inverter.eval()  # batch norm is fixed, since on the CPU each process has its own
-    optimizer = torch.optim.SGD(parts.inverter.decoder.parameters(), lr=1)
-    batch = next(batches_of(parts, rank, world))
-    train.train_step(parallel(parts.inverter), *batch, parts.loss, optimizer)
-    return parts.inverter.decoder.state_dict()
+    training = training_on(photos, "--width", 8, "--crop", 64, "--batch-size", 4 // world)
+    training.inverter.eval()  # batch norm is fixed, since on the CPU each process has its own
+    optimizer = torch.optim.SGD(training.inverter.decoder.parameters(), lr=1)
+    batch = next(batches_of(training, rank, world))
+    train.train_step(parallel(training.inverter), *batch, training.loss, optimizer)
+    return training.inverter.decoder.state_dict()
 
 
 def in_a_group(photos, folder, rank):
@@ -66,7 +66,7 @@ def test_gradients_of_two_processes_are_those_of_the_joint_batch(photos, tmp_pat
     assert second.wait(timeout=60) == 0
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     joint = one_step(photos, 0, 1, lambda model: model)
-    before = parts_of(photos, "--width", 8).inverter.decoder.state_dict()
+    before = training_on(photos, "--width", 8).inverter.decoder.state_dict()
     assert (joint["to_rgb.weight"] - before["to_rgb.weight"]).abs().max() > 1e-3
     for key in joint:
         assert torch.equal(first[key], second[key])
@@ -157,9 +157,9 @@ def test_two_gloo_processes(photos, tmp_path, run_evaluate):
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in other_rows]
 
-    parts = parts_of(photos, "--width", 8)
-    parts.inverter.decoder.load_state_dict(utils.load(tmp_path / "run" / "last.pt")["decoder"])
-    val, _, _ = validate(parts)
+    training = training_on(photos, "--width", 8)
+    training.inverter.decoder.load_state_dict(utils.load(tmp_path / "run" / "last.pt")["decoder"])
+    val, _, _ = validate(training)
     for name in ("mse", "psnr"):
         assert rows[-1][f"val_{name}"] == pytest.approx(val[name], abs=1e-5)
 

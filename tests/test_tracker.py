@@ -9,14 +9,15 @@ import sys
 
 import pytest
 import torch
-import tracker
 from conftest import REPOSITORY
 from kill_resume import read_run, same
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import history
 from training import parse
 
+import checkpoint
 import train
+from extras import trackers
 from utils import load
 
 SHORT = ("--epochs", 2, "--width", 8, "--crop", 32, "--lr", 1e-3, "--lpips-weight", 0, "--quiet")
@@ -65,7 +66,7 @@ def test_grid_of_validation_images_each_epoch(tracked):
 
 def test_grid_is_targets_above_outputs():
     targets, outputs = torch.rand(2, 6, 3, 224, 224)
-    grid = tracker.validation_grid(targets, outputs)
+    grid = trackers.validation_grid(targets, outputs)
     assert grid.shape == (3, 2 * 114 + 2, 6 * 114 + 2) and 0 <= grid.min() and grid.max() <= 1
     for top, pictures in ((2, targets), (116, outputs)):
         for number in (0, 5):
@@ -107,7 +108,7 @@ def test_resuming_repeats_no_step(tracked, photos, tmp_path, monkeypatch, run_tr
         assert run_train("--data", photos, "--out", tmp_path, *SHORT) == 130
     assert steps(tmp_path, "loss/train") == [1, 2]
     assert run_train("--data", photos, "--out", tmp_path, *SHORT, "--resume") == 0
-    assert len(list(tmp_path.glob(tracker.EVENTS))) == 2
+    assert len(list(tmp_path.glob(checkpoint.EVENTS))) == 2
     for tag in ("loss/train", "psnr/validation", "best/loss"):
         assert steps(tmp_path, tag) == [1, 2]
     assert same(read_run(tmp_path), read_run(tracked))
@@ -116,16 +117,16 @@ def test_resuming_repeats_no_step(tracked, photos, tmp_path, monkeypatch, run_tr
 def test_no_tracker_changes_the_run(tracked, photos, tmp_path, run_train):
     assert run_train("--data", photos, "--out", tmp_path, *SHORT, "--tracker", "none") == 0
     assert same(read_run(tmp_path), read_run(tracked))
-    assert not list(tmp_path.glob(tracker.EVENTS)) and (tmp_path / "history.csv").exists()
+    assert not list(tmp_path.glob(checkpoint.EVENTS)) and (tmp_path / "history.csv").exists()
     # another tracker may go on with the run, and evaluating leaves no TensorBoard run where there was none
     assert run_train("--data", photos, "--out", tmp_path, *SHORT, "--resume", "--tracker", "tensorboard") == 0
-    tracker.add_test_metrics(tmp_path, 1, {"psnr": 20.0})
-    assert not list(tmp_path.glob(tracker.EVENTS))
+    trackers.add_test_metrics(tmp_path, 1, {"psnr": 20.0})
+    assert not list(tmp_path.glob(checkpoint.EVENTS))
 
 
 def test_overwrite_removes_the_old_events(tracked, photos, tmp_path, run_train):
     out = shutil.copytree(tracked, tmp_path / "run")
-    tracker.add_test_metrics(out, 1, {"psnr": 20.0})
+    trackers.add_test_metrics(out, 1, {"psnr": 20.0})
     assert run_train("--data", photos, "--out", out, *SHORT[2:], "--epochs", 1, "--overwrite") == 0
     assert steps(out, "loss/train") == [1] and "test/psnr" not in events(out).Tags()["scalars"]
 
@@ -154,7 +155,7 @@ def test_full_disk_is_one_warning(tracked, photos, tmp_path, monkeypatch, capfd,
     """Only the event file outgrows the limit, in the writer's own thread."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     random = torch.rand(3, 1024, 1024, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(tracker, "validation_grid", lambda *args: random)  # 3 MB as a PNG
+    monkeypatch.setattr(trackers, "validation_grid", lambda *args: random)  # 3 MB as a PNG
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     try:
         assert run_train("--data", photos, "--out", tmp_path, *SHORT) == 0
@@ -171,8 +172,8 @@ def test_test_metrics_that_cannot_be_written_are_one_warning(tracked, tmp_path, 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tracker, "summary_writer", full)
-    tracker.add_test_metrics(out, 1, {"psnr": 20.0})
+    monkeypatch.setattr(trackers, "summary_writer", full)
+    trackers.add_test_metrics(out, 1, {"psnr": 20.0})
     assert "No space left" in one_warning(capsys.readouterr().err)
 
 

@@ -11,8 +11,7 @@ import yaml
 from conftest import REPOSITORY
 from kill_resume import read_run, same
 from skimage.metrics import peak_signal_noise_ratio
-from study import DEFINING, PUBLISHED_CODE
-from training import parse, parts_of, train_epoch, validate
+from training import parse, train_epoch, training_on, validate
 
 import data
 import evaluate
@@ -21,7 +20,8 @@ import train
 from encoders import Encoder
 from metrics import LPIPS, Loss
 from models import build_inverter, load_inverter
-from utils import load, select_device
+from report.results import EXPERIMENT_KEYS
+from utils import PUBLISHED, load, select_device
 
 SMALL = ("--crop", 32, "--width", 8, "--lpips-weight", 0, "--tracker", "none", "--quiet")
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's
@@ -92,7 +92,7 @@ def test_loss_by_hand():
 
 def test_published_loss_by_hand():
     output, images = torch.rand(2, 2, 3, 64, 64)
-    terms = Loss(0.5, 0, PUBLISHED_CODE)(output, images)
+    terms = Loss(0.5, 0, PUBLISHED)(output, images)
     target = ((images.permute(0, 2, 3, 1) - MEAN) / STD).permute(0, 3, 1, 2)
     assert terms["mse"].tolist() == pytest.approx(((output - target) ** 2).mean((1, 2, 3)).tolist())
     assert terms["mse"].min() > 0.5 and torch.equal(terms["loss"], 0.5 * terms["mse"])
@@ -149,23 +149,23 @@ def test_compiled_training_is_the_same(photos, tmp_path, monkeypatch, run_train,
 
 def test_frozen_batch_norm(photos):
     """After --freeze-bn steps training normalises by what it has, and a step sees what validation would."""
-    parts = parts_of(photos, "--epochs", 2, "--freeze-bn", 1, "--lpips-weight", 0)
-    batch = data.center_crops(parts.val[:])
+    training = training_on(photos, "--epochs", 2, "--freeze-bn", 1, "--lpips-weight", 0)
+    batch = data.center_crops(training.val_images[:])
     for _ in range(2):
-        train_epoch(parts)  # ends in training mode
-        assert int(parts.inverter.decoder.upsample[1].num_batches_tracked) == 1  # of four steps
-        trained_on = parts.inverter(batch).detach()
-        assert torch.equal(trained_on, validate(parts)[2])
-        parts.state.epoch, parts.state.step = 1, 0
+        train_epoch(training)  # ends in training mode
+        assert int(training.inverter.decoder.upsample[1].num_batches_tracked) == 1  # of four steps
+        trained_on = training.inverter(batch).detach()
+        assert torch.equal(trained_on, validate(training)[2])
+        training.epoch, training.step = 1, 0
 
 
 def test_validation_features_are_kept_if_small(photos, monkeypatch):
-    parts = parts_of(photos, "--encoder", "alexnet", "--layer", "conv3")
+    training = training_on(photos, "--encoder", "alexnet", "--layer", "conv3")
     known, unknown = {}, {}
-    first = validate(parts, known)[0]
-    assert len(known) == 1 and validate(parts, known)[0] == first
+    first = validate(training, known)[0]
+    assert len(known) == 1 and validate(training, known)[0] == first
     monkeypatch.setattr(train, "KEPT_FEATURES", 0)
-    assert validate(parts, unknown)[0] == first and not unknown
+    assert validate(training, unknown)[0] == first and not unknown
 
 
 def test_averages_are_over_images_not_batches():
@@ -180,42 +180,42 @@ def test_averages_are_over_images_not_batches():
 
 def test_validation_shows_what_the_metrics_see(photos):
     """Targets and outputs for the tracker are those that were measured, the protocol's too."""
-    parts = parts_of(photos, "--protocol", "published", "--width", 8)
-    assert parts.state.scheduler.min_lrs == [1e-6]
-    averages, targets, outputs = validate(parts)
+    training = training_on(photos, "--protocol", "published", "--width", 8)
+    assert training.scheduler.min_lrs == [1e-6]
+    averages, targets, outputs = validate(training)
     pairs = zip(targets.numpy(), outputs.numpy(), strict=True)
     expected = [peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]
     assert len(targets) == 2 and averages["psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
-    crop = data.center_crops(parts.val[:])[1]
+    crop = data.center_crops(training.val_images[:])[1]
     seen = ((crop.permute(1, 2, 0) - MEAN) / STD).clamp(0, 1).permute(2, 0, 1)
     torch.testing.assert_close(targets[1], seen)
 
 
 def test_six_of_many_validation_images_are_shown(photos):
     """As pictures, whatever the decoder gives."""
-    parts = parts_of(photos, "--decoder", "residual", "--width", 8, "--lpips-weight", 0)
-    parts.inverter.decoder.head.last.bias.data.fill_(50)
-    options = (parts.loss, {}, 1, parts.signals, True)
-    _, targets, outputs = train.validate(parts.inverter, parts.val, 5 * [0, 1], *options)
-    crops = data.center_crops(parts.val[:])
+    training = training_on(photos, "--decoder", "residual", "--width", 8, "--lpips-weight", 0)
+    training.inverter.decoder.head.last.bias.data.fill_(50)
+    options = (training.loss, {}, 1, training.signals, True)
+    _, targets, outputs = train.validate(training.inverter, training.val_images, 5 * [0, 1], *options)
+    crops = data.center_crops(training.val_images[:])
     assert torch.equal(targets, crops[[0, 0, 0, 1, 1, 1]])  # numbers 0, 2, 4, 5, 7 and 9 of ten
     assert len(outputs) == 6 and 0 <= outputs.min() and outputs.max() <= 1
 
 
 def test_fast_changes_the_optimisation_only():
     fast = yaml.safe_load((REPOSITORY / "configs" / "fast.yaml").read_text())
-    assert not set(fast) & {*DEFINING, "data", "protocol", "seed", "weights"}
+    assert not set(fast) & {*EXPERIMENT_KEYS, "data", "protocol", "seed", "weights"}
 
 
 def test_encoder_is_bit_identical_after_training(photos):
-    parts = parts_of(photos, "--epochs", 1, "--crop", 64)
-    encoder, decoder = parts.inverter.encoder, parts.inverter.decoder
+    training = training_on(photos, "--epochs", 1, "--crop", 64)
+    encoder, decoder = training.inverter.encoder, training.inverter.decoder
     before, untrained = (
         {key: value.clone() for key, value in net.state_dict().items()} for net in (encoder, decoder)
     )
-    train_epoch(parts)
+    train_epoch(training)
     assert same(before, dict(encoder.state_dict())) and not same(untrained, dict(decoder.state_dict()))
-    assert all(p.grad is None for p in [*encoder.parameters(), *parts.loss.parameters()])
+    assert all(p.grad is None for p in [*encoder.parameters(), *training.loss.parameters()])
 
 
 # --- whole runs ------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_files_of_a_run(trained, checkpoint, photos):
     config = yaml.safe_load((trained / "config.yaml").read_text())
     assert config == checkpoint["config"] and "cache" not in config
     assert config["data"] == str(photos) and config["lr"] == 2e-3
-    assert checkpoint["decoder"].keys() == parts_of(photos).inverter.decoder.state_dict().keys()
+    assert checkpoint["decoder"].keys() == training_on(photos).inverter.decoder.state_dict().keys()
     assert torch.__version__.startswith(checkpoint["versions"]["torch"])
     assert checkpoint["shape"] == [64, 112, 112] and checkpoint["weights_sha256"] is None
     rows = history(trained)
