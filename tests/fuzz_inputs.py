@@ -22,8 +22,8 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 from training import training_on
 
+import checkpoint
 import data
-import train
 from flags import parse_train
 from models import load_inverter
 from utils import UserError
@@ -60,14 +60,15 @@ class Fuzzer:
             self.tile.save(self.folder / name)
         for name in ("good.png", "good.jpg", "good.tif", "good.webp"):
             self.tile.save(self.folder / name)
-        training = training_on(self.folder, "--width", 4, "--batch-size", 2)
-        self.state = training
-        self.state.best_loss = 0.5
-        self.state.epoch = 1
-        train.save_best(training.inverter, training.config, self.state, self.folder)
-        train.save_last(self.state, {}, self.folder, rank=0)
+        self.training = training_on(self.folder, "--width", 4, "--batch-size", 2, "--out", self.folder)
+        self.training.best_loss = 0.5
+        self.training.epoch = 1
+        checkpoint.save_best(self.training)
+        checkpoint.save_last(self.training)
         self.good = {name: (self.folder / name).read_bytes() for name in ("best.pt", "last.pt")}
-        self.weights = {key: value.clone() for key, value in self.state.decoder.state_dict().items()}
+        self.weights = {
+            key: value.clone() for key, value in self.training.inverter.decoder.state_dict().items()
+        }
 
     def same_weights(self, decoder):
         return all(torch.equal(value, self.weights[key]) for key, value in decoder.state_dict().items())
@@ -83,14 +84,15 @@ class Fuzzer:
 
     def checkpoint(self, draw):
         (self.folder / "bad.pt").write_bytes(mutate(self.good["best.pt"], draw))
-        inverter, checkpoint = load_inverter(self.folder / "bad.pt")
+        inverter, content = load_inverter(self.folder / "bad.pt")
         assert self.same_weights(inverter.decoder), "wrong weights were accepted"
-        assert checkpoint["val_loss"] == 0.5
+        assert content["val_loss"] == 0.5
 
     def last(self, draw):
         (self.folder / "last.pt").write_bytes(mutate(self.good["last.pt"], draw))
-        train.resume(self.state, {}, self.folder, rank=0, world=1)
-        assert self.same_weights(self.state.decoder) and self.state.epoch == 1, "a wrong state was accepted"
+        checkpoint.resume(self.training)
+        same = self.same_weights(self.training.inverter.decoder) and self.training.epoch == 1
+        assert same, "a wrong state was accepted"
 
     def config(self, draw):
         (self.folder / "bad.yaml").write_bytes(content := mutate(YAML.encode(), draw))

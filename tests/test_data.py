@@ -76,7 +76,7 @@ def test_sample_has_no_photograph_in_two_splits():
 def decoding(monkeypatch, tmp_path):
     """Load a split with a cache: the images, and the names of the files that were decoded for it."""
     names, real = [], data.decode
-    monkeypatch.setattr(data, "decode", lambda path, *rest: names.append(path.name) or real(path, *rest))
+    monkeypatch.setattr(data, "decode", lambda path, **how: names.append(path.name) or real(path, **how))
 
     def call(folder, split="test"):
         names.clear()
@@ -157,10 +157,10 @@ def test_interrupted_build_goes_on(own_photos, decoding, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHARD", 4)
     real = data.decode
 
-    def interrupted(path, *rest):
+    def interrupted(path, **how):
         if path.name == "05.png":
             raise KeyboardInterrupt
-        return real(path, *rest)
+        return real(path, **how)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "decode", interrupted)

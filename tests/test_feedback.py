@@ -114,11 +114,9 @@ def test_feature_error_by_hand(feedback, tested):
 
 
 def test_a_step_trains_all_weights(photos):
-    training = training_on(photos, *SMALL)
+    training = training_on(photos, *SMALL, "--clip-grad", 1e-3)
     wake(training.inverter.decoder)
-    train.measure_features(training.inverter, training.train_images, training.config)
-    batch, features = next(batches_of(training))
-    train.train_step(training.inverter.train(), batch, features, training.loss, training.optimizer, clip=1e-3)
+    train.train_step(training, *next(batches_of(training)))
     gradients = [parameter.grad for parameter in training.inverter.decoder.parameters()]
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()

@@ -38,10 +38,15 @@ def test_defaults_are_the_papers(photos):
     paper |= {"batch_size": 4, "lr": 1e-4, "schedule": "plateau", "patience": 15, "seed": 42, "out": "runs"}
     paper |= {"mse_weight": 0.5, "lpips_weight": 0.5, "data": None}
     assert {key: args[key] for key in paper} == paper
-    state = training_on(photos).state
-    (group,) = state.optimizer.param_groups
+    training = training_on(photos)
+    schedule = training.scheduler
+    (group,) = training.optimizer.param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 1e-8, 0)
-    assert (state.scheduler.factor, state.scheduler.patience, state.scheduler.min_lrs) == (0.5, 5, [1e-7])
+    assert (schedule.factor, schedule.patience, schedule.min_lrs) == (
+        0.5,
+        5,
+        [1e-7],
+    )
     assert sum(p.numel() for p in group["params"]) == 33_731  # the decoder alone
 
 
@@ -223,6 +228,6 @@ def test_fast_wants_values(config):
 
 def test_a_terminal_that_knows_no_arrows():
     """ISO 8859-1, as some clusters have it: what it lacks is a ?, not a traceback."""
-    code = "import utils; utils.run(lambda: print('PSNR (dB) \\u2191 \\u2013'))"
+    code = "import utils; utils.cli_main(lambda: print('PSNR (dB) \\u2191 \\u2013'))"
     done = outcome("-c", code, PYTHONIOENCODING="latin-1")
     assert (done.returncode, done.stdout, done.stderr) == (0, "PSNR (dB) ? ?\n", "")
