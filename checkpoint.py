@@ -16,7 +16,6 @@ import torch.distributed as dist
 import yaml
 from filelock import Timeout
 
-from encoders import encoder_sha256
 from flags import with_defaults
 from utils import (
     FORMAT,
@@ -117,20 +116,13 @@ def check_same_run(about, guard, out):
 def save_best(training):
     """Write best.pt: the decoder and what rebuilds it, nothing of the encoder. Older results go."""
     packages = ("torch", "torchvision", "timm", "lpips", "numpy")
+    digests = ("init_sha256", "weights_sha256", "encoder_sha256")
     inverter = training.inverter
-    content = {
-        "format": FORMAT,
-        "decoder": inverter.decoder.state_dict(),
-        "config": training.config,
-        "init_sha256": training.init_sha256,
-        "shape": list(inverter.shape),
-        "weights_sha256": inverter.encoder.weights_sha256,
-        "encoder_sha256": encoder_sha256(inverter.encoder),
-        "programs": inverter.encoder.programs,
-        "epoch": training.epoch,
-        "val_loss": training.best_loss,
-        "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
-    }
+    content = {"format": FORMAT, "config": training.config, "decoder": inverter.decoder.state_dict()}
+    content |= {"shape": list(inverter.shape), "programs": inverter.encoder.programs}
+    content |= {name: training.resume_guard[name] for name in digests}
+    content |= {"epoch": training.epoch, "val_loss": training.best_loss}
+    content["versions"] = {name: version(name) for name in packages} | {"python": sys.version.split()[0]}
     remove_stale_results(training.out)
     save(content, training.out / "best.pt")
 
@@ -166,18 +158,12 @@ def claim(out, resume, overwrite):
     except Timeout:
         raise UserError(f"--out {out}: another training is writing there; choose another --out") from None
     with lock:
-        best, last = (out / "best.pt").exists(), (out / "last.pt").exists()
         files = (*(out / name for name in FILES), *results_of(out), *out.glob(EVENTS))
-        others = [str(path.relative_to(out)) for path in files if path.exists()]
-        problem = None
-        if (best or last) and not resume:
-            problem = "a run; --resume goes on"
-        elif best and not last:
-            problem = "best.pt but no last.pt to go on from"
-        elif others and not last:
-            problem = f"{others[0]} of no run"
-        if problem and not overwrite:
-            raise UserError(f"--out {out}: holds {problem}, --overwrite replaces it; or choose another --out")
+        held = [str(path.relative_to(out)) for path in files if path.exists()]
+        last = "last.pt" in held
+        if held and not overwrite and not (last and resume):
+            what = "a run; --resume goes on" if last else f"{held[0]} but no last.pt to go on from"
+            raise UserError(f"--out {out}: holds {what}, --overwrite replaces it; or choose another --out")
         for name in FILES:
             for path in leftovers(out / name):
                 path.unlink()
@@ -241,7 +227,7 @@ def read_result(path):
 
 
 def results_of(run):
-    """The result files in the folder `run`, and those in its sub-folders that are of its best.pt."""
+    """The result files in the folder `run`, and those of its best.pt in its sub-folders."""
     found = [run / name for name in RESULTS + INVERSION]
     for files in (RESULTS, INVERSION):
         for path in (*run.glob(f"*/{files[0]}"), *run.glob(f"*/*/{files[0]}")):
@@ -295,8 +281,7 @@ class Signals:
     """
 
     def __init__(self, device):
-        self.received = 0
-        self.device = device
+        self.received, self.device = 0, device
 
     def __enter__(self):
         self.before = {}

@@ -6,8 +6,7 @@
   python train.py --layer block3 --data FOLDER --out runs/block3 --resume
 
 Writes best.pt, last.pt, config.yaml, history.csv, curves.png and TensorBoard's files to --out. Several GPUs
-or hosts: torchrun --nproc_per_node=N train.py … Watch: tensorboard --logdir runs. Next: python evaluate.py
---help
+or hosts: torchrun --nproc_per_node=N train.py … Watch: tensorboard --logdir runs. Next: evaluate.py --help
 """
 
 from flags import MAY_DIFFER, config_of, parse_train
@@ -109,7 +108,7 @@ class Training:
         self.config = config = config_of(args) | {"data": data.resolve(args.data)}
         self.protocol = PROTOCOLS[config["protocol"]]
         self.inverter = inverter_of(config)
-        self.init_sha256 = load_decoder(self.inverter, config) if config["init"] else None
+        init_sha256 = load_decoder(self.inverter, config) if config["init"] else None
         self.inverter.to(self.device)
         config["crop"] = config["crop"] or self.inverter.size
 
@@ -147,31 +146,25 @@ class Training:
 
         self.signals = Signals(self.device)
         self.meter = Meter(TERMS, self.device)  # of this epoch, like step and seconds
-        self.epoch = self.step = 0
-        self.seconds = 0.0
-        self.bad_epochs = self.best_epoch = 0
-        self.best_loss = math.inf
+        self.epoch = self.step = self.bad_epochs = self.best_epoch = 0
+        self.seconds, self.best_loss = 0.0, math.inf
         self.history = []  # a dictionary for each epoch
         self.feature_cache = None  # of --kept-crops
         self.val_feature_cache = {}  # {first image of a batch: features}
-        self.resume_guard = self.make_resume_guard()
+        # What a run and its resumption must have in common.
+        self.resume_guard = {key: value for key, value in config.items() if key not in MAY_DIFFER} | {
+            "processes": world,
+            "hash of the training images": self.train_images.key,
+            "hash of the validation images": self.val_images.key,
+            "init_sha256": init_sha256,
+            "weights_sha256": self.inverter.encoder.weights_sha256,
+            "encoder_sha256": encoder_sha256(self.inverter.encoder),
+        }
 
     @property
     def finished(self):
         """Whether the epochs are over, or the validation loss has stopped falling."""
         return self.epoch >= self.config["epochs"] or self.bad_epochs >= self.config["patience"]
-
-    def make_resume_guard(self):
-        """Values that a run and its resumption must have in common."""
-        encoder = self.inverter.encoder
-        return {key: value for key, value in self.config.items() if key not in MAY_DIFFER} | {
-            "processes": self.world,
-            "hash of the training images": self.train_images.key,
-            "hash of the validation images": self.val_images.key,
-            "init_sha256": self.init_sha256,
-            "weights_sha256": encoder.weights_sha256,
-            "encoder_sha256": encoder_sha256(encoder),
-        }
 
     def description(self):
         """What will happen, in four lines."""
@@ -453,11 +446,9 @@ def epoch_line(row, epochs, better):
     for split in ("train", "val"):
         terms = [f"{name} {row[f'{split}_{name}']:.{2 if name == 'psnr' else 4}f}" for name in TERMS]
         parts.append(f"{split} {' '.join(terms)}".replace("nan", "–"))
+    left = (row["seconds"] + row["val_seconds"]) * (epochs - row["epoch"]) / 60
     parts.append(f"lr {row['lr']:.1e}")
-    parts.append(f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s")
-    left = (row["seconds"] + row["val_seconds"]) * (epochs - row["epoch"])
-    if left:
-        parts[-1] += f", {left:.0f} s left" if left < 100 else f", {left / 60:.0f} min left"
+    parts.append(f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s, {left:.1f} min left")
     return " | ".join(parts) + ("  best" if better else "")
 
 

@@ -49,7 +49,7 @@ def fetch(url, path, md5, size=None, bars=None):
     part = path.with_name(f"{path.name}.part")
     for attempt in range(ATTEMPTS):
         have = part.stat().st_size if part.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
                 if response.status != 206:  # the server sends all of it again
@@ -57,8 +57,7 @@ def fetch(url, path, md5, size=None, bars=None):
                 total = have + int(response.headers["Content-Length"])
                 if size and total != size:
                     raise UserError(f"{url}: {total} bytes there, {size} expected")
-                bar = {"desc": path.name, "initial": have, "disable": bars}
-                bar |= {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+                bar = {"desc": path.name, "initial": have, "unit": "B", "unit_scale": True, "disable": bars}
                 with open(part, "ab" if have else "wb") as file:
                     with tqdm.wrapattr(file, "write", total, **bar) as shown:
                         shutil.copyfileobj(response, shown, 1 << 20)

@@ -8,14 +8,13 @@ QUINTIC = (3.4445, -4.775, 2.0315)  # Jordan's: all singular values between 0.7 
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) over `params`, at learning rate `lr`.
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) over `params`, at rate `lr`.
 
     A weight's gradient is large in a few directions and small in most; Muon takes steps of about the same
     length in all: the nearest orthogonal matrix to the gradients' running mean (out, all else). Elements
-    change by 0.2 times the rate, about as by Adam (Liu et al. 2025, arXiv 2502.16982). Biases and gains get
-    Adam's step. In float32, since torch's and timm's bfloat16 is slow on many CPUs.
-
-    A step is `orthogonalize_grads`, which a CUDA graph can hold since it needs no learning rate, then `step`.
+    change by 0.2 times the rate, about as by Adam (Liu et al. 2025, arXiv 2502.16982); biases and gains get
+    Adam's step. In float32: many CPUs have no bfloat16, which torch's and timm's Muon compute in. A step is
+    `orthogonalize_grads`, which needs no learning rate, so that a CUDA graph can hold it, and `step`.
     """
 
     def __init__(self, params, lr):
@@ -24,20 +23,18 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def orthogonalize_grads(self):
         """Replace the gradient of each matrix with the direction that `step` takes."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and is_matrix(parameter):
-                    parameter.grad = muon_step(parameter.grad, self.state[parameter])
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None and is_matrix(parameter):
+                parameter.grad = muon_step(parameter.grad, self.state[parameter])
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    change = parameter.grad
-                    if not is_matrix(parameter):
-                        change = adam_step(change, self.state[parameter])
-                    parameter.sub_(change, alpha=group["lr"])
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                update = parameter.grad
+                if not is_matrix(parameter):
+                    update = adam_step(update, self.state[parameter])
+                parameter.sub_(update, alpha=self.param_groups[0]["lr"])
 
 
 def is_matrix(parameter):
