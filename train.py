@@ -43,9 +43,9 @@ from utils import keep_freed_memory, out_of_memory, processes, select_device, tf
 VAL_BATCH = 4
 VAL_CACHE_BYTES = 2**28  # validation features up to this size are computed once
 LOGGED_IMAGES = 6  # validation images for the tracker
-SYNC_EVERY = 20  # steps between reading the losses, and other GPUs' signals: each makes the GPU wait
+SYNC_EVERY = 20  # steps between looks at the losses, and at other GPUs' signals: each makes a GPU wait
 STATISTICS_CROPS = 64  # for the mean and std of the features
-DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
+DIVERGED = "try a smaller --lr; the files of earlier epochs are kept"
 
 
 def train(args):
@@ -168,14 +168,14 @@ class Training:
 
     def description(self):
         """What will happen, in four lines."""
-        config, decoder = self.config, self.inverter.decoder
+        config = self.config
         shape = " × ".join(map(str, self.inverter.shape))
-        where = f"{self.world} processes on {self.device}" if self.world > 1 else self.device
+        parameters = f"{count_parameters(self.inverter.decoder):,} trainable parameters"
         images = f"{len(self.train_images)} training and {len(self.val_indices)} validation images"
+        where = f"{self.world} processes on {self.device}" if self.world > 1 else self.device
         return (
             f"encoder: {config['encoder']}, layer {config['layer']}, {config['weights']} weights\n"
-            f"decoder: {config['decoder']}, {count_parameters(decoder):,} trainable parameters, "
-            f"for features {shape}\n"
+            f"decoder: {config['decoder']}, {parameters}, for features {shape}\n"
             f"data: {config['data']}, {images}, crops of {config['crop']}×{config['crop']}\n"
             f"training: to epoch {config['epochs']}, {self.steps} steps each, on {where}, to {config['out']}"
         )
@@ -197,7 +197,7 @@ def set_determinism(deterministic=True):
 def steps_of_a_pass(images, batch_size, world):
     """Steps in which `world` processes take all `images`. Raises UserError if `batch_size` is too large."""
     if batch_size * world > images:
-        raise UserError(f"--batch-size {batch_size} × {world} processes: there are {images} training images")
+        raise UserError(f"--batch-size {batch_size} × {world} processes: only {images} training images")
     return math.ceil(images / (batch_size * world))
 
 
@@ -280,7 +280,7 @@ def train_epoch(training):
     config, signals, steps = training.config, training.signals, training.steps
     start = time.perf_counter() - training.seconds
     losses = []
-    alone = training.world == 1 or training.device.type == "cpu"  # else GPUs wait for each other
+    cheap = training.world == 1 or training.device.type == "cpu"  # else GPUs wait for each other
     title = f"Epoch {training.epoch + 1}/{config['epochs']}"
     bar = tqdm(None, title, steps, initial=training.step, unit="step", leave=False, disable=training.quiet)
     with bar, tf32(config["tf32"]):
@@ -298,7 +298,7 @@ def train_epoch(training):
                 bar.set_postfix(loss=f"{losses[-1]:.4f}")
                 losses.clear()
             training.seconds = time.perf_counter() - start
-            if due or alone:
+            if due or cheap:
                 signals.check()
     return training.meter.averages()
 

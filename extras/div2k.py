@@ -5,7 +5,6 @@ import os
 import shutil
 import stat
 import time
-import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -52,8 +51,7 @@ def fetch(url, path, md5, size=None, bars=None):
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
-                if response.status != 206:  # the server sends all of it again
-                    have = 0
+                have = have if response.status == 206 else 0  # else the server sends all of it again
                 total = have + int(response.headers["Content-Length"])
                 if size and total != size:
                     raise UserError(f"{url}: {total} bytes there, {size} expected")
@@ -64,11 +62,9 @@ def fetch(url, path, md5, size=None, bars=None):
             if part.stat().st_size == total:
                 break
             reason = f"connection closed after {part.stat().st_size} of {total} bytes"
-        except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing is left to send: what we have is whole or wrong
-                break
-            reason = f"HTTP {error.code} {error.reason}"
         except (OSError, TypeError, http.client.HTTPException) as error:  # TypeError: without Content-Length
+            if getattr(error, "code", None) == 416:  # nothing is left to send: what we have is whole or wrong
+                break
             reason = str(error)
         time.sleep(attempt)
     else:
