@@ -39,10 +39,11 @@ def launched(*command):
 def one_step(photos, rank, world, parallel):
     """The decoder's state after a step on this process's part of a batch of four."""
     training = training_on(photos, "--width", 8, "--crop", 64, "--batch-size", 4 // world)
-    training.inverter.eval()  # batch norm is fixed, since on the CPU each process has its own
-    optimizer = torch.optim.SGD(training.inverter.decoder.parameters(), lr=1)
     batch = next(batches_of(training, rank, world))
-    train.train_step(parallel(training.inverter), *batch, training.loss, optimizer)
+    training.config["freeze_bn"] = training.step = 1  # since on the CPU each process has its own batch norm
+    training.model, training.world = parallel(training.inverter), world
+    training.optimizer = torch.optim.SGD(training.inverter.decoder.parameters(), lr=1)
+    train.train_step(training, *batch)
     return training.inverter.decoder.state_dict()
 
 

@@ -20,9 +20,11 @@ from kill_resume import read_run, same
 from PIL import Image
 from training import parse
 
+import checkpoint
 import data
 import train
 import utils
+from extras import trackers
 
 SMALL = ("--crop", 32, "--width", 8, "--lpips-weight", 0, "--tracker", "none", "--quiet")
 
@@ -64,7 +66,7 @@ def copied(whole, tmp_path):
         ("crops", (signal.SIGTERM, data, "crops", 11)),  # in the second pass of epoch 2
         ("feedback", (signal.SIGTERM, data, "crops", 7)),  # of which two are for the deviation
         ("plateau", (signal.SIGINT, data, "center_crops", 1)),  # in the validation of epoch 1
-        ("plateau", (signal.SIGUSR1, train, "draw_curves", 1)),  # between the epochs
+        ("plateau", (signal.SIGUSR1, trackers, "draw_curves", 1)),  # between the epochs
         ("plateau", (signal.SIGTERM, utils.os, "replace", 3)),  # while a file is written
     ],
 )
@@ -121,7 +123,7 @@ def test_resuming_a_finished_run_changes_nothing(copied, capsys, epochs):
     ("run", "more", "messages"),
     [
         ("plateau", ("--lr", 2e-3), ("lr is 0.002", "has 0.001")),
-        ("onecycle", ("--epochs", 4), ("epochs is 4, the run in", "onecycle's rates are those of")),
+        ("onecycle", ("--epochs", 4), ("epochs is 4, the run in", "onecycle's learning rates are for")),
     ],
 )
 def test_resume_with_another_configuration_names_the_key(whole, run_train, error_line, run, more, messages):
@@ -281,7 +283,7 @@ def test_files_of_no_run_are_not_replaced(photos, tmp_path, run_train, error_lin
     flags = ("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet")
     for again in ((), ("--resume",)):
         assert run_train(*flags, *again) == 2
-        assert f"holds {name} of no run" in (line := error_line()) and "--overwrite" in line
+        assert f"holds {name} but no last.pt" in (line := error_line()) and "--overwrite" in line
     assert (tmp_path / name).read_text() == (tmp_path / ".draft.tmp").read_text() == "precious"
     assert not (tmp_path / "last.pt").exists()
 
@@ -289,7 +291,8 @@ def test_files_of_no_run_are_not_replaced(photos, tmp_path, run_train, error_lin
 def test_only_its_own_temporary_files_are_removed(tmp_path):
     for name in (".best.pt.123.tmp.pt", ".notes.tmp", ".best.pt.old.tmp.pt"):
         (tmp_path / name).write_text("")
-    train.claim(tmp_path, resume=False, overwrite=False)
+    with checkpoint.claim(tmp_path, resume=False, overwrite=False):
+        pass
     assert sorted(path.name for path in tmp_path.glob(".*.tmp*")) == [".best.pt.old.tmp.pt", ".notes.tmp"]
 
 
@@ -308,7 +311,7 @@ def test_mutated_inputs():
 def test_two_processes_build_one_cache(own_photos, tmp_path):
     code = (
         "import data; real, names = data.decode, []\n"
-        "data.decode = lambda path, *rest: names.append(path.name) or real(path, *rest)\n"
+        "data.decode = lambda path, **how: names.append(path.name) or real(path, **how)\n"
         f"total = data.load_split({str(own_photos)!r}, 'test', {str(tmp_path / 'cache')!r})[:].sum()\n"
         "print(*names, total)"
     )

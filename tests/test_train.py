@@ -18,6 +18,7 @@ import evaluate
 import metrics
 import train
 from encoders import Encoder
+from extras import trackers
 from metrics import LPIPS, Loss
 from models import build_inverter, load_inverter
 from report.results import EXPERIMENT_KEYS
@@ -42,18 +43,19 @@ def test_early_stop_plateau_and_best_epoch_on_made_up_losses(photos, tmp_path, m
     biases = []
     picture = torch.zeros(1, 3, 224, 224)
 
-    def made_up_epoch(model, *rest):
+    def made_up_epoch(training):
         with torch.no_grad():
-            model.decoder.to_rgb.bias.add_(1)
-        biases.append(model.decoder.to_rgb.bias.clone())
+            training.inverter.decoder.to_rgb.bias.add_(1)
+        biases.append(training.inverter.decoder.to_rgb.bias.clone())
         return dict.fromkeys(metrics.TERMS, 0.1)
 
-    def made_up_validation(*rest):
-        return dict.fromkeys(metrics.TERMS, 0.1) | {"loss": losses[len(biases) - 1]}, picture, picture
+    def made_up_validation(training):
+        means = dict.fromkeys([*metrics.TERMS, "seconds"], 0.1) | {"loss": losses[len(biases) - 1]}
+        return means, picture, picture
 
     monkeypatch.setattr(train, "train_epoch", made_up_epoch)
     monkeypatch.setattr(train, "validate", made_up_validation)
-    monkeypatch.setattr(train, "draw_curves", lambda *_: None)  # eighteen times
+    monkeypatch.setattr(trackers, "draw_curves", lambda *_: None)  # eighteen times
     train.train(parse("--data", photos, "--out", tmp_path, "--epochs", 40, *SMALL))
     best = load(tmp_path / "best.pt")
     assert (best["epoch"], best["val_loss"]) == (3, 0.3)
@@ -164,7 +166,7 @@ def test_validation_features_are_kept_if_small(photos, monkeypatch):
     known, unknown = {}, {}
     first = validate(training, known)[0]
     assert len(known) == 1 and validate(training, known)[0] == first
-    monkeypatch.setattr(train, "KEPT_FEATURES", 0)
+    monkeypatch.setattr(train, "VAL_CACHE_BYTES", 0)
     assert validate(training, unknown)[0] == first and not unknown
 
 
@@ -195,8 +197,8 @@ def test_six_of_many_validation_images_are_shown(photos):
     """As pictures, whatever the decoder gives."""
     training = training_on(photos, "--decoder", "residual", "--width", 8, "--lpips-weight", 0)
     training.inverter.decoder.head.last.bias.data.fill_(50)
-    options = (training.loss, {}, 1, training.signals, True)
-    _, targets, outputs = train.validate(training.inverter, training.val_images, 5 * [0, 1], *options)
+    training.val_indices = 5 * [0, 1]
+    _, targets, outputs = validate(training)
     crops = data.center_crops(training.val_images[:])
     assert torch.equal(targets, crops[[0, 0, 0, 1, 1, 1]])  # numbers 0, 2, 4, 5, 7 and 9 of ten
     assert len(outputs) == 6 and 0 <= outputs.min() and outputs.max() <= 1
@@ -296,12 +298,12 @@ def test_quiet_prints_no_progress(photos, tmp_path, run_train, capsys):
     ("flags", "message"),
     [
         (("--data", "nowhere"), "nowhere: no such folder"),
-        (("--batch-size", 9), "--batch-size 9 × 1 processes: more than the 8 training images"),
+        (("--batch-size", 9), "--batch-size 9 × 1 processes: only 8 training images"),
         (("--out", "file/run"), "--out file/run: cannot write there"),
         (("--width", 2**31 - 1), "out of memory"),
         pytest.param(("--device", "cuda"), "0 CUDA devices", marks=NO_CUDA),
-        pytest.param(("--device", "mps"), "--device mps: PyTorch has no such GPU of Apple's", marks=NO_MPS),
-        pytest.param(("--device", "mps:0"), "PyTorch has no such GPU of Apple's here", marks=NO_MPS),
+        pytest.param(("--device", "mps"), "--device mps: PyTorch finds no Apple GPU", marks=NO_MPS),
+        pytest.param(("--device", "mps:0"), "PyTorch finds no Apple GPU here", marks=NO_MPS),
         (("--device", "mps:1"), "--device mps:1: use auto, cpu, cuda, cuda:N or mps"),
     ],
 )
@@ -363,7 +365,7 @@ def test_existing_run_is_not_overwritten(trained, run_train, error_line):
 def test_results_of_a_best_that_is_no_more_are_removed(photos, tmp_path, monkeypatch, run_train):
     """Who evaluates while it trains has results that the next best epoch makes untrue."""
     losses = iter([3.0, 1.0, 2.0])
-    measured = {name: 1.0 for name in metrics.TERMS}
+    measured = dict.fromkeys([*metrics.TERMS, "seconds"], 1.0)
     monkeypatch.setattr(train, "validate", lambda *_: (measured | {"loss": next(losses)}, None, None))
     there = []
 
