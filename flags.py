@@ -126,12 +126,7 @@ def train_parser(doc=None):
     add("--layer", default="block1", help=f"layer that gives the features ({layers}; or a module's path)")
     add("--weights", default="imagenet", help="of the encoder: imagenet, random (a control), or a file")
     add_input_flags(add)
-    add(
-        "--decoder",
-        choices=DECODERS,
-        default="tconv",
-        help="to train; feedback and residual reconstruct best",
-    )
+    add("--decoder", choices=DECODERS, default="tconv", help="to train; the best are feedback, residual")
     add("--width", **N, help="main number of channels of the decoder; fewer are faster (default: its own)")
     fusion = "how to join the features of A+B: unchanged, with learned weights, or weights at each position"
     add("--fusion", choices=["concat", "weighted", "attention"], help=f"{fusion} (default: concat)")
@@ -159,12 +154,7 @@ def train_parser(doc=None):
     add("--mse-weight", type=non_negative_float, default=0.5, help="of MSE in the loss; alone: best PSNR")
     add("--lpips-weight", type=non_negative_float, default=0.5, help="of LPIPS in the loss; 0 is faster")
     add("--protocol", choices=list(PROTOCOLS), default="documented", help="published: as the study's code")
-    add(
-        "--seed",
-        type=seed,
-        default=42,
-        help="of initialisation, order and crops; other seeds show the spread",
-    )
+    add("--seed", type=seed, default=42, help="of initialisation, order and crops; others show the spread")
     add = parser.add_argument_group("running").add_argument
     add("--config", help="YAML file with values for these flags; the command line wins")
     add("--fast", action="store_true", help="use the values under `fast:` in --config: a shorter training")
