@@ -95,9 +95,9 @@ class Images:
 
 def resolve(data):
     """The data for `--data`: `sample` or a folder. None: DIV2K if it is there, else the sample. UserError."""
+    if data is None and Path(DIV2K_ROOT).is_dir():
+        return DIV2K_ROOT
     if data is None:
-        if Path(DIV2K_ROOT).is_dir():
-            return DIV2K_ROOT
         print(
             f"*** No --data and no {DIV2K_ROOT}: using the embedded SAMPLE, tiles of nine images. ***\n"
             "*** For the study's data: train.py --download (3.7 GB), or --data FOLDER with its layout. ***"
@@ -334,7 +334,6 @@ def build_cache(cache, entries, folder, read, bars):
 
 
 def short_hash(text):
-    """The first 16 hexadecimal digits of the SHA-256 of `text`."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

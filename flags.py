@@ -153,7 +153,12 @@ def train_parser(doc=None):
     add("--patience", **N, default=15, help="stop after N epochs without a better validation loss")
     add("--mse-weight", type=non_negative_float, default=0.5, help="of MSE in the loss; alone: best PSNR")
     add("--lpips-weight", type=non_negative_float, default=0.5, help="of LPIPS in the loss; 0 is faster")
-    add("--protocol", choices=list(PROTOCOLS), default="documented", help="published: as the study's code")
+    add(
+        "--protocol",
+        choices=list(PROTOCOLS),
+        default="documented",
+        help="published: what the study's code does",
+    )
     add("--seed", type=seed, default=42, help="of initialisation, order and crops; others show the spread")
     add = parser.add_argument_group("running").add_argument
     add("--config", help="YAML file with values for these flags; the command line wins")
@@ -166,8 +171,7 @@ def train_parser(doc=None):
     add("--amp", **OFF, help="compute in bfloat16: faster on GPUs, slow on CPUs")
     add("--compile", **OFF, help="compile the networks first, which pays off in long runs")
     add("--graphs", **ON, help="on CUDA, record a step's kernels and replay them: faster, same result")
-    trackers = ["tensorboard", "wandb", "none"]
-    add("--tracker", choices=trackers, default="tensorboard", help="where to show curves; wandb: install it")
+    add("--tracker", choices=["tensorboard", "wandb", "none"], default="tensorboard", help="shows the curves")
     add_running_flags(add)
     return parser
 
@@ -256,9 +260,10 @@ def as_flags(name, node, actions):
     elif not isinstance(node, yaml.ScalarNode):
         raise UserError(f"{name}: a {node.id} should be a number or a word")
     if isinstance(action, argparse.BooleanOptionalAction):
-        if text.lower() not in yaml.SafeLoader.bool_values:
+        value = yaml.SafeLoader.bool_values.get(text.lower())
+        if value is None:
             raise UserError(f"{name}: {reprlib.repr(text)} should be true or false")
-        return [f"--{flag}" if yaml.SafeLoader.bool_values[text.lower()] else f"--no-{flag}"]
+        return [f"--{flag}" if value else f"--no-{flag}"]
     if null and action.default is not None:
         raise UserError(f"{name}: null should be a number or a word")
     return [] if null else [f"--{flag}={text}"]
@@ -347,8 +352,7 @@ def parse_invert(argv=None, doc=None):
     args.count = args.count or (LARGEST if args.images else 10)
     noise = args.encoder and not args.ckpt
     if noise:
-        if args.encoder in LAYERS:
-            args.layer = args.layer or list(LAYERS[args.encoder])[0]
+        args.layer = args.layer or next(iter(LAYERS.get(args.encoder, ())), None)
         check_layer(args.encoder, args.layer)
         if not args.layer:
             raise UserError(f"--encoder {args.encoder}: give a --layer; python models.py lists them")

@@ -32,8 +32,7 @@ def target(images, protocol=DOCUMENTED):
 
 @cache
 def imagenet_statistics(device):
-    """Mean and std of ImageNet's channels, (3, 1, 1) each."""
-    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[:, :, None, None]
+    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[:, :, None, None]  # (2, 3, 1, 1)
 
 
 def psnr(images, target):

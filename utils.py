@@ -96,11 +96,9 @@ def encoders_of(encoder):
 
 def weights_of_each(count, weights):
     """The --weights of each of `count` encoders: one for all, or as many joined with +."""
-
-    def is_source(name):
-        return name in ("imagenet", "random", "own") or Path(name).is_file()
-
-    sources = [weights] if is_source(weights) else split_names(weights, is_source)
+    words, sources = ("imagenet", "random", "own"), [weights]
+    if not Path(weights).is_file():
+        sources = split_names(weights, lambda name: name in words or Path(name).is_file())
     return sources if len(sources) == count else [weights] * count
 
 
@@ -277,10 +275,7 @@ def save(state, path):
 
 
 def load(path, what="checkpoint", legacy=False):
-    """Load a file of `save` onto the CPU; runs no code from it and checks its CRC-32. Raises UserError.
-
-    what: a word for the file. legacy: also read files of other programs, even of PyTorch before 1.6.
-    """
+    """Load a file of `save`, or if `legacy` any of PyTorch's, onto the CPU, running no code. UserError."""
     import torch
 
     try:

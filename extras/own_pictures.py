@@ -43,10 +43,9 @@ def read_square(file, size):
 
 
 def reconstruct_pictures(args, inverter, config, bars=None):
-    """Write original | reconstruction | 5× difference of args.images to the folder images/ of the results.
+    """Write original | reconstruction | 5× difference of args.images to images/ in the results' folder.
 
-    Replaces only a PNG that this checkpoint made of the same image in the same way. An image that fails does
-    not stop the others; a UserError names it at the end.
+    An image that fails does not stop the others. Raises UserError.
     """
     native = takes_any_size(inverter, config)
     if args.size == "native" and not native:
@@ -60,6 +59,7 @@ def reconstruct_pictures(args, inverter, config, bars=None):
     made_by = f"{MADE_BY} {digest(args.ckpt)[:16]}{how}"
     jobs = list(zip(files, strip_paths(files, out, how), strict=True))
     for file, path in tqdm(jobs, "Checking", unit="image", leave=False, disable=bars):
+        # only the PNG that this checkpoint made of the same image in the same way is replaced
         if path.exists() and mark_of(path) != f"{made_by} of {digest(file)[:16]}":
             raise UserError(f"{path}: would be overwritten; give another --out, or rename the image")
     failed = []
@@ -107,33 +107,27 @@ def mark_of(path):
 
 
 def takes_any_size(inverter, config):
-    """Whether images of any size can be reconstructed, and in tiles.
-
-    The decoder has to be local, its image `stride` times as large as the features (not AlexNet's, which the
-    last step stretches to 224), and the encoder has to take larger images (not ViT).
-    """
+    """Whether images of any size can be reconstructed, and in tiles."""
     _, height, width = inverter.shape
     stride = inverter.stride
+    # the decoder sees all positions, or stretches its image to 224, as for AlexNet's 27 positions
     if not BUILDERS[config["decoder"]].local or (height * stride, width * stride) != (inverter.size,) * 2:
         return False
     try:
         return inverter.shape_at(inverter.size + stride)[1:] == (height + 1, width + 1)
-    except Exception as error:  # each network has its own
+    except Exception as error:  # the encoder, such as a ViT, takes no larger image
         if out_of_memory(error):
             raise
         return False
 
 
 def reconstruct_whole(inverter, image, whole=WHOLE, tile=TILE):
-    """The reconstruction of an image (1, 3, H, W) in [0, 1] of any size.
-
-    Above `whole` pixels in tiles, whose margins are so wide that no seams are seen.
-    """
+    """Reconstruct an image (1, 3, H, W) in [0, 1] of any size, in tiles if larger than `whole` pixels."""
     height, width = image.shape[2:]
     padded = pad_to_multiple(image, inverter.stride)
     if padded.shape[2] * padded.shape[3] <= whole:
         return inverter(padded)[..., :height, :width]
-    margin = reach(inverter)
+    margin = reach(inverter)  # so that no seams are seen
     output = torch.empty_like(padded)
     for top in range(0, padded.shape[2], tile):
         for left in range(0, padded.shape[3], tile):
