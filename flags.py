@@ -153,12 +153,7 @@ def train_parser(doc=None):
     add("--patience", **N, default=15, help="stop after N epochs without a better validation loss")
     add("--mse-weight", type=non_negative_float, default=0.5, help="of MSE in the loss; alone: best PSNR")
     add("--lpips-weight", type=non_negative_float, default=0.5, help="of LPIPS in the loss; 0 is faster")
-    add(
-        "--protocol",
-        choices=list(PROTOCOLS),
-        default="documented",
-        help="published: what the study's code does",
-    )
+    add("--protocol", choices=list(PROTOCOLS), default="documented", help="published: as the study's code")
     add("--seed", type=seed, default=42, help="of initialisation, order and crops; others show the spread")
     add = parser.add_argument_group("running").add_argument
     add("--config", help="YAML file with values for these flags; the command line wins")
