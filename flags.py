@@ -240,11 +240,8 @@ def nodes_of(node, where=""):
 
 
 def as_flags(name, node, actions):
-    """A key and the YAML node of its value as command-line flags. Raises UserError.
-
-    argparse reads the text as it stands in the file: a seed 010 is 10, a layer 0.10 is not 0.1.
-    """
-    text, null = node.value, node.tag.endswith(":null")
+    """A key and the YAML node of its value as command-line flags. Raises UserError."""
+    text, null = node.value, node.tag.endswith(":null")  # as in the file: a layer 0.10 is not 0.1
     if name in GONE and text in ("null", "false", "residual"):
         return []
     if name not in actions:

@@ -43,10 +43,7 @@ def read_square(file, size):
 
 
 def reconstruct_pictures(args, inverter, config, bars=None):
-    """Write original | reconstruction | 5× difference of args.images to images/ in the results' folder.
-
-    An image that fails does not stop the others. Raises UserError.
-    """
+    """Write original | reconstruction | 5× difference of args.images. Failures end in one UserError."""
     native = takes_any_size(inverter, config)
     if args.size == "native" and not native:
         names = f"{config['encoder']} {config['layer']} and {config['decoder']}"
