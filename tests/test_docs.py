@@ -44,9 +44,9 @@ def test_commands_are_understood(page, monkeypatch):
 
 
 def test_files_of_the_readme_are_there():
-    """Each **file.py** that "How it works" names is there, and each file that is there is named."""
+    """Each file.py that the table of "How it works" names is there, and each file that is there is named."""
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("### How it works")[1].split("###")[0]
-    named = set(re.findall(r"\*\*(\w+\.py)\*\*", text))
+    named = set(re.findall(r"\w+\.py", "".join(re.findall(r"^\| ([^|]*) \|", text, re.M))))
     assert named == {Path(path).name for path in REPOSITORY.glob("*.py")}
 
 

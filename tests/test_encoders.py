@@ -21,6 +21,7 @@ import models
 import train
 from decoders import Fused
 from encoders import Encoder, build_encoder
+from extras import conv_relu
 from utils import IMAGENET_MEAN, IMAGENET_STD, LAYERS, UserError
 
 
@@ -314,11 +315,12 @@ def test_which_weights_of_several_are_meant(tmp_path):
         resnet18_of(file)
 
 
-def test_a_convolution_and_its_relu_are_one_but_where_the_layer_lies_between(image):
-    """The networks' own features either way: features.10, before ReLU, has what features.11 sets to 0."""
+def test_a_convolution_and_its_relu_are_one_but_where_the_layer_lies_between(image, monkeypatch):
+    """As for CUDA. features.10, before ReLU, has what features.11 sets to 0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before, behind = (Encoder("torchvision/alexnet", f"features.{place}") for place in (10, 11))
     kinds = [[type(module) for module in encoder.trunk.net.features] for encoder in (before, behind)]
-    assert [row.count(layers.ConvReLU) for row in kinds] == [4, 5]
+    assert [row.count(conv_relu.ConvReLU) for row in kinds] == [4, 5]
     assert kinds[0][10] is nn.Conv2d and nn.ReLU not in kinds[0] + kinds[1]
     assert before(image).min() < 0 and torch.equal(before(image).relu(), behind(image))
     net = torchvision.models.alexnet()

@@ -162,7 +162,7 @@ def test_home_is_found_where_no_shell_looks(tmp_path, config, monkeypatch):
         (["--config", ""], "--config: is empty"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--resume", "--overwrite"], "--resume with --overwrite"),
-        (["--fast"], "--fast: takes the values under `fast:` of a --config; give one"),
+        (["--fast"], "--fast: uses the values under `fast:` in a --config; give one"),
     ],
 )
 def test_mistakes_on_the_command_line(flags, message):

@@ -16,7 +16,7 @@ import invert
 from encoders import Encoder
 from metrics import psnr
 from models import load_inverter
-from report import results
+from report import inversion, results
 
 FEW = ("--count", 1, "--steps", 2, "--quiet")
 
@@ -144,7 +144,7 @@ def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, figures_of
     assert course["step"] == [0, 1, 2, 3, 4] and course["seconds"] == sorted(course["seconds"])
     for moment, kind in ((0, "start"), (-1, "inversion")):
         assert course["psnr"][moment] == pytest.approx(found["metrics"][kind]["psnr"]["mean"], abs=1e-3)
-    figures = figures_of(invert)
+    figures = figures_of(inversion)
     assert run_invert("--course", tmp_path / "a", "--out", tmp_path) == 0
     (line,) = figures[0].axes[0].lines
     assert list(line.get_xdata()) == course["seconds"] and list(line.get_ydata()) == course["psnr"]

@@ -52,13 +52,16 @@ def test_flags_of_ones_own_network(own, photos, tmp_path, run_train, run_invert,
     for more, message in (
         (("--weights", "random"), "a FILE.py's function decides that"),
         (("--weights", "imagenet", "--std", "1,0,1"), "give three numbers above 0"),
-        (("--weights", "own", "--encoder", "vgg16", "--layer", "block1"), "--weights own: what a FILE.py"),
+        (
+            ("--weights", "own", "--encoder", "vgg16", "--layer", "block1"),
+            "own: only for a FILE.py",
+        ),
         (
             ("--weights", "own", "--encoder", f"{own}:build+vgg16", "--layer", "first.0+block1"),
             "--weights own",
         ),
         (("--mean", "0.5,0.5"), "is not three numbers"),
-        (("--mean", "0,0,0", "--protocol", "published"), "--protocol published has ImageNet's"),
+        (("--mean", "0,0,0", "--protocol", "published"), "--protocol published uses ImageNet's"),
         (("--input-size", 16), "LPIPS wants at least"),
     ):
         assert run_train(*flags, *more, "--out", tmp_path / "a") == 2
@@ -133,6 +136,7 @@ def test_the_encoder_that_is_wrong_is_named(tmp_path, run_train, error_line, nam
 # --- What it imports ------------------------------------------------------------------------------------
 
 NET = """
+from torch import nn
 from layers import WIDTH
 from models import Scale
 from blocks.deep import SIDE
@@ -167,7 +171,7 @@ def common(tmp_path, monkeypatch):
 def test_neighbours_are_its_own(tmp_path, common):
     """Of two networks whose neighbours have the same names, too; this project's stay what they are."""
     a, b = write_network(tmp_path / "a"), write_network(tmp_path / "b", width=6, scale=5)
-    before = {name: sys.modules[name] for name in ("utils", "models")}
+    before = {name: sys.modules[name] for name in ("utils", "models", "layers")}
     path = list(sys.path)
     encoder = build_encoder(f"{a}:build+{b}:build", "1+1", "own", input_size=32)
     images = torch.rand(1, 3, 32, 32)
@@ -178,7 +182,7 @@ def test_neighbours_are_its_own(tmp_path, common):
         torch.testing.assert_close(part(images), expected)
         assert conv.out_channels == width
     assert {name: sys.modules[name] for name in before} == before and sys.path == path
-    assert not {"layers", "blocks", "blocks.deep", "common"} & sys.modules.keys()
+    assert not {"blocks", "blocks.deep", "common"} & sys.modules.keys()
     names = ("mynet.py", "layers.py", "models.py", "utils.py", "blocks/deep.py")
     files = {str(tmp_path / folder / name) for folder in "ab" for name in names} | {str(common)}
     assert encoder.programs == {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
@@ -212,7 +216,7 @@ def test_a_changed_neighbour_is_refused(tmp_path, common, photos, run_train, run
 def test_a_file_that_imports_this_projects_modules(tmp_path):
     """Which get no part in its hash: their own version is not the network's."""
     (tmp_path / "net.py").write_text(
-        "from weights import Path\nfrom torch import nn\nbuild = lambda: nn.Conv2d(3, 4, 3)"
+        "from extras.weights import Path\nfrom torch import nn\nbuild = lambda: nn.Conv2d(3, 4, 3)"
     )
     assert user_network.user_network(f"{tmp_path}/net.py", "build").out_channels == 4
     programs = user_network.user_code_sha256(f"{tmp_path}/net.py:build")

@@ -204,7 +204,7 @@ def test_a_picture_that_fails_stops_no_other(draw, colours, four, error_line, mo
 
     monkeypatch.setattr(Image.Image, "save", save)
     assert draw(*four) == 2
-    assert "2 of 4 pictures failed" in (line := error_line()) and "1.png" in line and "2.png" in line
+    assert "2 of 4 images failed" in (line := error_line()) and "1.png" in line and "2.png" in line
     assert sorted(colours()) == ["0.png", "3.png"]
 
 

@@ -30,7 +30,7 @@ def test_second_sigterm_ends_a_step_that_takes_long(photos, tmp_path):
         "    print('begun', flush=True)\n"
         "    torch.linalg.matrix_power(torch.eye(4096), 2**12 - 1)\n"
         "train.train_step = step\n"
-        "train.run(lambda: train.train(train.parse_train(sys.argv[1:])))\n"
+        "train.cli_main(lambda: train.train(train.parse_train(sys.argv[1:])))\n"
     )
     flags = ("--data", photos, "--out", tmp_path, *SHORT, "--tracker", "none")
     command = [sys.executable, "-c", code, *map(str, flags)]
@@ -54,7 +54,7 @@ def test_a_second_signal_ends_at_once_but_not_the_copy_of_the_first():
     code = (
         "import os, signal, time, torch\n"
         "del signal.SIGUSR1\n"
-        "from signals import Interrupted, Signals\n"
+        "from checkpoint import Interrupted, Signals\n"
         "with Signals(torch.device('cpu')) as signals:\n"
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)  # as a launcher may\n"
         "    try:\n"
