@@ -62,7 +62,7 @@ def test_flags_of_ones_own_network(own, photos, tmp_path, run_train, run_invert,
         ),
         (("--mean", "0.5,0.5"), "is not three numbers"),
         (("--mean", "0,0,0", "--protocol", "published"), "--protocol published uses ImageNet's"),
-        (("--input-size", 16), "LPIPS wants at least"),
+        (("--input-size", 16), "LPIPS needs at least"),
     ):
         assert run_train(*flags, *more, "--out", tmp_path / "a") == 2
         assert message in error_line()
