@@ -55,7 +55,7 @@ def test_step_of_any_batch(five, figures):
     bench.bench_step(*arguments, parse_bench(*args, "1"), lambda **values: figures.update(values))
     assert set(figures) == {"step_ms plain", "step_ms ours", "step_speedup"}
     assert figures["step_speedup"] == pytest.approx(figures["step_ms plain"] / figures["step_ms ours"])
-    with pytest.raises(UserError, match="--batch-size 64 × 1 processes: more than the 4 training images"):
+    with pytest.raises(UserError, match="--batch-size 64 × 1 processes: only 4 training images"):
         bench.bench_step(*arguments, parse_bench(*args, "64"), None)
 
 
