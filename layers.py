@@ -239,7 +239,7 @@ def find_layout(output, size, orders=(), any_size=False):
         if moves or layout.kind == "grid" and maps.shape[2:] == (2, 2):  # where a spot is nearly everywhere
             found[layout] = change[0].numel()
     best = max(found, key=found.get, default=None)
-    return None if any_size and best and best.kind != "grid" else best
+    return None if any_size and best and (best.kind != "grid" or best.windows > 1) else best
 
 
 def as_map(x, layout):
