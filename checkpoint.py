@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import yaml
 from filelock import Timeout
 
-from encoders import encoder_sha256
 from flags import with_defaults
 from utils import (
     FORMAT,
@@ -34,14 +34,9 @@ from utils import (
 
 FILES = ("best.pt", "last.pt", "config.yaml", "history.csv", "curves.png")  # of train.py
 EVENTS = "events.out.tfevents.*"  # TensorBoard's files
-RESULTS = (  # of evaluate.py; the first says what was measured, and is written last
-    "metrics.json",
-    "per_image.csv",
-    "reconstructions.png",
-    "histograms.png",
-    "reconstructions.zip",
-    "iterations.png",
-)
+# Of evaluate.py; the first says what was measured, and is written last.
+RESULTS = ("metrics.json", "per_image.csv", "reconstructions.zip", "reconstructions.png")
+RESULTS += ("histograms.png", "iterations.png")
 INVERSION = ("inversion.json", "inversion.csv", "inversion.png")  # of invert.py, likewise
 
 # --- best.pt and last.pt -----------------------------------------------------------------------------------
@@ -50,6 +45,26 @@ PROGRESS = ("epoch", "step", "seconds", "bad_epochs", "best_epoch", "best_loss",
 # Flags whose text may differ between a run and its resumption where these entries are equal.
 PROOFS = {"encoder": "encoder_sha256", "weights": "encoder_sha256", "init": "init_sha256"}
 PROOFS |= {"data": "hash of the training images"}
+
+
+def begin_or_resume(training, resuming):
+    """Go on from last.pt, if `resuming` and it is there, or begin a new run in its folder. Says which."""
+    out, config = training.out, training.config
+    resumed = resuming and resume(training)
+    if resumed:
+        how = "finished" if training.finished else "resumed"
+        print(f"{how} after epoch {training.epoch}, step {training.step}")
+    if training.finished:
+        return
+    if training.rank == 0:
+        remove_stale_results(out, new_run=not resumed)
+    save_last(training)  # a run can be resumed from the start
+    if training.rank == 0:
+        if training.best_epoch:
+            best = load(out / "best.pt")
+            new = {name: config[name] for name in ("epochs", "patience")}
+            save(best | {"config": best["config"] | new}, out / "best.pt")
+        write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 def save_last(training):
@@ -64,7 +79,7 @@ def save_last(training):
 
 
 def resume(training):
-    """Load last.pt into `training`; whether there is one. Raises UserError for that of another run."""
+    """Load last.pt into `training`; whether there is one. Raises UserError for another run's."""
     path = training.out / "last.pt"
     contents = [load(path) if training.rank == 0 and path.exists() else None]
     if training.world > 1:
@@ -72,7 +87,7 @@ def resume(training):
     content = contents[0]
     if content is None:
         return False
-    try:
+    with reading(f"{path}: not the last.pt of such a run", "give another --out, or --overwrite"):
         check_same_run(with_defaults(content["about"]), training.resume_guard, training.out)
         training.inverter.decoder.load_state_dict(content["decoder"])
         for name in ("optimizer", "scheduler"):
@@ -81,65 +96,45 @@ def resume(training):
             setattr(training, name, content[name])
         training.meter.restart(content["sums"] if training.rank == 0 else None)
         torch.set_rng_state(content["rng"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise
-        raise UserError(f"{path}: not the last.pt of such a run ({error})") from None
     return True
 
 
 def check_same_run(about, guard, out):
-    """Raise UserError unless what last.pt says, `about`, is what this run says, `guard`."""
+    """Raise UserError unless last.pt's values `about` are this run's, `guard`."""
     for key, value in guard.items():
         found, proof = about.get(key, value), PROOFS.get(key)  # an older version may not have written it
         if found == value or key == "patience" or proof in about and about[proof] == guard[proof]:
             continue
         if key == "epochs" and guard["schedule"] == "plateau" or key == "data" and same_data(found, value):
             continue
-        why = ": onecycle's learning rates are for so many epochs" if key == "epochs" else ""
-        why = ", and not the same content" if proof in about else why
+        why = ", and not the same content" if proof in about else ""
+        why = ": onecycle's learning rates are for so many epochs" if key == "epochs" else why
         given = f"{key} is {value!r}, the run in {out} has {found!r}{why}"
         raise UserError(f"--resume: {given}; give the same, or another --out")
 
 
 def save_best(training):
-    """Write best.pt: the decoder and what rebuilds it, nothing of the encoder."""
+    """Write best.pt: the decoder and what rebuilds it, nothing of the encoder. Older results go."""
     packages = ("torch", "torchvision", "timm", "lpips", "numpy")
+    digests = ("init_sha256", "weights_sha256", "encoder_sha256")
     inverter = training.inverter
-    content = {
-        "format": FORMAT,
-        "decoder": inverter.decoder.state_dict(),
-        "config": training.config,
-        "init_sha256": training.init_sha256,
-        "shape": list(inverter.shape),
-        "weights_sha256": inverter.encoder.weights_sha256,
-        "encoder_sha256": encoder_sha256(inverter.encoder),
-        "programs": inverter.encoder.programs,
-        "epoch": training.epoch,
-        "val_loss": training.best_loss,
-        "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
-    }
+    content = {"format": FORMAT, "config": training.config, "decoder": inverter.decoder.state_dict()}
+    content |= {"shape": list(inverter.shape), "programs": inverter.encoder.programs}
+    content |= {name: training.resume_guard[name] for name in digests}
+    content |= {"epoch": training.epoch, "val_loss": training.best_loss}
+    content["versions"] = {name: version(name) for name in packages} | {"python": sys.version.split()[0]}
+    remove_stale_results(training.out)
     save(content, training.out / "best.pt")
-
-
-def update_best(config, out):
-    """Write the epochs and the patience of a resumed run into best.pt."""
-    best = load(out / "best.pt")
-    new = {name: config[name] for name in ("epochs", "patience")}
-    save(best | {"config": best["config"] | new}, out / "best.pt")
 
 
 def read_checkpoint(path):
     """The content of the best.pt at `path`; its `config` has all flags. Raises UserError for another file."""
     checkpoint = load(path)
     wanted = {"decoder", "config", "shape", "encoder_sha256", "programs", "epoch", "val_loss"}
-    missing = wanted - set(checkpoint if type(checkpoint) is dict else ())
-    if missing:
-        raise UserError(f"{path}: not a best.pt of this train.py (it has no {', '.join(sorted(missing))})")
-    try:
+    with reading(f"{path}: not a best.pt of this train.py", "give another"):
+        if missing := wanted - checkpoint.keys():
+            raise KeyError(*sorted(missing))
         return checkpoint | {"config": with_defaults(checkpoint["config"], path)}
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a best.pt of this program ({error})") from None
 
 
 def write_history(history, path):
@@ -151,39 +146,34 @@ def write_history(history, path):
 # --- The folder --------------------------------------------------------------------------------------------
 
 
-def lock_folder(out):
-    """Make the run's folder and lock it. Returns the lock; raises UserError if it is in use."""
+@contextmanager
+def claim(out, resume, overwrite):
+    """Within `with`: the run's folder `out` exists, is locked and without what killed processes left there.
+
+    Raises UserError if it is in use, or holds what must not be lost.
+    """
+    out = make_folder(out)
     try:
-        return locked(make_folder(out) / ".lock", timeout=0)
+        lock = locked(out / ".lock", timeout=0)
     except Timeout:
         raise UserError(f"--out {out}: another training is writing there; choose another --out") from None
+    with lock:
+        files = (*(out / name for name in FILES), *results_of(out), *out.glob(EVENTS))
+        held = [str(path.relative_to(out)) for path in files if path.exists()]
+        last = "last.pt" in held
+        if held and not overwrite and not (last and resume):
+            what = "a run; --resume goes on" if last else f"{held[0]} but no last.pt to go on from"
+            raise UserError(f"--out {out}: holds {what}, --overwrite replaces it; or choose another --out")
+        for name in FILES:
+            for path in leftovers(out / name):
+                path.unlink()
+        yield
 
 
-def check_folder(out, resume, overwrite):
-    """Remove what killed processes left in the folder `out`; UserError if it holds what must not be lost."""
-    best = (out / "best.pt").exists()
-    last = (out / "last.pt").exists()
-    if (best or last) and not resume and not overwrite:
-        raise UserError(f"--out {out}: holds a run; --resume goes on, --overwrite replaces; or another --out")
-    if best and not last and resume:
-        raise UserError(
-            f"--out {out}: holds best.pt but no last.pt to go on from; --overwrite, or another --out"
-        )
-    files = (*(out / name for name in FILES), *results_of(out), *out.glob(EVENTS))
-    others = [str(path.relative_to(out)) for path in files if path.exists()]
-    if others and not best and not last and not overwrite:
-        raise UserError(
-            f"--out {out}: holds {others[0]} of no run; choose another --out, or --overwrite replaces it"
-        )
-    for name in FILES:
-        for path in leftovers(out / name):
-            path.unlink()
-
-
-def remove_stale_results(out, resumed):
-    """Delete results that no longer match best.pt; of a new run its earlier files, too."""
-    files = [out / name for name in FILES if not resumed]
-    for path in (*files, *results_of(out), *out.glob(f"{EVENTS}.test" if resumed else EVENTS)):
+def remove_stale_results(out, new_run=False):
+    """Delete results that no longer match best.pt; for a new run the earlier one's files, too."""
+    files = [out / name for name in FILES if new_run]
+    for path in (*files, *results_of(out), *out.glob(EVENTS if new_run else f"{EVENTS}.test")):
         path.unlink(missing_ok=True)
 
 
@@ -208,8 +198,8 @@ def write_result(path, content):
     """Write a result, a dictionary, to the JSON file at `path`; its `ckpt` becomes relative to it."""
     if "ckpt" in content:
         ckpt = Path(content["ckpt"])
-        place = os.path.relpath(ckpt.parent.resolve() / ckpt.name, path.parent.resolve())
-        content = content | {"ckpt": place}
+        ckpt = ckpt.parent.resolve() / ckpt.name  # itself may be a link
+        content = content | {"ckpt": os.path.relpath(ckpt, path.parent.resolve())}
     write_text(path, json.dumps(content, indent=2))
 
 
@@ -218,9 +208,9 @@ def reading(what, advice):
     """Raise UserError of `what`, the reason and `advice`, where the block cannot read a file."""
     try:
         yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:  # json, csv and zipfile have many types
+    except Exception as error:  # each format has many types
+        if isinstance(error, UserError) or out_of_memory(error):
+            raise
         raise UserError(f"{what} ({error!r}); {advice}") from None
 
 
@@ -237,7 +227,7 @@ def read_result(path):
 
 
 def results_of(run):
-    """The result files in the folder `run`, and those in its sub-folders that are of its best.pt."""
+    """The result files in the folder `run`, and those of its best.pt in its sub-folders."""
     found = [run / name for name in RESULTS + INVERSION]
     for files in (RESULTS, INVERSION):
         for path in (*run.glob(f"*/{files[0]}"), *run.glob(f"*/*/{files[0]}")):
@@ -291,8 +281,7 @@ class Signals:
     """
 
     def __init__(self, device):
-        self.received = 0
-        self.device = device
+        self.received, self.device = 0, device
 
     def __enter__(self):
         self.before = {}

@@ -19,81 +19,59 @@ import torch
 from PIL import Image, ImageChops, ImageCms, ImageOps, PngImagePlugin, features
 from tqdm import tqdm
 
-from utils import (
-    DOCUMENTED,
-    IMAGE_SIZE,
-    UserError,
-    atomic,
-    digest,
-    locked,
-    same_data,
-    user_cache,
-    write_text,
-)
+from utils import DOCUMENTED, IMAGE_SIZE, UserError, atomic, digest, locked, same_data, user_cache, write_text
 
 RESIZE = 256  # side of the images that the study crops
 SHARD = 4096  # images in a file of the cache, about 800 MB
-# What Pillow opens, but draws only by other programs, or without knowing which value is white.
+# Pillow needs another program to read these, or does not know which value is white
 UNREAD = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MCIDAS", "MPEG", "SPIDER", "WMF"}
-ENDINGS = Image.registered_extensions()  # {".png": "PNG"} and so on
+ENDINGS = Image.registered_extensions()  # {".png": "PNG", …}
 FORMATS = [name for name in Image.OPEN if name not in UNREAD]
 EXTENSIONS = {ending for ending, name in ENDINGS.items() if name in {*FORMATS, "MPO"}}
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB of text or profile in a PNG, not 1
 FOLDERS = {"train": ("DIV2K_train_HR", "train"), "test": ("DIV2K_valid_HR", "test")}
 FOLDERS["val"] = ("DIV2K_train_HR", "val", "train")
 DIV2K_ROOT = "data/DIV2K"
-# The colour photographs inside scikit-image, each in one split only; the stereo pair stays together, and what
-# is validated and tested on is natural: not the sky at night, the inside of an eye or a microscope's slide.
+# scikit-image's natural colour images, each in one split; the stereo pair and the unnatural ones train
 SAMPLE = {
-    "train": (
-        "astronaut.png",
-        "hubble_deep_field.jpg",
-        "ihc.png",
-        "motorcycle_left.png",
-        "motorcycle_right.png",
-        "retina.jpg",
-    ),
-    "val": ("rocket.jpg",),
-    "test": ("chelsea.png", "coffee.png"),
+    "train": "astronaut hubble_deep_field ihc motorcycle_left motorcycle_right retina".split(),
+    "val": ["rocket"],
+    "test": ["chelsea", "coffee"],
 }
 
 
 @dataclass
 class Images:
-    """One split, whose images are read from the cache when they are asked for: any number takes no memory."""
+    """One split. Images are read from the cache on access, so that their number costs no memory."""
 
     names: list
     sizes: torch.Tensor  # int64 (N, 2), heights and widths
     shards: list  # open files of the cache, or uint8 arrays: pixels, image after image
-    places: np.ndarray  # int64 (N, 2): in which shard each image is, and at which byte it begins
+    places: np.ndarray  # int64 (N, 2): the image's shard, and its first byte there
     digests: np.ndarray  # uint8 (N, 32): the SHA-256 of each image's pixels
     side: int = RESIZE  # of the square that validation and test cut their centre from
-    resident: torch.Tensor | None = None  # uint8 (P, 3): the pixels of all, in this order, on a GPU
+    resident: torch.Tensor | None = None  # uint8 (P, 3): the pixels of all images, on a GPU
 
     def __len__(self):
         return len(self.names)
 
     @property
     def key(self):
-        """Changes with the names, their order or the pixels, and with nothing else."""
+        """A hash of the names, their order and the pixels."""
         return short_hash(json.dumps([self.names, self.sizes.tolist(), self.digests.tobytes().hex()]))
 
     def __getitem__(self, which):
-        """The central side×side of the images in a slice or a list of numbers: uint8 (B, side, side, 3)."""
-        numbers = range(len(self))[which] if isinstance(which, slice) else which
-        shape = (len(numbers), self.side, self.side, 3)
-        pixels = torch.empty(shape, dtype=torch.uint8, device=self.sizes.device)
-        for place, number in enumerate(numbers):
-            pixels[place] = center(self.image(number)[None], self.side)[0]
-        return pixels
+        """The central side×side of the images in a slice or a list of indices: uint8 (B, side, side, 3)."""
+        indices = range(len(self))[which] if isinstance(which, slice) else which
+        return torch.stack([center(self.image(i)[None], self.side)[0].clone() for i in indices])
 
-    def image(self, number):
-        """One image, uint8 (H, W, 3): mapped into memory, read where it is used, and held by no one else."""
-        height, width = self.sizes[number].tolist()
+    def image(self, index):
+        """One image, uint8 (H, W, 3), mapped into memory: an open file until it is released or cloned."""
+        height, width = self.sizes[index].tolist()
         if self.resident is not None:
-            start = int((self.sizes[:number, 0] * self.sizes[:number, 1]).sum())
+            start = int(self.sizes[:index].prod(1).sum())
             return self.resident[start : start + height * width].view(height, width, 3)
-        shard, start = self.places[number].tolist()
+        shard, start = self.places[index].tolist()
         pixels = self.shards[shard]
         if isinstance(pixels, np.ndarray):
             return torch.from_numpy(pixels[start : start + 3 * height * width].reshape(height, width, 3))
@@ -101,32 +79,27 @@ class Images:
         return torch.from_numpy(np.memmap(pixels, np.uint8, "c", start, (height, width, 3)))
 
     def to(self, device):
-        """The same with its pixels on a GPU that has four times the room; else as it is."""
-        total = 3 * int((self.sizes[:, 0] * self.sizes[:, 1]).sum())
-        room = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] >= 4 * total
-        return self.at(device) if room else self
+        """These images, kept on a GPU if they fill less than a quarter of its free memory."""
+        size = 3 * int(self.sizes.prod(1).sum())
+        fits = device.type == "cuda" and 4 * size <= torch.cuda.mem_get_info(device)[0]
+        return self.at(device) if fits else self
 
     def at(self, device):
-        """The same with the pixels of all images in the memory of `device`."""
-        ends = (self.sizes[:, 0] * self.sizes[:, 1]).cumsum(0).tolist()
-        resident = torch.empty(ends[-1], 3, dtype=torch.uint8, device=device)
-        for number, end in enumerate(ends):
-            image = self.image(number).flatten(0, 1)
-            resident[end - len(image) : end] = image
+        """These images with all pixels in the memory of `device`."""
+        areas = self.sizes.prod(1).tolist()
+        resident = torch.empty(sum(areas), 3, dtype=torch.uint8, device=device)
+        for index, part in enumerate(resident.split(areas)):
+            part.copy_(self.image(index).flatten(0, 1))
         return replace(self, resident=resident, sizes=self.sizes.to(device))
 
 
 def resolve(data):
-    """The data to use for `--data`: `sample`, or a folder that is there.
-
-    None stands for DIV2K under data/DIV2K if it is there, else for the sample, and says so. Raises
-    UserError for a folder that is not there.
-    """
+    """The data for `--data`: `sample` or a folder. None: DIV2K if it is there, else the sample. UserError."""
+    if data is None and Path(DIV2K_ROOT).is_dir():
+        return DIV2K_ROOT
     if data is None:
-        if Path(DIV2K_ROOT).is_dir():
-            return DIV2K_ROOT
         print(
-            f"*** No --data and no {DIV2K_ROOT}: using the embedded SAMPLE, nine photographs in tiles. ***\n"
+            f"*** No --data and no {DIV2K_ROOT}: using the embedded SAMPLE, tiles of nine images. ***\n"
             "*** For the study's data: train.py --download (3.7 GB), or --data FOLDER with its layout. ***"
         )
         return "sample"
@@ -136,11 +109,7 @@ def resolve(data):
 
 
 def of_checkpoint(data, trained_on, ckpt):
-    """The data to test the checkpoint at path `ckpt` on, and the folder for the results.
-
-    data: as of `--data`, or None for what it was `trained_on`, whose results lie beside the checkpoint; those
-    of other data in a folder of its name there. Raises UserError for a folder that is not there.
-    """
+    """Which data to test a checkpoint on, and the folder for the results. Raises UserError."""
     out = Path(ckpt).parent
     source = resolve(data or trained_on)
     if same_data(source, trained_on):
@@ -150,17 +119,13 @@ def of_checkpoint(data, trained_on, ckpt):
 
 @functools.cache
 def say(line):
-    """Print `line` on stderr, once; of several processes, in the first."""
+    """Print `line` on stderr once, in the first process."""
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(line, file=sys.stderr)
 
 
 def image_files(folder):
-    """The image files in `folder` and the folders in it, sorted by path; hidden ones are left out.
-
-    Says how many others there are. Raises OSError for a folder that cannot be read, and UserError for a link
-    to a missing file or a name that no text file can hold.
-    """
+    """Image files in `folder` and its subfolders, sorted, without hidden ones. Raises OSError, UserError."""
 
     def refuse(error):
         raise error
@@ -172,21 +137,21 @@ def image_files(folder):
             continue
         seen.add(os.path.realpath(place))
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        for path in (os.path.join(place, name) for name in files if name[0] != "."):
-            if not os.path.isfile(path):
+        for path in (Path(place, name) for name in files if name[0] != "."):
+            if not path.is_file():
                 raise UserError(f"{path}: no file, or a link to a missing one; remove it")
-            if os.path.splitext(path)[1].lower() not in EXTENSIONS:
-                others.append(path)
-            else:
+            if path.suffix.lower() in EXTENSIONS:
                 check_name(path)
-                found.append(Path(path))
+                found.append(path)
+            else:
+                others.append(path)
     if others:
-        say(f"{folder}: left out {len(others)} files that are no images by name, such as {min(others)}")
+        say(f"{folder}: left out {len(others)} files that are not images, such as {min(others)}")
     return sorted(found)
 
 
 def check_name(path):
-    """Raise UserError for a file's name in another encoding than UTF-8: results name the images."""
+    """Raise UserError for a file name that is not UTF-8: the results are text files and name the images."""
     if any("\ud800" <= letter <= "\udfff" for letter in str(path)):
         raise UserError(f"{ascii(str(path))}: its name is not UTF-8; rename it")
 
@@ -199,10 +164,8 @@ def side_of(size):
 def load_split(data, split, cache=None, protocol=DOCUMENTED, *, bars=None, size=IMAGE_SIZE):
     """Images of `split` (train, val or test) of `data`, a value that `resolve` returned.
 
-    A folder's train and val are 80 and 20 % of its training images, by a permutation with seed 42 (paper
-    3.3.1: 640 and 160 of DIV2K's 800), unless a val/ is beside its train/. Raises UserError for a folder of
-    another layout, too few images, or images that can't be read. cache: folder of the uint8 cache. protocol:
-    as for `decode`. bars: tqdm's `disable`. size: of the crops, where not 224; images grow with it.
+    Without a val/, train and val are 80 and 20 % of the training images, in the order of a permutation with
+    seed 42 (paper 3.3.1). bars: tqdm's `disable`. size: side of the crops. Raises UserError.
     """
     side = side_of(size)
     if data == "sample":
@@ -227,35 +190,32 @@ def load_split(data, split, cache=None, protocol=DOCUMENTED, *, bars=None, size=
 
 
 def folder_of(data, split):
-    """The folder in `data` that has the images of `split`, train, val or test. Raises UserError."""
+    """The folder in `data` with the images of `split`. Raises UserError."""
     for name in FOLDERS[split]:
         folder = Path(data, name)
-        if folder.is_dir() or folder.is_symlink():  # one that leads nowhere is an error, not another layout
+        if folder.is_dir() or folder.is_symlink():  # a broken link is an error, not another layout
             return folder
     raise UserError(f"--data {data}: has no folder for the {split} images, {' or '.join(FOLDERS[split])}")
 
 
 def subset(images, order):
-    """The Images of these numbers, in this order."""
+    """The Images with these indices, in this order."""
     parts = {name: getattr(images, name)[order] for name in ("sizes", "places", "digests")}
     return replace(images, names=[images.names[i] for i in order], **parts)
 
 
 def read_image(path, note=say):
-    """The image file at `path` as an RGB PIL image, upright, 8 bits a channel, whatever its mode.
-
-    Raises UserError, naming it, for one that is damaged, no image, of unknown range, or absurdly large.
-    """
+    """The image at `path`, upright, as RGB. Raises UserError if it is damaged, huge or of unknown range."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            image.verify()  # a PNG's checksums, which decoding alone does not look at
+            image.verify()  # a PNG's checksums, which decoding ignores
         with Image.open(path, formats=FORMATS) as image:
             if image.format == "PNG" and "transparency" in image.info:  # Pillow has only the pixels in 8 bits
                 if image.tile[0][3] == "RGB;16B":
                     raise ValueError("one transparent colour of 16 bits a channel")
                 image.info["transparency"] *= {"L;2": 85, "L;4": 17}.get(image.tile[0][3], 1)
             image.load()
-            with suppress(Exception):  # EXIF that can't be read turns nothing
+            with suppress(Exception):  # unreadable EXIF
                 ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image, note)
     except Exception as error:  # every Pillow plugin has its own kinds
@@ -263,10 +223,7 @@ def read_image(path, note=say):
 
 
 def to_rgb(image, note):
-    """A PIL image of any mode as RGB. Raises ValueError where no one knows which value is white.
-
-    Transparent parts become white; colour profiles are ignored, as in most training. Either calls `note`.
-    """
+    """A PIL image of any mode as RGB; calls `note` with what is lost. Raises ValueError."""
     if profile := image.info.get("icc_profile"):
         moved = 255
         with suppress(Exception):  # a profile that is damaged, or not of RGB
@@ -294,20 +251,14 @@ def to_rgb(image, note):
 
 
 def decode(path, protocol=DOCUMENTED, side=RESIZE, note=say):
-    """The image at `path`, resized (bilinear, antialiased as Pillow's always is), as a uint8 array.
-
-    `documented`: (side, side, 3). `published`: the shorter side is `side`, the shape of the picture stays.
-    """
-    image = read_image(path, note)
+    """The image at `path`, uint8 (H, W, 3): side×side, or of `published` with `side` as its shorter side."""
+    image = read_image(path, note)  # Pillow's bilinear filter is antialiased
     size = [side if protocol.squeezed else side * length // min(image.size) for length in image.size]
     return np.asarray(image.resize(size, Image.Resampling.BILINEAR))
 
 
 def cached_images(folder, files, cache, read, bars=None):
-    """Images of `files`, all under `folder`, each decoded once, by `read`, and kept in the folder `cache`.
-
-    An image's key stands for its file's name, size, times and inode, for the code here, and for Pillow.
-    """
+    """Images of `files` in `folder`; `read` decodes new or changed ones, the folder `cache` keeps all."""
     names = [file.relative_to(folder).as_posix() for file in files]
     made_by = [digest(__file__), *map(features.version, ("pil", *features.get_supported_codecs()))]
     entries = {}  # {key: file}
@@ -319,7 +270,7 @@ def cached_images(folder, files, cache, read, bars=None):
     if not entries.keys() <= rows.keys():
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / ".lock"), warnings.catch_warnings():  # a second run waits, then finds the cache
-            warnings.simplefilter("ignore")  # Pillow's remarks on odd metadata; what matters is raised
+            warnings.simplefilter("ignore")  # Pillow's, about odd metadata
             rows = build_cache(cache, entries, folder, read, bars)
     rows = [rows[key] for key in entries]
     shards = {shard: number for number, shard in enumerate(dict.fromkeys(row[0] for row in rows))}
@@ -330,10 +281,10 @@ def cached_images(folder, files, cache, read, bars=None):
 
 
 def read_cache(cache):
-    """{key: (shard, start, height, width, SHA-256)} of the images in folder `cache`."""
+    """{key: (shard, start, height, width, SHA-256)} of the images in the folder `cache`."""
     rows = {}
-    for path in cache.glob("*.json"):  # the manifest of a shard, written after its pixels
-        with suppress(OSError, ValueError, TypeError, AttributeError):  # of one that is damaged
+    for path in cache.glob("*.json"):  # a shard's manifest, written after its pixels
+        with suppress(OSError, ValueError, TypeError, AttributeError):  # a damaged one
             check, manifest = json.loads(path.read_text())
             size = sum(3 * height * width for _, height, width, _ in manifest.values())
             shard = path.with_suffix(".u8")
@@ -343,13 +294,10 @@ def read_cache(cache):
 
 
 def build_cache(cache, entries, folder, read, bars):
-    """Decode the files of `entries`, {key: file}, that `cache` lacks, in parallel; what read_cache returns.
-
-    Raises UserError for images that can't be read, naming all; the others are kept.
-    """
+    """Decode what `cache` lacks of `entries`, {key: file}. Raises one UserError for all bad images."""
     rows, bad, notes = read_cache(cache), [], []
     if len(rows) > 2 * len(entries) or len([*cache.glob("*.u8")]) > 64 + len(entries) / SHARD:
-        rows = {}  # most images are gone, or they are in many small shards
+        rows = {}  # start again: most images are gone, or there are many small shards
     missing = [key for key in entries if key not in rows]
     progress = {"desc": f"Decoding {folder}", "total": len(missing), "unit": "image", "disable": bars}
     pool = ThreadPoolExecutor(os.cpu_count())
@@ -386,34 +334,32 @@ def build_cache(cache, entries, folder, read, bars):
 
 
 def short_hash(text):
-    """The first 16 hexadecimal digits of the SHA-256 of `text`."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sample_tiles(split, side=RESIZE):
-    """side×side tiles of scikit-image's photographs at full, half, quarter size, and of the short side."""
+    """side×side tiles of scikit-image's images, scaled to their full, half and quarter size and to `side`."""
     import skimage  # here, since only the sample needs it
 
-    folder = Path(skimage.__file__).parent / "data"
     tiles, names = [], []
     for name in SAMPLE[split]:
-        photo = read_image(folder / name, note=str)  # says nothing
-        short = min(photo.size)
-        for scale in sorted({short, short // 2, short // 4, side}, reverse=True):
-            if scale < side:
-                continue
-            size = [max(side, round(length * scale / short)) for length in photo.size]
-            scaled = np.asarray(photo.resize(size, Image.Resampling.BILINEAR))
-            # the fewest tiles that cover the photograph, evenly spaced
+        (path,) = Path(skimage.__file__).parent.glob(f"data/{name}.*")
+        image = read_image(path, note=str)  # prints nothing
+        short = min(image.size)
+        scales = {scale for scale in (short, short // 2, short // 4, side) if scale >= side}
+        for scale in sorted(scales, reverse=True):
+            size = [max(side, round(length * scale / short)) for length in image.size]
+            scaled = np.asarray(image.resize(size, Image.Resampling.BILINEAR))
+            # the fewest tiles that cover the image, evenly spaced
             lefts, tops = (np.linspace(0, n - side, math.ceil(n / side)).astype(int) for n in size)
             for top, left in itertools.product(tops, lefts):
                 tiles.append(scaled[top : top + side, left : left + side])
-                names.append(f"{Path(name).stem}-{scale}-{top}-{left}")
+                names.append(f"{name}-{scale}-{top}-{left}")
     return squares(np.stack(tiles), names)
 
 
 def squares(pixels, names):
-    """Images in memory: pixels, a uint8 array (N, side, side, 3), and their names."""
+    """Images in memory, of a uint8 array (N, side, side, 3) and their names."""
     count, side = pixels.shape[:2]
     places = np.stack([np.zeros(count, np.int64), np.arange(count) * 3 * side**2], 1)
     digests = np.array([list(hashlib.sha256(image).digest()) for image in pixels], np.uint8)
@@ -421,21 +367,16 @@ def squares(pixels, names):
 
 
 def crops(images, places, size=IMAGE_SIZE):
-    """Batched crops of Images → float (B, 3, size, size) in [0, 1], channels last, where the pixels are.
-
-    places: index, tops, lefts, int64 (B,), and flips, bool (B,), left to right: a part of an epoch_plan.
-    """
-    index, tops, lefts, flips = places
+    """Crops at `places`, a part of an epoch_plan → float (B, 3, size, size) in [0, 1], channels last."""
+    index, tops, lefts, flips = places  # int64 (B,), flips bool
     if images.resident is None:
         corners = zip(index.tolist(), tops.tolist(), lefts.tolist(), strict=True)
-        batch = torch.stack(
-            # a copy: each image that is mapped into memory is an open file for as long as it is looked at
-            [images.image(i)[top : top + size, left : left + size].clone() for i, top, left in corners]
-        )
+        parts = (images.image(i)[top : top + size, left : left + size].clone() for i, top, left in corners)
+        batch = torch.stack(list(parts))
         batch = torch.where(flips[:, None, None, None], batch.flip(2), batch)
-    else:  # a GPU gathers them all at once
-        heights, widths = images.sizes.unbind(1)
-        starts = (heights * widths).cumsum(0) - heights * widths
+    else:  # a GPU gathers all at once
+        areas, widths = images.sizes.prod(1), images.sizes[:, 1]
+        starts = areas.cumsum(0) - areas
         span = torch.arange(size, device=index.device)
         rows = tops[:, None] + span
         columns = lefts[:, None] + torch.where(flips[:, None], size - 1 - span, span)
@@ -456,22 +397,18 @@ def center_crops(pixels, size=IMAGE_SIZE):
 
 
 def to_pixels(images):
-    """Images (B, 3, H, W) in [0, 1] as 8-bit pixels, uint8 (B, H, W, 3), on the CPU."""
+    """Images (B, 3, H, W) in [0, 1] as uint8 (B, H, W, 3), on the CPU."""
     return (255 * images).round().byte().permute(0, 2, 3, 1).cpu()
 
 
 def epoch_plan(sizes, seed, number, size=IMAGE_SIZE, side=RESIZE):
-    """Order, top, left and flip of size×size crops in a pass over images of `sizes` (N, 2), on their device.
-
-    (seed, number of the pass) decides, so that it can be resumed, and is the same on every device.
-    """
+    """Index, top, left and horizontal flip, (N,) each, of the crops of a pass; the same on every device."""
     generator = torch.Generator().manual_seed(seed * 100_003 + number)
     count, room, device = len(sizes), side - size + 1, sizes.device
     order = torch.randperm(count, generator=generator)
     offsets = torch.randint(0, room, (2, count), generator=generator)
     flips = torch.rand(count, generator=generator) < 0.5
-    # (offsets + part) / room is uniform in [0, 1): times the room of this edge it is the offset there, which
-    # on an edge of `side` pixels is `offsets` again.
+    # (offsets + part) / room is uniform in [0, 1): on an edge of `side` pixels it gives `offsets` again
     part = torch.rand(2, count, generator=generator, dtype=torch.float64)
     offsets = ((offsets + part) / room * (sizes.cpu()[order].T - size + 1)).long()
     return order.to(device), *offsets.to(device), flips.to(device)

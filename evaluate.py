@@ -58,10 +58,10 @@ PICTURES = 1000  # at most, of all images, are kept to be drawn: 300 MB
 class Evaluation(NamedTuple):
     """What evaluate_model measured, image by image."""
 
-    names: list  # of the N images
     values: dict  # {"psnr" (dB), "ssim", "lpips": (N,)}
     iterates: list  # the same and "feature_error", of what was there after each iteration; empty without any
     pictures: dict  # {number of an image: [what the metrics saw, its reconstruction], uint8 (H, W, 3)}
+    names: list = ()  # of the images
 
 
 def evaluate(args):
@@ -89,7 +89,8 @@ def evaluate_checkpoint(args, rank, world, device):
             from report.baselines import write_baselines
 
             source, out = data.resolve(args.data), Path(args.out or "runs")
-            write_baselines(source, out, PROTOCOLS[args.protocol], device, args.batch_size, args.cache, bars)
+            options = {"batch_size": args.batch_size, "cache": args.cache, "bars": bars}
+            write_baselines(source, out, PROTOCOLS[args.protocol], device, **options)
         return
     sha256 = digest(args.ckpt)  # first: a training may replace it meanwhile
     inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)
@@ -130,7 +131,7 @@ def evaluate_checkpoint(args, rank, world, device):
         found = gather(found)
     if rank == 0:
         about |= {"ckpt": args.ckpt, "inference_ms": time_inference(inverter, images)}
-        write_evaluation(found, inverter, checkpoint, about, out)
+        write_evaluation(found._replace(names=images.names), inverter, checkpoint, about, out)
 
 
 # --- Measuring -------------------------------------------------------------------------------------------
@@ -140,8 +141,9 @@ def evaluate_checkpoint(args, rank, world, device):
 def evaluate_model(
     inverter, images, batch_size=4, *, bars=None, protocol=DOCUMENTED, scale=None, pictures=PICTURES
 ):
-    """Reconstruct and measure the centres of data.Images, of the inverter's size: an Evaluation.
+    """Reconstruct and measure the centres of `images`, of the inverter's size: an Evaluation.
 
+    images: data.Images, read a batch at a time, or uint8 (N, 256, 256, 3).
     protocol: that of the training. scale: divides feature errors; with it each iteration is measured.
     pictures: keep the pixels of so many images, evenly spaced.
     """
@@ -180,7 +182,7 @@ def evaluate_model(
     iterates = [concatenate(same) for same in zip(*parts, strict=True)]  # batches after as many iterations
     values = {name: iterates[-1][name] for name in METRICS}
     iterates = iterates if scale else []
-    return Evaluation(list(images.names), values, iterates, kept)
+    return Evaluation(values, iterates, kept)
 
 
 def finish_ssim(waiting):
@@ -207,8 +209,7 @@ def gather(found):
         pictures |= {first + number: pair for number, pair in part.pictures.items()}
         first += len(part.values["psnr"])
     iterates = [concatenate(same) for same in zip(*(part.iterates for part in parts), strict=True)]
-    names = [name for part in parts for name in part.names]
-    return Evaluation(names, concatenate([part.values for part in parts]), iterates, pictures)
+    return Evaluation(concatenate([part.values for part in parts]), iterates, pictures)
 
 
 def concatenate(parts):

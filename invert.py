@@ -69,7 +69,7 @@ def main(args):
     about["split"] = args.split
     out = Path(args.out or (out if args.split == "test" else out / args.split))
     if encoder.input_size < LPIPS_MIN_SIZE:
-        raise UserError(f"--input-size {encoder.input_size}: LPIPS wants at least {LPIPS_MIN_SIZE} pixels")
+        raise UserError(f"--input-size {encoder.input_size}: LPIPS needs at least {LPIPS_MIN_SIZE} pixels")
     encoder.to(device)
     if files:
         squares = [np.array(read_square(file, encoder.input_size)) for file in files]

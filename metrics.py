@@ -1,4 +1,4 @@
-"""How far an image is from its target: PSNR, SSIM and LPIPS, the loss made of them, and averages of each."""
+"""PSNR, SSIM, LPIPS and feature errors of images, the loss of the training, and averages."""
 
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +17,13 @@ from encoders import imagenet_weights
 from utils import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD, METRICS, UserError
 
 LPIPS_MIN_SIZE = 31  # pixels
-TERMS = ("loss", "mse", "lpips", "psnr")  # what Loss gives, and an epoch averages
-SSIM_POOL = ThreadPoolExecutor()  # each image on one core
-INTERMEDIATE_WEIGHT = 0.3  # of the MSE of an iterating decoder's images before the last one
+TERMS = ("loss", "mse", "lpips", "psnr")  # what Loss returns and an epoch averages
+SSIM_POOL = ThreadPoolExecutor()  # one image a core
+INTERMEDIATE_WEIGHT = 0.3  # of the MSE of a feedback decoder's images before its last one
 
 
 def target(images, protocol=DOCUMENTED):
-    """What an output for `images` (B, 3, H, W) in [0, 1] is held against in the loss.
-
-    `documented`: the images. `published`: ImageNet-normalised, about -2.1 to 2.6, which no sigmoid reaches;
-    clipped to [0, 1] it is also what the published metrics saw (README, "Protocol").
-    """
+    """What the loss compares an output with: images (B, 3, H, W) in [0, 1], normalised if `published`."""
     if not protocol.normalized_target:
         return images
     mean, std = imagenet_statistics(images.device)
@@ -36,8 +32,7 @@ def target(images, protocol=DOCUMENTED):
 
 @cache
 def imagenet_statistics(device):
-    """Mean and std of ImageNet's channels, (3, 1, 1) each, copied to a device only once."""
-    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[:, :, None, None]
+    return torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)[:, :, None, None]  # (2, 3, 1, 1)
 
 
 def psnr(images, target):
@@ -46,24 +41,17 @@ def psnr(images, target):
 
 
 def ssim(image, target, protocol=DOCUMENTED):
-    """Structural similarity of two images (3, H, W) in [0, 1] (paper 3.4.2).
-
-    `documented`: as Wang et al. 2004 define it, 11×11 Gaussian window. `published`: scikit-image's 7×7
-    uniform one.
-    """
+    """SSIM of two images (3, H, W) in [0, 1] (paper 3.4.2): Wang et al. 2004, or `published`: 7×7 window."""
     pair = image.cpu().numpy(), target.cpu().numpy()
     return structural_similarity(*pair, channel_axis=0, data_range=1.0, **protocol.ssim_window)
 
 
 @torch.no_grad()
 def measure(images, target, lpips, protocol=DOCUMENTED):
-    """{metric: one float an image} of `images` against `target`, (B, 3, H, W) in [0, 1]; lpips: an LPIPS.
-
-    SSIM's are an iterator, which waits for the CPU: a GPU can go on until they are wanted.
-    """
+    """{metric: a float for each image} of `images` against `target`, (B, 3, H, W) in [0, 1]."""
     pairs = images.cpu(), target.cpu(), [protocol] * len(images)
     return {
-        "ssim": SSIM_POOL.map(ssim, *pairs),
+        "ssim": SSIM_POOL.map(ssim, *pairs),  # an iterator: the GPU goes on while the CPU computes
         "psnr": psnr(images, target).tolist(),
         "lpips": lpips(images, target).tolist(),
     }
@@ -71,44 +59,39 @@ def measure(images, target, lpips, protocol=DOCUMENTED):
 
 @torch.no_grad()
 def feature_error(encoder, images, features, scale):
-    """‖φ(x) − φ‖ / scale, (B,), of images (B, 3, H, W), not clamped here, and the features wanted."""
+    """‖φ(x) − φ‖ / scale, (B,), of images x (B, 3, H, W) and the features φ they should have."""
     return (encoder(images) - features).square().sum((1, 2, 3)).sqrt() / scale
 
 
 @torch.no_grad()
 def feature_scale(encoder, images, batch_size=4):
-    """(name, number) of what feature errors are divided by: `mean_pairwise_distance`, or `feature_norm`.
+    """(name, divisor) of feature errors: the mean distance of two images' features (Mahendran & Vedaldi).
 
-    Mahendran & Vedaldi divide by the mean Euclidean distance of two images' features; where no two of them
-    are different, it is their norm. images: data.Images or uint8 (N, 256, 256, 3), of which the first 100
-    count. Raises UserError where all features are 0 or NaN.
+    If all features are equal it is their norm. images: data.Images or uint8 (N, H, W, 3). Raises UserError.
     """
     device = next(encoder.buffers()).device
-    features = []
-    for part in images[:100].split(batch_size):  # more would take memory, not precision
-        features.append(encoder(center_crops(part, encoder.input_size).to(device)).flatten(1))
-    features = torch.cat(features)
+    # 100 images are precise enough
+    crops = (center_crops(part, encoder.input_size) for part in images[:100].split(batch_size))
+    features = torch.cat([encoder(part.to(device)).flatten(1) for part in crops])
     norm = features.norm(dim=1).mean().item()
     distance = F.pdist(features).mean().item()  # NaN of one image
     if distance > 1e-5 * norm:  # more than rounding
         return "mean_pairwise_distance", distance
     if not norm > 0:
-        raise UserError(f"{len(images)} images: their features have norm {norm}, which errors are divided by")
-    print("feature errors are relative to ‖φ‖, because no two images have different features")
+        raise UserError(f"{len(images)} images: their features have norm {norm}; feature errors divide by it")
+    print("feature errors are relative to ‖φ‖, because all images have the same features")
     return "feature_norm", norm
 
 
 class LPIPS(nn.Module):
     """LPIPS v0.1 with AlexNet (Zhang et al. 2018; paper 3.4.3), equal to the lpips package's.
 
-    Takes images (B, 3, H, W) in [0, 1], H and W at least LPIPS_MIN_SIZE. The package's scaling of [-1, 1]
-    images is ImageNet normalisation of [0, 1] ones. Written out, because training needs the target's
-    features without autograd, and a finite gradient where a feature vector is zero.
+    Unlike the package's, it builds no graph for the target, and its gradient is finite at zero features.
     """
 
     def __init__(self):
         super().__init__()
-        with torch.device("meta"):  # no memory or time for the classifier
+        with torch.device("meta"):  # or the unused classifier would take memory and time
             trunk = torchvision.models.alexnet().features[:12]
         state = imagenet_weights("alexnet")
         trunk.load_state_dict({key: state[f"features.{key}"] for key in trunk.state_dict()}, assign=True)
@@ -127,7 +110,7 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def features(self, images):
-        """Five maps (B, C, h, w) of unit-length feature vectors."""
+        """Five feature maps (B, C, h, w) of images in [0, 1], with vectors of unit length."""
         x = (images - self.mean) / self.std
         maps = []
         for layers in self.slices:
@@ -137,7 +120,7 @@ class LPIPS(nn.Module):
         return maps
 
     def forward(self, images, target):
-        """Distances (B,) of `images` from `target`, which has no gradient."""
+        """Distances (B,) of `images` from `target`, (B, 3, H, W), which has no gradient."""
         with torch.no_grad():
             wanted = self.features(target)
         distance = 0
@@ -147,10 +130,7 @@ class LPIPS(nn.Module):
 
 
 class Loss(nn.Module):
-    """mse_weight · MSE + lpips_weight · LPIPS of outputs against images' targets (paper 3.3.2).
-
-    A term with weight zero takes no part in the gradient, and LPIPS is then not computed.
-    """
+    """mse_weight · MSE + lpips_weight · LPIPS (paper 3.3.2); at weight 0 LPIPS is not computed."""
 
     def __init__(self, mse_weight=0.5, lpips_weight=0.5, protocol=DOCUMENTED):
         super().__init__()
@@ -160,13 +140,11 @@ class Loss(nn.Module):
         self.lpips = LPIPS() if lpips_weight else None
 
     def forward(self, output, images, intermediate=()):
-        """{term of TERMS: (B,), one value an image} of output and images (B, 3, H, W) in [0, 1].
-
-        `lpips` is NaN where it was not asked for; `psnr`, in dB, is against the target clipped to [0, 1].
-        intermediate: earlier outputs; their MSE counts in `loss` alone, with INTERMEDIATE_WEIGHT.
-        """
+        """{term of TERMS: (B,)} of output and images (B, 3, H, W); intermediate: earlier outputs."""
         wanted = target(images, self.protocol)
         mse = ((output if self.mse_weight else output.detach()) - wanted).square().mean((1, 2, 3))
+        distance = torch.full_like(mse, torch.nan)  # unless there is a weight
+        decibels = psnr(output.detach().clamp(0, 1), wanted.clamp(0, 1))
         loss = 0
         if self.mse_weight:
             loss = self.mse_weight * mse
@@ -176,55 +154,47 @@ class Loss(nn.Module):
         if self.lpips:
             distance = self.lpips(output, wanted)
             loss = loss + self.lpips_weight * distance
-        else:
-            distance = torch.full_like(mse, torch.nan)
-        return {
-            "loss": loss,
-            "mse": mse,
-            "lpips": distance,
-            "psnr": psnr(output.detach().clamp(0, 1), wanted.clamp(0, 1)),
-        }
+        return {"loss": loss, "mse": mse, "lpips": distance, "psnr": decibels}
 
 
 class Meter:
-    """Averages of named values per image (not per batch, which may differ in size), over all processes."""
+    """Averages of named values over the images of all processes."""
 
     def __init__(self, names, device="cpu"):
         device = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
         self.sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in (*names, "images")}
 
     def add(self, values):
-        """Add {name: (B,)}, one value an image."""
+        """Add {name: (B,)}, a value for each image."""
         for name, value in values.items():
             self.sums[name] += value.sum().to(self.sums[name])
         self.sums["images"] += len(value)
 
     def total(self):
-        """The sums over all processes, {name: float}, and the number of `images`."""
+        """The sums over all processes, {name: float}, with the number of `images`."""
         sums = torch.stack(list(self.sums.values()))
         if dist.is_initialized():
             dist.all_reduce(sums)
         return dict(zip(self.sums, sums.tolist(), strict=True))
 
     def averages(self):
-        """{name: mean over the images of all processes}."""
+        """{name: mean over all images}."""
         total = self.total()
-        images = total.pop("images")
-        return {name: value / images for name, value in total.items()}
+        return {name: total[name] / total["images"] for name in total if name != "images"}
 
     def restart(self, total=None):
-        """Go on from what `total` gave, or from nothing; of several processes one gets the sums of all."""
+        """Continue from the sums of `total`, which only one process may be given, or from 0."""
         for name, value in self.sums.items():
             value.fill_(total[name] if total else 0)
 
 
 def summary(values):
-    """Mean, standard deviation (population), minimum and maximum of an array, as a dictionary of floats."""
+    """{"mean", "std" (population), "min", "max": float} of an array."""
     return {name: float(getattr(values, name)()) for name in ("mean", "std", "min", "max")}
 
 
 def summary_table(metrics, heading=""):
-    """A table for the screen of {metric: its summary}."""
+    """A table of {metric: summary} for the screen."""
     lines = [f"{heading:<16}{'mean ± std':>18}{'min':>10}{'max':>10}"]
     for name, label in METRICS.items():
         s = metrics[name]

@@ -6,12 +6,11 @@
   python train.py --layer block3 --data FOLDER --out runs/block3 --resume
 
 Writes best.pt, last.pt, config.yaml, history.csv, curves.png and TensorBoard's files to --out. Several GPUs
-or hosts: torchrun --nproc_per_node=N train.py … Watch: tensorboard --logdir runs. Next: python evaluate.py
---help
+or hosts: torchrun --nproc_per_node=N train.py … Watch: tensorboard --logdir runs. Next: evaluate.py --help
 """
 
 from flags import MAY_DIFFER, config_of, parse_train
-from utils import cli_main
+from utils import PROTOCOLS, UserError, cli_main, disable_bars, evenly_spaced
 
 if __name__ == "__main__":
     ARGS = cli_main(lambda: parse_train(doc=__doc__))  # before torch is imported: --help answers at once
@@ -28,61 +27,48 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
+from torch.nn import BatchNorm2d, SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from tqdm import tqdm
 
 import data
-from checkpoint import (
-    Interrupted,
-    Signals,
-    check_folder,
-    lock_folder,
-    remove_stale_results,
-    resume,
-    save_best,
-    save_last,
-    update_best,
-    write_history,
-)
+from checkpoint import Interrupted, Signals, begin_or_resume, claim, save_best, save_last, write_history
 from decoders import FeedbackDecoder, Fused
 from encoders import encoder_sha256
 from metrics import LPIPS_MIN_SIZE, TERMS, Loss, Meter, target
 from models import Inverter, count_parameters, inverter_of, load_decoder
-from utils import (
-    PROTOCOLS,
-    UserError,
-    disable_bars,
-    evenly_spaced,
-    keep_freed_memory,
-    out_of_memory,
-    processes,
-    select_device,
-    tf32,
-    write_text,
-)
+from utils import keep_freed_memory, out_of_memory, processes, select_device, tf32
 
 VAL_BATCH = 4
 VAL_CACHE_BYTES = 2**28  # validation features up to this size are computed once
 LOGGED_IMAGES = 6  # validation images for the tracker
-SYNC_EVERY = 20  # steps between looks at the losses, and at other GPUs' signals: each look waits
+SYNC_EVERY = 20  # steps between looks at the losses, and at other GPUs' signals: each makes a GPU wait
 STATISTICS_CROPS = 64  # for the mean and std of the features
-DIVERGED = "try a smaller --lr. What the epochs before wrote is kept"
+DIVERGED = "try a smaller --lr; the files of earlier epochs are kept"
 
 
 def train(args):
-    """Train as the flags in `args` say, and write the run's files. Returns the Training."""
+    """Train as the flags in `args` say, and write the run's files. Returns the Training.
+
+    An epoch is train_epoch → train_step → forward_backward → Loss for each batch, then validate, end_epoch.
+    """
     with processes(select_device(args.device)) as (rank, world, device), ExitStack() as stack:
         set_determinism(args.deterministic)
         if args.download:
-            download(args)
+            from extras.div2k import download_div2k
+
+            args.data = args.data or data.DIV2K_ROOT
+            download_div2k(args.data, bars=disable_bars(args))
         if rank == 0:
-            stack.enter_context(lock_folder(args.out))
-            check_folder(Path(args.out), args.resume, args.overwrite)
+            stack.enter_context(claim(args.out, args.resume, args.overwrite))
         training = Training(args, rank, world, device)
         print(training.description())
-        begin(training, args)
+        begin_or_resume(training, args.resume)
+        if training.config["kept_crops"] and not training.finished:
+            from extras.feature_cache import cache_features
+
+            training.feature_cache = cache_features(training, args.cache, disable_bars(args))
         tracker = make_tracker(training, args.tracker)
         if tracker:
             stack.callback(tracker.close)
@@ -93,13 +79,15 @@ def train(args):
                 validated, *images = validate(training)
             except Interrupted:
                 stop(training)
-            row, better = end_epoch(training, trained, validated)
+            better = end_epoch(training, trained, validated)
             if rank == 0:
-                write_epoch(training, better)
+                if better:
+                    save_best(training)
+                write_history(training.history, training.out / "history.csv")
                 if tracker:
                     tracker.log(training.history, better, *images)
-                if not training.bars:  # --quiet
-                    print(epoch_line(row, training.config["epochs"], better), flush=True)
+                if not training.quiet:
+                    print(epoch_line(training.history[-1], training.config["epochs"], better), flush=True)
             save_last(training)  # at the end: an epoch that is interrupted before this is done again
         best = f"best: epoch {training.best_epoch}, validation loss {training.best_loss:.4f}"
         print(f"{best}, in {training.out / 'best.pt'}")
@@ -115,89 +103,89 @@ class Training:
 
     def __init__(self, args, rank=0, world=1, device=None):
         self.rank, self.world, self.device = rank, world, device or torch.device("cpu")
-        self.out, self.bars = Path(args.out), disable_bars(args, rank)
+        self.out, self.quiet = Path(args.out), disable_bars(args, rank)
         torch.manual_seed(args.seed)
         self.config = config = config_of(args) | {"data": data.resolve(args.data)}
         self.protocol = PROTOCOLS[config["protocol"]]
         self.inverter = inverter_of(config)
-        self.init_sha256 = load_decoder(self.inverter, config) if config["init"] else None
+        init_sha256 = load_decoder(self.inverter, config) if config["init"] else None
         self.inverter.to(self.device)
         config["crop"] = config["crop"] or self.inverter.size
 
-        source = {"cache": args.cache, "protocol": self.protocol, "size": self.inverter.size}
-        source["bars"] = disable_bars(args)  # any process may build the cache
-        images = data.load_split(config["data"], "train", **source)
-        if config["train_images"]:
-            images = data.subset(images, evenly_spaced(len(images), config["train_images"]))
-        self.train_images = images.to(self.device)
-        self.val_images = data.load_split(config["data"], "val", **source).to(self.device)
+        options = {"cache": args.cache, "protocol": self.protocol, "size": self.inverter.size}
+        options["bars"] = disable_bars(args)  # any process may build the cache
+        images = data.load_split(config["data"], "train", **options)
+        indices = evenly_spaced(len(images), config["train_images"] or len(images))
+        self.train_images = data.subset(images, indices).to(self.device)
+        self.val_images = data.load_split(config["data"], "val", **options).to(self.device)
         self.val_indices = evenly_spaced(len(self.val_images), config["val_images"] or len(self.val_images))
-        self.steps_per_pass = steps_of_a_pass(len(images), config["batch_size"], world)
-        self.steps = self.steps_per_pass * config["passes"]  # an epoch
+        self.steps_per_pass = steps_of_a_pass(len(indices), config["batch_size"], world)
+        self.steps = self.steps_per_pass * config["passes"]  # in an epoch
         check_crop(self)
 
         self.loss = Loss(config["mse_weight"], config["lpips_weight"], self.protocol).to(self.device)
         if world > 1 and self.device.type == "cuda":
-            decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.inverter.decoder)
-            self.inverter.decoder = decoder
+            self.inverter.decoder = SyncBatchNorm.convert_sync_batchnorm(self.inverter.decoder)
         if hasattr(self.inverter.decoder, "deviation") and not config["init"]:  # --init brings its own
             measure_features(self.inverter, self.train_images, config)
         if config["compile"]:
             self.inverter.compile()
         self.model = DistributedDataParallel(self.inverter) if world > 1 else self.inverter
         self.optimizer = make_optimizer(self.inverter, config["lr"], config["optimizer"])
-        self.scheduler = make_scheduler(self.optimizer, config, self.steps, self.protocol.lowest_lr)
-        self.forward_backward = make_forward_backward(self, args.graphs)
+        if config["schedule"] == "plateau":  # paper 3.3.4
+            lowest = self.protocol.lowest_lr
+            self.scheduler = ReduceLROnPlateau(self.optimizer, factor=0.5, patience=5, min_lr=lowest)
+        else:
+            steps = config["epochs"] * self.steps
+            self.scheduler = OneCycleLR(self.optimizer, config["lr"], steps, cycle_momentum=False)
+        self.forward_backward = forward_backward
+        if args.graphs and world == 1 and self.device.type == "cuda":
+            from extras.cuda_graphs import CudaGraphStep
+
+            self.forward_backward = CudaGraphStep(forward_backward)
 
         self.signals = Signals(self.device)
-        self.meter = Meter(TERMS, self.device)  # of this epoch, as are step and seconds
-        self.epoch = self.step = 0
-        self.seconds = 0.0
-        self.bad_epochs = self.best_epoch = 0
-        self.best_loss = math.inf
+        self.meter = Meter(TERMS, self.device)  # of this epoch, like step and seconds
+        self.epoch = self.step = self.bad_epochs = self.best_epoch = 0
+        self.seconds, self.best_loss = 0.0, math.inf
         self.history = []  # a dictionary for each epoch
         self.feature_cache = None  # of --kept-crops
         self.val_feature_cache = {}  # {first image of a batch: features}
-        self.resume_guard = self.make_resume_guard()
+        # What a run and its resumption must have in common.
+        self.resume_guard = {key: value for key, value in config.items() if key not in MAY_DIFFER} | {
+            "processes": world,
+            "hash of the training images": self.train_images.key,
+            "hash of the validation images": self.val_images.key,
+            "init_sha256": init_sha256,
+            "weights_sha256": self.inverter.encoder.weights_sha256,
+            "encoder_sha256": encoder_sha256(self.inverter.encoder),
+        }
 
     @property
     def finished(self):
         """Whether the epochs are over, or the validation loss has stopped falling."""
         return self.epoch >= self.config["epochs"] or self.bad_epochs >= self.config["patience"]
 
-    def make_resume_guard(self):
-        """What a run and its resumption must have in common."""
-        guard = {key: value for key, value in self.config.items() if key not in MAY_DIFFER}
-        guard |= {"processes": self.world, "hash of the training images": self.train_images.key}
-        guard |= {"hash of the validation images": self.val_images.key, "init_sha256": self.init_sha256}
-        encoder = self.inverter.encoder
-        sha256 = encoder_sha256(encoder)
-        return guard | {"weights_sha256": encoder.weights_sha256, "encoder_sha256": sha256}
-
     def description(self):
         """What will happen, in four lines."""
         config = self.config
         shape = " × ".join(map(str, self.inverter.shape))
-        where = f"{self.world} processes on {self.device}" if self.world > 1 else self.device
-        parameters = count_parameters(self.inverter.decoder)
+        parameters = f"{count_parameters(self.inverter.decoder):,} trainable parameters"
         images = f"{len(self.train_images)} training and {len(self.val_indices)} validation images"
-        lines = [
-            f"encoder: {config['encoder']}, layer {config['layer']}, {config['weights']} weights",
-            f"decoder: {config['decoder']}, {parameters:,} trainable parameters, for features {shape}",
-            f"data: {config['data']}, {images}, crops of {config['crop']}×{config['crop']}",
-            f"training: {config['epochs']} epochs of {self.steps} steps, on {where}, to {config['out']}",
-        ]
-        return "\n".join(lines)
+        where = f"{self.world} processes on {self.device}" if self.world > 1 else self.device
+        return (
+            f"encoder: {config['encoder']}, layer {config['layer']}, {config['weights']} weights\n"
+            f"decoder: {config['decoder']}, {parameters}, for features {shape}\n"
+            f"data: {config['data']}, {images}, crops of {config['crop']}×{config['crop']}\n"
+            f"training: to epoch {config['epochs']}, {self.steps} steps each, on {where}, to {config['out']}"
+        )
 
 
 # --- Set-up ------------------------------------------------------------------------------------------------
 
 
 def set_determinism(deterministic=True):
-    """Deterministic algorithms, where PyTorch has them, or else the fastest.
-
-    Where it has none it warns: on CUDA the gradient of attention is not repeatable.
-    """
+    """Deterministic algorithms, a warning where PyTorch has none (attention on CUDA); or else the fastest."""
     keep_freed_memory()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -206,35 +194,21 @@ def set_determinism(deterministic=True):
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def download(args):
-    """Fetch DIV2K into args.data."""
-    from extras.div2k import download_div2k
-
-    if args.data == "sample":
-        raise UserError("--download --data sample: the sample needs no download; give a folder for DIV2K")
-    args.data = args.data or data.DIV2K_ROOT
-    download_div2k(args.data, bars=disable_bars(args))
-
-
 def steps_of_a_pass(images, batch_size, world):
     """Steps in which `world` processes take all `images`. Raises UserError if `batch_size` is too large."""
     if batch_size * world > images:
-        raise UserError(
-            f"--batch-size {batch_size} × {world} processes: more than the {images} training images"
-        )
+        raise UserError(f"--batch-size {batch_size} × {world} processes: only {images} training images")
     return math.ceil(images / (batch_size * world))
 
 
 def check_crop(training):
     """Raise UserError unless encoder, decoder and LPIPS take crops of this size."""
     inverter, config = training.inverter, training.config
-    crop, size, batch_size = config["crop"], inverter.size, config["batch_size"]
-    layer = f"{config['encoder']} {config['layer']}"
-    side = data.side_of(size)
+    crop, size, stride, batch_size = config["crop"], inverter.size, inverter.stride, config["batch_size"]
+    layer, side = f"{config['encoder']} {config['layer']}", data.side_of(size)
     if crop > side:
         raise UserError(f"--crop {crop}: images are {side} pixels wide; at most that")
-    if crop % inverter.stride and crop != size:
-        stride = inverter.stride
+    if crop % stride and crop != size:
         raise UserError(f"--crop {crop}: {layer} has a stride of {stride} pixels; give a multiple of it")
     if size < LPIPS_MIN_SIZE:
         raise UserError(f"--input-size {size}: LPIPS needs at least {LPIPS_MIN_SIZE} pixels")
@@ -246,18 +220,15 @@ def check_crop(training):
         if out_of_memory(error):
             raise
         raise UserError(f"--crop {crop}: {layer} takes no such image ({error})") from None
-    images = len(training.train_images)
-    left = images % batch_size if training.world == 1 else 0  # several processes have full batches
-    joined = training.world > 1 and training.device.type == "cuda"  # SyncBatchNorm
-    if (left or batch_size) == 1 and shape[1:] == (1, 1) and not joined:  # batch norm may need more values
-        try:
-            trial = Inverter(inverter.encoder, copy.deepcopy(inverter.decoder), inverter.shape)
-            trial.train().decode(torch.zeros(1, *shape, device=training.device), (crop, crop))
-        except ValueError as error:
-            raise UserError(
-                f"--crop {crop}: a batch of one image has one position of {layer}; give another --crop or "
-                f"--batch-size: there are {images} images ({error})"
-            ) from None
+    last = len(training.train_images) % batch_size if training.world == 1 else 0
+    synchronized = training.world > 1 and training.device.type == "cuda"
+    if (last or batch_size) == 1 and shape[1:] == (1, 1) and not synchronized:
+        trial = Inverter(inverter.encoder, copy.deepcopy(inverter.decoder), inverter.shape).train()
+        try:  # batch norm may need more values
+            trial.decode(torch.zeros(1, *shape, device=training.device), (crop, crop))
+        except ValueError:
+            few = f"a batch of one image has one position of {layer}; give another --crop or --batch-size"
+            raise UserError(f"--crop {crop}: {few} ({len(training.train_images)} images)") from None
 
 
 @torch.no_grad()
@@ -267,16 +238,17 @@ def measure_features(inverter, images, config):
     parts = zip(*(part[:STATISTICS_CROPS].split(4) for part in plan), strict=True)
     crops = (data.crops(images, part, config["crop"]).to(inverter.device) for part in parts)
     features = torch.cat([inverter.encode(batch) for batch in crops]).float()
-    if isinstance(inverter.decoder, Fused):
-        std = torch.stack([source.std() for source in features.split(inverter.decoder.channels, 1)])
-        inverter.decoder.deviation.copy_(std.clamp_min(0.01 * std.mean()).clamp_min(1e-12))
-        features = inverter.decoder.fuse(features)
-        if not hasattr(inverter.base_decoder, "deviation"):
-            return
-    std, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)
-    smallest = (0.01 * std.mean()).clamp_min(1e-12)  # some channels are hardly ever active
-    inverter.base_decoder.mean.copy_(mean[0])
-    inverter.base_decoder.deviation.copy_(std[0].clamp_min(smallest))
+    decoder = inverter.decoder
+    if isinstance(decoder, Fused):
+        std = torch.stack([source.std() for source in features.split(decoder.channels, 1)])
+        decoder.deviation.copy_(std.clamp_min(0.01 * std.mean()).clamp_min(1e-12))
+        features = decoder.fuse(features)
+        decoder = decoder.decoder
+    if hasattr(decoder, "deviation"):
+        std, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)
+        decoder.mean.copy_(mean[0])
+        # some channels are hardly ever active
+        decoder.deviation.copy_(std[0].clamp_min(0.01 * std.mean()).clamp_min(1e-12))
 
 
 def make_optimizer(inverter, lr, optimizer="adam"):
@@ -289,50 +261,12 @@ def make_optimizer(inverter, lr, optimizer="adam"):
     return torch.optim.Adam(parameters, lr, fused=True if inverter.device.type == "cuda" else None)
 
 
-def make_scheduler(optimizer, config, steps, lowest_lr):
-    """The learning rate's schedule: `plateau` (paper 3.3.4), or `onecycle`."""
-    if config["schedule"] == "plateau":
-        return ReduceLROnPlateau(optimizer, factor=0.5, patience=5, min_lr=lowest_lr)
-    return OneCycleLR(optimizer, config["lr"], config["epochs"] * steps, cycle_momentum=False)
-
-
-def make_forward_backward(training, graphs):
-    """`forward_backward`; with `graphs`, in one process on CUDA, recorded as CUDA graphs."""
-    if not graphs or training.world > 1 or training.device.type != "cuda":
-        return forward_backward
-    from extras.cuda_graphs import CudaGraphStep
-
-    return CudaGraphStep(forward_backward)
-
-
 def make_tracker(training, kind):
     """The Tracker of rank 0, which also draws curves.png; None without extras/ and report/."""
     if training.rank == 0 and find_spec("extras") and find_spec("report"):
         from extras.trackers import Tracker
 
         return Tracker(kind, training.out, training.config)
-
-
-def begin(training, args):
-    """Go on from last.pt with --resume, or make room for a new run; encode --kept-crops."""
-    out, config = training.out, training.config
-    resumed = args.resume and resume(training)
-    if resumed:
-        how = "finished" if training.finished else "resumed"
-        print(f"{how} after epoch {training.epoch}, step {training.step}")
-    if training.finished:
-        return
-    if training.rank == 0:
-        remove_stale_results(out, resumed)
-    save_last(training)  # a run can be resumed from the start
-    if training.rank == 0:
-        if training.best_epoch:
-            update_best(config, out)
-        write_text(out / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    if config["kept_crops"]:
-        from extras.feature_cache import cache_features
-
-        training.feature_cache = cache_features(training, args.cache, disable_bars(args))
 
 
 # --- An epoch ----------------------------------------------------------------------------------------------
@@ -346,8 +280,9 @@ def train_epoch(training):
     config, signals, steps = training.config, training.signals, training.steps
     start = time.perf_counter() - training.seconds
     losses = []
+    cheap = training.world == 1 or training.device.type == "cpu"  # else GPUs wait for each other
     title = f"Epoch {training.epoch + 1}/{config['epochs']}"
-    bar = tqdm(None, title, steps, initial=training.step, unit="step", leave=False, disable=training.bars)
+    bar = tqdm(None, title, steps, initial=training.step, unit="step", leave=False, disable=training.quiet)
     with bar, tf32(config["tf32"]):
         for images, features in epoch_batches(training):
             terms = train_step(training, images, features)
@@ -357,14 +292,13 @@ def train_epoch(training):
             losses.append(terms["loss"].mean())
             training.step += 1
             bar.update()
-            last = training.step == steps
-            if last or len(losses) == SYNC_EVERY or signals.received:
+            due = training.step % SYNC_EVERY == 0 or training.step == steps
+            if due or signals.received:
                 check_finite(losses, training)
                 bar.set_postfix(loss=f"{losses[-1]:.4f}")
                 losses.clear()
             training.seconds = time.perf_counter() - start
-            cheap = training.world == 1 or training.device.type == "cpu"  # else GPUs wait for each other
-            if last or training.step % SYNC_EVERY == 0 or cheap:
+            if due or cheap:
                 signals.check()
     return training.meter.averages()
 
@@ -375,23 +309,21 @@ def epoch_batches(training):
     The features come from the FeatureCache; None without one.
     """
     config, images, size = training.config, training.train_images, training.config["batch_size"]
+    done = training.epoch * training.steps
     plan = None
-    for step in range(training.step, training.steps):
-        done = training.epoch * training.steps + step
-        pass_index, place = divmod(done, training.steps_per_pass)
+    for step in range(done + training.step, done + training.steps):
+        pass_index, place = divmod(step, training.steps_per_pass)
         if plan is None or place == 0:
             plan = data.epoch_plan(images.sizes, config["seed"], pass_index, config["crop"], images.side)
-            if training.world > 1:  # all processes take as many steps: the last ones wrap around
+            if training.world > 1:  # full batches for all processes: the last ones wrap around
                 count = training.steps_per_pass * size * training.world
-                places = torch.arange(count, device=images.sizes.device) % len(images)
-                plan = [part[places] for part in plan]
+                plan = [part.repeat(2)[:count] for part in plan]
         first = (place * training.world + training.rank) * size
-        index, *places = (part[first : first + size] for part in plan)
-        features = None
+        batch, features = [part[first : first + size] for part in plan], None
         if training.feature_cache:
-            features, *places = training.feature_cache.batch(pass_index, index)
-            features = features.to(training.device)
-        yield data.crops(images, (index, *places), config["crop"]).to(training.device), features
+            features, *batch = training.feature_cache.batch(pass_index, batch[0])
+            features = features.to(training.device).float()
+        yield data.crops(images, batch, config["crop"]).to(training.device), features
 
 
 def train_step(training, images, features=None):
@@ -401,7 +333,7 @@ def train_step(training, images, features=None):
     done = training.epoch * training.steps + training.step
     if config["freeze_bn"] and done >= config["freeze_bn"]:
         for layer in training.inverter.decoder.modules():
-            if isinstance(layer, (torch.nn.BatchNorm2d, torch.nn.SyncBatchNorm)):
+            if isinstance(layer, (BatchNorm2d, SyncBatchNorm)):
                 layer.eval()
     if isinstance(training.inverter.base_decoder, FeedbackDecoder):
         training.inverter.base_decoder.sample_warm_start()
@@ -427,10 +359,10 @@ def forward_backward(training, images, features=None):
 
 
 def check_finite(losses, training):
-    """Raise UserError if one of `losses`, those of the last steps, is not finite."""
-    bad = (~torch.isfinite(torch.stack(losses))).nonzero()
-    if len(bad):
-        step = training.step - len(losses) + 1 + int(bad[0])
+    """Raise UserError if one of the last steps' losses is not finite."""
+    finite = torch.stack(losses).isfinite().tolist()
+    if not all(finite):
+        step = training.step - len(losses) + 1 + finite.index(False)
         raise UserError(f"the loss is not finite in epoch {training.epoch + 1}, step {step}; {DIVERGED}")
 
 
@@ -449,12 +381,10 @@ def validate(training):
             dist.broadcast(buffer, 0)
     inverter.eval()
     logged = evenly_spaced(len(indices), LOGGED_IMAGES)
-    targets = [torch.empty(0, 3, inverter.size, inverter.size, device=device)]  # a process may have no image
-    outputs = targets.copy()
-    meter = Meter(TERMS, device)
-    cache = training.val_feature_cache
+    pairs = [torch.empty(2, 0, 3, inverter.size, inverter.size, device=device)]  # a process may have no image
+    meter, cache = Meter(TERMS, device), training.val_feature_cache
     firsts = range(0, len(indices), VAL_BATCH)
-    for first in tqdm(firsts, "Validation", unit="step", leave=False, disable=training.bars):
+    for first in tqdm(firsts, "Validation", unit="step", leave=False, disable=training.quiet):
         pixels = training.val_images[indices[first : first + VAL_BATCH]]
         batch = data.center_crops(pixels, inverter.size).to(device)
         features = cache[first] if first in cache else inverter.encode(batch)
@@ -463,51 +393,41 @@ def validate(training):
         output = inverter.decode(features)
         meter.add(training.loss(output, batch))
         here = [i - first for i in logged if first <= i < first + VAL_BATCH]
-        targets.append(target(batch[here], training.protocol).clamp(0, 1))
-        outputs.append(output[here].clamp(0, 1))
+        pairs.append(torch.stack([target(batch, training.protocol), output])[:, here].clamp(0, 1))
         if world == 1:  # several processes may have unequal numbers of batches
             training.signals.check()
     means = meter.averages() | {"seconds": time.perf_counter() - start}
-    return means, torch.cat(targets), torch.cat(outputs)
+    return means, *torch.cat(pairs, 1)
 
 
 def end_epoch(training, trained, validated):
-    """Count the epoch; returns its row of the history, and whether its validation loss is the lowest so far.
+    """Count the epoch, add its row to the history; whether its validation loss is the lowest so far.
 
     trained, validated: means of the loss's terms. Raises UserError for a validation loss that is not finite.
     """
-    if not math.isfinite(validated["loss"]):
-        found = f"the validation loss of epoch {training.epoch + 1} is {validated['loss']}"
-        raise UserError(f"{found}; {DIVERGED}")
-    row = {"epoch": training.epoch + 1}
+    loss, seconds = validated["loss"], training.seconds
+    if not math.isfinite(loss):
+        raise UserError(f"the validation loss of epoch {training.epoch + 1} is {loss}; {DIVERGED}")
+    training.epoch += 1
+    row = {"epoch": training.epoch}
     row |= {f"train_{name}": trained[name] for name in TERMS}
     row |= {f"val_{name}": validated[name] for name in TERMS}
-    row |= {"lr": training.optimizer.param_groups[0]["lr"], "seconds": round(training.seconds, 2)}
+    row |= {"lr": training.optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2)}
     images = len(training.train_images) * training.config["passes"]
-    row["images_per_second"] = round(images / max(training.seconds, 1e-9), 2)
+    row["images_per_second"] = round(images / max(seconds, 1e-9), 2)
     row["val_seconds"] = round(validated["seconds"], 2)
+    training.history.append(row)
     if isinstance(training.scheduler, ReduceLROnPlateau):
-        training.scheduler.step(validated["loss"])
+        training.scheduler.step(loss)
     else:
         training.scheduler.step()
-    training.history.append(row)
-    training.epoch += 1
     training.step, training.seconds = 0, 0.0
     training.meter.restart()
-    better = validated["loss"] < training.best_loss
+    better = loss < training.best_loss
+    training.bad_epochs = 0 if better else training.bad_epochs + 1
     if better:
-        training.best_epoch, training.best_loss, training.bad_epochs = training.epoch, validated["loss"], 0
-    else:
-        training.bad_epochs += 1
-    return row, better
-
-
-def write_epoch(training, better):
-    """Write history.csv, and best.pt if the epoch is the best."""
-    if better:
-        remove_stale_results(training.out, resumed=True)
-        save_best(training)
-    write_history(training.history, training.out / "history.csv")
+        training.best_epoch, training.best_loss = training.epoch, loss
+    return better
 
 
 def stop(training):
@@ -526,11 +446,10 @@ def epoch_line(row, epochs, better):
     for split in ("train", "val"):
         terms = [f"{name} {row[f'{split}_{name}']:.{2 if name == 'psnr' else 4}f}" for name in TERMS]
         parts.append(f"{split} {' '.join(terms)}".replace("nan", "–"))
-    parts.append(f"lr {row['lr']:.1e}")
-    parts.append(f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s")
     left = (row["seconds"] + row["val_seconds"]) * (epochs - row["epoch"])
-    if left:
-        parts[-1] += f", {left:.0f} s left" if left < 100 else f", {left / 60:.0f} min left"
+    left = f"{left:.0f} s left" if left < 100 else f"{left / 60:.0f} min left"
+    parts.append(f"lr {row['lr']:.1e}")
+    parts.append(f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s, {left}")
     return " | ".join(parts) + ("  best" if better else "")
 
 

@@ -7,24 +7,24 @@ import io
 import os
 import re
 import sys
+import tempfile
 import time
 import traceback
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 # --- The study: names and protocols ------------------------------------------------------------------------
 
-# Encoders by their short names, and the modules of their layers, shallow to deep.
-ENCODERS = {
+ENCODERS = {  # by short name
     "vgg16": "torchvision/vgg16",
     "resnet34": "torchvision/resnet34",
     "vit_small": "timm/vit_small_patch16_224",
     "alexnet": "torchvision/alexnet",
 }
-LAYERS = {
+LAYERS = {  # their modules, shallow to deep
     "vgg16": {f"block{i}": f"features.{place}" for i, place in enumerate((4, 9, 16, 23, 30), 1)},
     "resnet34": {f"layer{i}": f"layer{i}" for i in range(1, 5)},
     "vit_small": {f"block{i}": f"blocks.{i}" for i in range(12)},
@@ -45,29 +45,22 @@ METRICS_AND_FEATURE_ERROR = METRICS | {"feature_error": "feature error ↓"}
 IMAGE_SIZE = 224
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+WANG_2004 = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}  # 11×11 window
 
 
 class Protocol(NamedTuple):
-    """The recipe that a number was measured with (README, "Protocol")."""
+    """How images are prepared, compared and measured (README, "Protocol"). The defaults are `documented`."""
 
-    name: str
-    squeezed: bool  # resize images to 256×256; else their shorter side to 256
-    normalized_target: bool  # loss and metrics see the ImageNet-normalised image, metrics clip it to [0, 1]
-    ssim_window: dict  # options of skimage.metrics.structural_similarity
-    lowest_lr: float  # ReduceLROnPlateau's min_lr
-    vit_shift: int  # ViT: take the block so many places further, modulo 12
-    own_normalization: bool  # normalise with the mean and std of the network's training, else ImageNet's
+    name: str = "documented"
+    squeezed: bool = True  # resize images to 256×256; else their shorter side to 256
+    normalized_target: bool = False  # for the loss; the metrics clip it to [0, 1]
+    ssim_window: dict = WANG_2004  # options of skimage.metrics.structural_similarity
+    lowest_lr: float = 1e-7  # ReduceLROnPlateau's min_lr
+    vit_shift: int = 0  # added to the number of ViT's block, modulo 12
+    own_normalization: bool = True  # by the mean and std of the network's training; else ImageNet's
 
 
-DOCUMENTED = Protocol(
-    name="documented",
-    squeezed=True,
-    normalized_target=False,
-    ssim_window={"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False},
-    lowest_lr=1e-7,
-    vit_shift=0,
-    own_normalization=True,
-)
+DOCUMENTED = Protocol()
 PUBLISHED = Protocol(
     name="published",
     squeezed=False,
@@ -86,7 +79,7 @@ def is_encoder(name):
 
 
 def split_names(text, is_name):
-    """The names that + joins in `text`. A name may contain +: each is as short as `is_name` allows."""
+    """The names that + joins in `text`, each as short as `is_name` allows, since a name may contain +."""
     names = []
     for part in text.split("+"):
         if names and not is_name(names[-1]):
@@ -97,30 +90,28 @@ def split_names(text, is_name):
 
 
 def encoders_of(encoder):
-    """The encoders that --encoder joins with +."""
+    """The encoders in --encoder A+B."""
     return split_names(encoder, is_encoder)
 
 
 def weights_of_each(count, weights):
-    """The `--weights` of each of `count` encoders: one word for all, or as many joined with +."""
-
-    def is_source(name):
-        return name in ("imagenet", "random", "own") or Path(name).is_file()
-
-    sources = [weights] if is_source(weights) else split_names(weights, is_source)
+    """The --weights of each of `count` encoders: one for all, or as many joined with +."""
+    words, sources = ("imagenet", "random", "own"), [weights]
+    if not Path(weights).is_file():
+        sources = split_names(weights, lambda name: name in words or Path(name).is_file())
     return sources if len(sources) == count else [weights] * count
 
 
 def user_files(encoder):
-    """The FILE.py of each FILE.py:FUNCTION in an encoder's name."""
+    """Each FILE.py in an --encoder."""
     return [name.rpartition(":")[0] for name in encoders_of(encoder) if ".py:" in name]
 
 
 def check_encoder(name):
-    """Raise UserError for what no encoder can be called."""
+    """Raise UserError unless an encoder can have this name."""
     if not is_encoder(name):
-        others = "timm/NAME, torchvision/NAME, FILE.py:FUNCTION"
-        raise UserError(f"--encoder {name}: not an encoder; choose from {', '.join(LAYERS)}, {others}")
+        choices = ", ".join([*LAYERS, "timm/NAME, torchvision/NAME, FILE.py:FUNCTION"])
+        raise UserError(f"--encoder {name}: not an encoder; choose from {choices}")
 
 
 def check_layer(encoder, layer):
@@ -128,8 +119,8 @@ def check_layer(encoder, layer):
     for name in encoders_of(encoder):
         check_encoder(name)
     if encoder in LAYERS and layer not in LAYERS[encoder]:
-        names = ", ".join(LAYERS[encoder])
-        raise UserError(f"--layer {layer}: not a layer of {encoder}; choose from {names}")
+        choices = ", ".join(LAYERS[encoder])
+        raise UserError(f"--layer {layer}: not a layer of {encoder}; choose from {choices}")
 
 
 # --- Errors ------------------------------------------------------------------------------------------------
@@ -138,14 +129,11 @@ ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours in PyTorch's messages
 
 
 class UserError(Exception):
-    """Something that the user can put right; shown as one line, `error: …`."""
+    """A mistake that the user can correct, shown as one line, `error: …`."""
 
 
 def cli_main(main):
-    """Return `main()`. A UserError, a full disk or memory ends in one line on stderr and exit status 2.
-
-    FEATURE_INVERSION_DEBUG=1 shows the traceback before that line.
-    """
+    """Return `main()`. What the user can mend ends in a line on stderr, `error: …`, and status 2."""
     if getattr(sys.stdout, "errors", "") == "strict" and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without → prints ?
     try:
@@ -155,9 +143,8 @@ def cli_main(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:  # disk full, no permission, a folder where a file should be
-        name = f"{error.filename}: " if error.filename else ""
-        where = "" if error.filename else " (FEATURE_INVERSION_DEBUG=1 shows where)"
-        fail(f"{name}{error.strerror or error}{where}")
+        name, what = error.filename, error.strerror or error
+        fail(f"{name}: {what}" if name else f"{what} (FEATURE_INVERSION_DEBUG=1 shows where)")
     except (MemoryError, RuntimeError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             fail(f"--compile: {str(error)[:200]}; leave it out, or install what it needs")
@@ -168,7 +155,7 @@ def cli_main(main):
 
 
 def fail(message):
-    """End the process with `error: message`, one line on stderr, and status 2."""
+    """Print `error: message`, with FEATURE_INVERSION_DEBUG=1 after the traceback; end with status 2."""
     if os.environ.get("FEATURE_INVERSION_DEBUG") == "1":
         sys.exc_info()[1].__suppress_context__ = False
         traceback.print_exc()
@@ -177,9 +164,9 @@ def fail(message):
 
 
 def out_of_memory(error):
-    """Whether memory is too small: Python's error, or PyTorch's on the CPU or a GPU."""
-    short = "out of memory|allocate memory|size calculation overflowed"
-    return isinstance(error, MemoryError) or bool(re.search(short, str(error)))
+    """Whether an exception, Python's or PyTorch's, says that the memory of the CPU or GPU is too small."""
+    messages = "out of memory|allocate memory|size calculation overflowed"
+    return isinstance(error, MemoryError) or bool(re.search(messages, str(error)))
 
 
 def first_line(error):
@@ -189,7 +176,7 @@ def first_line(error):
 
 # --- Files -------------------------------------------------------------------------------------------------
 
-FORMAT = 1  # of best.pt and last.pt; a larger number is for files that this version would misread
+FORMAT = 1  # of best.pt and last.pt; raise it if earlier versions would misread the file
 
 
 @contextmanager
@@ -210,23 +197,20 @@ def atomic(path):
 
 
 def leftovers(path):
-    """The temporary files beside `path` that killed processes left."""
+    """The temporary files that killed processes left beside `path`."""
     name = re.compile(rf"\.{re.escape(path.name[:40])}\.\d+\.tmp{re.escape(path.suffix[:9])}")
     return [file for file in path.parent.glob(".*.tmp*") if name.fullmatch(file.name)]
 
 
 def locked(path, timeout=-1):
-    """A held lock of the file `path`; the kernel frees it when the process ends.
-
-    Raises filelock.Timeout after `timeout` seconds, UserError if files can't be locked.
-    """
+    """A held lock of the file `path`. Raises filelock.Timeout after `timeout` seconds, UserError."""
     from filelock import FileLock, Timeout
 
     try:
         return FileLock(path).acquire(timeout)
-    except Timeout:
-        raise
     except (OSError, NotImplementedError) as error:
+        if isinstance(error, Timeout):
+            raise
         raise UserError(f"{path}: cannot be locked ({error}); choose another folder") from None
 
 
@@ -245,20 +229,18 @@ def write_csv(path, header, rows):
 
 
 def make_folder(path):
-    """Create the folder `path` if need be and return it as a Path; UserError if it can't hold files."""
+    """Create the folder `path` and return it as a Path. Raises UserError if it cannot hold files."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"--out {path}: cannot write there ({error.strerror})") from None
     return path
 
 
 def user_cache(cache=None):
-    """The folder of --cache; by default ~/.cache/feature-inversion, or the one under XDG_CACHE_HOME."""
+    """The folder of --cache, by default feature-inversion in XDG_CACHE_HOME or ~/.cache. Raises UserError."""
     if cache:
         return Path(cache)
     try:
@@ -293,29 +275,22 @@ def save(state, path):
 
 
 def load(path, what="checkpoint", legacy=False):
-    """Load a file of `save` onto the CPU, running no code from it.
-
-    Checks the archive's CRC-32. legacy: read other programs' files, too, even of PyTorch before 1.6.
-    Raises UserError, naming `path` and `what` it should have been.
-    """
+    """Load a file of `save`, or if `legacy` any of PyTorch's, onto the CPU, running no code. UserError."""
     import torch
 
     try:
         if not legacy or zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise UserError(f"{path}: damaged (CRC of {damaged} is wrong)")
+                if damaged := archive.testzip():
+                    raise UserError(f"{path}: damaged (CRC of {damaged} is wrong)")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not legacy and isinstance(content, dict) and content.get("format", FORMAT) > FORMAT:
             raise UserError(f"{path}: written by a newer version of this program; update it")
         return content
     except FileNotFoundError:
         raise UserError(f"{path}: no such {what}") from None
-    except UserError:
-        raise
-    except Exception as error:  # zip, pickle and torch have many types for a file that is not theirs
-        if out_of_memory(error):
+    except Exception as error:  # zip, pickle and torch have many types
+        if isinstance(error, UserError) or out_of_memory(error):
             raise
         reason = first_line(str(error).rpartition("WeightsUnpickler error: ")[2] or error)
         if held := re.match(r"Unsupported global: GLOBAL (\S+)", reason):
@@ -327,20 +302,20 @@ def load(path, what="checkpoint", legacy=False):
 
 
 def evenly_spaced(total, count):
-    """At most `count` whole numbers from 0 to `total` − 1, evenly spaced, with the first and the last."""
+    """At most `count` integers, evenly spaced from 0 to `total` − 1."""
     count = min(count, total)
     return [round(i * (total - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 def disable_bars(args, rank=0):
-    """tqdm's `disable`: True with --quiet or rank > 0; None (off without a terminal) unless --bars."""
+    """tqdm's `disable`: with --quiet or rank > 0 True, with --bars False, else None (if no terminal)."""
     if args.quiet or rank:
         return True
     return False if args.bars else None
 
 
 def keep_freed_memory():
-    """Have glibc keep freed blocks for reuse. Mapping them anew took a fifth of a training step."""
+    """Have glibc keep freed memory: to map it anew took a fifth of a training step."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX
@@ -348,10 +323,7 @@ def keep_freed_memory():
 
 
 def select_device(name):
-    """`auto`, `cpu`, `cuda`, `cuda:N` or `mps` as a torch.device; UserError for one that is not there.
-
-    Turns TF32 off; `tf32` turns it on for training steps.
-    """
+    """The torch.device for --device. Turns TF32 off. Raises UserError for a device that is not there."""
     import torch
 
     if name == "auto":
@@ -372,34 +344,29 @@ def select_device(name):
 
 @contextmanager
 def tf32(allowed):
-    """Within `with`, if `allowed`: CUDA's float32 convolutions and matrix products in TF32."""
+    """Within `with`: whether CUDA's float32 convolutions and matrix products may use TF32."""
     import torch
 
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = allowed
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
-@contextmanager
 def processes(device):
-    """Join the processes of torchrun, if there are any: (rank, world size, this one's device)."""
+    """A context that joins torchrun's processes, if any, and gives (rank, world size, device)."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield 0, 1, device
-    else:
-        from extras.distributed import join_processes
+        return nullcontext((0, 1, device))
+    from extras.distributed import join_processes
 
-        with join_processes(device) as started:
-            yield started
+    return join_processes(device)
 
 
 def timed(device, function, repeats=5):
-    """Median seconds of `function` over `repeats` calls, after one that does not count."""
+    """Median seconds of `repeats` calls of `function`, after a warm-up call."""
     seconds = []
     for _ in range(repeats + 1):
         start = synchronized_time(device)
@@ -409,7 +376,7 @@ def timed(device, function, repeats=5):
 
 
 def synchronized_time(device):
-    """The time in seconds, once the device has finished its work."""
+    """The time in seconds after the device has finished its work."""
     if device.type != "cpu":
         import torch
 

@@ -10,10 +10,10 @@ WARMUP_STEPS = 3  # of each kind, in which cuDNN and cuBLAS choose their algorit
 
 
 class CudaGraphStep:
-    """train.py's `forward_backward`, recorded and replayed.
+    """train.py's `forward_backward`, recorded and replayed: the same kernels with the same results.
 
-    The hundreds of kernels of a step at batch 4 take longer to launch than to run; a graph launches them at
-    once, the same kernels with the same results. Each kind of step, `graph_key`, has its own graph.
+    At batch 4 the hundreds of kernels of a step take longer to launch than to run. Each kind of step,
+    `graph_key`, has its own graph.
     """
 
     def __init__(self, forward_backward):
@@ -31,9 +31,9 @@ class CudaGraphStep:
         if key not in self.recorded:
             self.recorded[key] = self.record(training, images, features)
         graph, inputs, terms, gradients = self.recorded[key]
-        for place, value in zip(inputs, (images, features), strict=True):
-            if place is not None:
-                place.copy_(value)
+        for static, value in zip(inputs, (images, features), strict=True):
+            if static is not None:
+                static.copy_(value)
         graph.replay()
         for parameter, gradient in gradients:
             parameter.grad = gradient
@@ -48,14 +48,13 @@ class CudaGraphStep:
             with torch.cuda.graph(graph, pool=self.pool):
                 terms = self.forward_backward(training, *inputs)
         except RuntimeError as error:
-            cause = error.__context__ or error  # what is raised behind it says only that the recording failed
+            cause = error.__context__ or error  # the last error says only that the recording failed
             if out_of_memory(cause):
                 raise cause from None
-            reason = first_line(cause)
-            raise UserError(f"this step makes no CUDA graph; give --no-graphs ({reason})") from None
+            why = first_line(cause)
+            raise UserError(f"this step makes no CUDA graph; give --no-graphs ({why})") from None
         self.pool = graph.pool()
-        parameters = [parameter for group in training.optimizer.param_groups for parameter in group["params"]]
-        return graph, inputs, terms, [(parameter, parameter.grad) for parameter in parameters]
+        return graph, inputs, terms, [(p, p.grad) for p in training.inverter.decoder.parameters()]
 
 
 def graph_key(training, images, features):

@@ -15,22 +15,21 @@ PROCESS_GROUPS = itertools.count()
 
 @contextmanager
 def join_processes(device):
-    """Yield (rank, world size, this process's device).
+    """Yield (rank, world size, this process's device): NCCL on CUDA, else gloo. Only rank 0 prints.
 
-    NCCL on CUDA, gloo on the CPU. Only rank 0 prints. Raises UserError for half an environment.
+    Raises UserError for half an environment.
     """
     text = os.environ["WORLD_SIZE"]
     advice = "start with torchrun, or unset WORLD_SIZE"
     if not re.fullmatch(r"[1-9]\d{0,5}", text):
         raise UserError(f"WORLD_SIZE is {text!r}, which is no number of processes: {advice}")
-    world = int(text)
     if device.type == "mps":
         raise UserError("--device mps: one process only; start it without torchrun")
     if missing := {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
-        raise UserError(f"WORLD_SIZE is {world}, but {', '.join(sorted(missing))} not set: {advice}")
+        raise UserError(f"WORLD_SIZE is {text}, but {', '.join(sorted(missing))} not set: {advice}")
     for name in ("RANK", "LOCAL_RANK"):
-        if not os.environ[name].isdecimal() or int(os.environ[name]) >= world:
-            raise UserError(f"{name} is {os.environ[name]!r}, should be 0 to {world - 1}: {advice}")
+        if not os.environ[name].isdecimal() or int(os.environ[name]) >= int(text):
+            raise UserError(f"{name} is {os.environ[name]!r}, should be below WORLD_SIZE, {text}: {advice}")
     if device.type == "cuda":
         device = select_device(f"cuda:{os.environ['LOCAL_RANK']}")
     store, rank, world = next(dist.rendezvous("env://"))

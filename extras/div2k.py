@@ -5,7 +5,6 @@ import os
 import shutil
 import stat
 import time
-import urllib.error
 import urllib.request
 import zipfile
 from pathlib import Path
@@ -22,60 +21,50 @@ DIV2K = (  # url, md5, bytes (None: as the server says)
 ATTEMPTS = 5
 
 
-def download_div2k(root, archives=None, bars=None):
+def download_div2k(root, archives=DIV2K, bars=None):
     """Download, verify and unpack DIV2K into `root`; what is already there is not fetched again.
 
     An interrupted download goes on where it stopped. Raises UserError when the server can't be reached
     or what it sends is not the archive.
     """
+    if root == "sample":
+        raise UserError("--download --data sample: the sample needs no download; give a folder for DIV2K")
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
-    for url, md5, size in archives or DIV2K:
-        name = url.rsplit("/", 1)[1]
-        with locked(root / f".{name}.lock"):  # a second run waits for the first one's download
-            if (root / Path(name).stem).is_dir():
-                print(f"{root / Path(name).stem} is there")
+    for url, md5, size in archives:
+        path = root / url.rsplit("/", 1)[1]
+        with locked(root / f".{path.name}.lock"):  # a second run waits for the first one's download
+            if path.with_suffix("").is_dir():
+                print(f"{path.with_suffix('')} is there")
                 continue
-            fetch(url, root / name, md5, size, bars=bars)
-            unpack(root / name, root, bars)
-            (root / name).unlink()
+            if not path.exists() or digest(path, "md5") != md5:
+                fetch(url, path, md5, size, bars)
+            unpack(path, root, bars)
+            path.unlink()
 
 
 def fetch(url, path, md5, size=None, bars=None):
-    """Download `url` to `path` through `path`.part, in at most ATTEMPTS parts, and check size and MD5.
-
-    Nothing is fetched if `path` is there and has that MD5.
-    """
-    if path.exists() and digest(path, "md5") == md5:
-        return
+    """Download `url` to `path` through `path`.part, in at most ATTEMPTS parts, and check size and MD5."""
     part = path.with_name(f"{path.name}.part")
     for attempt in range(ATTEMPTS):
         have = part.stat().st_size if part.exists() else 0
-        if have and have == size:
-            break
-        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
         try:
             with urllib.request.urlopen(request, timeout=30) as response:
-                if response.status != 206:  # the server sends all of it again
-                    have = 0
-                if "Content-Length" not in response.headers:
-                    raise ValueError("the server does not say how long it is")
+                have = have if response.status == 206 else 0  # else the server sends all of it again
                 total = have + int(response.headers["Content-Length"])
                 if size and total != size:
                     raise UserError(f"{url}: {total} bytes there, {size} expected")
-                bar = {"desc": path.name, "initial": have, "disable": bars}
-                bar |= {"unit": "B", "unit_scale": True, "unit_divisor": 1024}
+                bar = {"desc": path.name, "initial": have, "unit": "B", "unit_scale": True, "disable": bars}
                 with open(part, "ab" if have else "wb") as file:
                     with tqdm.wrapattr(file, "write", total, **bar) as shown:
                         shutil.copyfileobj(response, shown, 1 << 20)
             if part.stat().st_size == total:
                 break
             reason = f"connection closed after {part.stat().st_size} of {total} bytes"
-        except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing is left to send: what we have is whole or wrong
+        except (OSError, TypeError, http.client.HTTPException) as error:  # TypeError: without Content-Length
+            if getattr(error, "code", None) == 416:  # nothing is left to send: what we have is whole or wrong
                 break
-            reason = f"HTTP {error.code} {error.reason}"
-        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = str(error)
         time.sleep(attempt)
     else:
@@ -91,7 +80,6 @@ def unpack(path, root, bars=None):
 
     Raises UserError for members that are absolute, climb out with `..`, or are links.
     """
-    target = root / path.stem
     temporary = root / f".{path.stem}.unpacking"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -102,7 +90,7 @@ def unpack(path, root, bars=None):
                     raise UserError(f"{path}: unsafe member {member.filename!r}; nothing was unpacked")
             for member in tqdm(archive.infolist(), f"Unpacking {path.name}", unit="file", disable=bars):
                 archive.extract(member, temporary)
-        os.replace(temporary / path.stem, target)
+        os.replace(temporary / path.stem, root / path.stem)
     except (zipfile.BadZipFile, OSError) as error:
         raise UserError(f"{path}: cannot be unpacked ({error})") from None
     finally:

@@ -25,28 +25,26 @@ class FeatureCache(NamedTuple):
     features: np.ndarray  # float16 (K, N, C, h, w), memory-mapped
     places: list  # K of `places_by_image`
 
-    def batch(self, pass_index, image_indices):
-        """Features (B, C, h, w) in float32, tops, lefts and flips of these images.
+    def batch(self, pass_index, index):
+        """Features (B, C, h, w) in float16, and index, tops, lefts and flips, of the images `index`.
 
         pass_index: of the pass through the images; after K passes the crops come again.
         """
         kept = pass_index % len(self.places)
-        features = torch.from_numpy(self.features[kept, image_indices.cpu().numpy()])
-        return features.to(image_indices.device).float(), *(part[image_indices] for part in self.places[kept])
+        features = torch.from_numpy(self.features[kept, index.cpu().numpy()])
+        return features, index, *(part[index] for part in self.places[kept])
 
 
 def places_by_image(images, seed, pass_index, size):
     """Top, left and flip, (N,) each, that the plan of this pass draws for each image."""
     order, *drawn = epoch_plan(images.sizes, seed, pass_index, size, images.side)
-    of_image = order.argsort()
-    return [part[of_image] for part in drawn]
+    return [part[order.argsort()] for part in drawn]
 
 
 def cache_features(training, cache=None, bars=None):
-    """The FeatureCache of a Training, read from the folder `cache` or encoded into it.
+    """The FeatureCache of a Training, read from the folder `cache` or encoded into it; bars: tqdm's disable.
 
-    Says on stderr how much it writes and how long that takes. Raises UserError if the disk is too small or a
-    feature too large for float16.
+    Raises UserError if the disk is too small or a feature too large for float16.
     """
     config, images, inverter = training.config, training.train_images, training.inverter
     count, size = config["kept_crops"], config["crop"]
@@ -61,8 +59,7 @@ def cache_features(training, cache=None, bars=None):
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock")):  # another process waits, then finds it
             if not is_whole(path, size_on_disk):
-                check_disk(path, size_on_disk, training)
-                write_features(path, places, training, bars)
+                write_features(path, size_on_disk, places, training, bars)
     return FeatureCache(np.memmap(path, DTYPE, "r", shape=shape), places)
 
 
@@ -71,29 +68,20 @@ def is_whole(path, size):
     return path.exists() and path.stat().st_size == size
 
 
-def check_disk(path, size_on_disk, training):
-    """Remove what killed processes left; UserError if the disk is too small."""
+def write_features(path, size_on_disk, places, training, bars):
+    """Encode the crops at `places`, in the order of the images, into `path`; say how long it takes."""
     for old in leftovers(path):
         old.unlink()
-    free = shutil.disk_usage(path.parent).free
+    count, free = len(training.train_images), shutil.disk_usage(path.parent).free
     if free < size_on_disk:
-        what = f"--kept-crops {training.config['kept_crops']} of {len(training.train_images)} images"
-        raise UserError(
-            f"{path}: {what} take {size_on_disk / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left; fewer "
-            "of them, or another --cache"
-        )
-
-
-def write_features(path, places, training, bars):
-    """Encode the crops at `places`, in the order of the images, into the file at `path`."""
-    count = len(training.train_images)
+        need = f"--kept-crops {len(places)} of {count} images take {size_on_disk / 1e9:.2f} GB"
+        left = f"the disk has {free / 1e9:.2f} GB left; fewer of them, or another --cache"
+        raise UserError(f"{path}: {need}, {left}")
     parts = torch.arange(count).split(ENCODED)
     seconds = timed(training.device, lambda: encode(training, places[0], parts[0]), 1)
     minutes = seconds * len(parts) * len(places) / 60
-    print(
-        f"encoding {len(places)} crops of each of {count} images once, into {path}: about {minutes:.1f} min",
-        file=sys.stderr,
-    )
+    what = f"encoding {len(places)} crops of each of {count} images once, into {path}"
+    print(f"{what}: about {minutes:.1f} min", file=sys.stderr)
     bar = tqdm(None, "Encoding crops", len(places) * count, unit="crop", disable=bars)
     with bar, atomic(path) as temporary, open(temporary, "wb") as file:
         for where, part in itertools.product(places, parts):

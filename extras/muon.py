@@ -8,16 +8,13 @@ QUINTIC = (3.4445, -4.775, 2.0315)  # Jordan's: all singular values between 0.7 
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) over `params`, at the rate `lr`.
+    """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) over `params`, at rate `lr`.
 
-    The gradient of a weight is large in a few directions and small in most. Muon makes a step of about the
-    same length in all: of the gradients' running mean, as a matrix (out, all else), it takes the nearest
-    orthogonal one. Its elements change by 0.2 times the rate, about as by Adam (Liu et al. 2025,
-    arXiv 2502.16982), so rates are of the same order. What is no matrix, such as a bias, gets Adam's step.
-    In float32: torch's and timm's compute in bfloat16, which many CPUs have no arithmetic for.
-
-    A step is `orthogonalize_grads`, then `step`: the former is the same at any learning rate, so that a CUDA
-    graph can hold it (train.py).
+    A weight's gradient is large in a few directions and small in most; Muon takes steps of about the same
+    length in all: the nearest orthogonal matrix to the gradients' running mean (out, all else). Elements
+    change by 0.2 times the rate, about as by Adam (Liu et al. 2025, arXiv 2502.16982); biases and gains get
+    Adam's step. In float32: many CPUs have no bfloat16, which torch's and timm's Muon compute in. A step is
+    `orthogonalize_grads`, which needs no learning rate, so that a CUDA graph can hold it, and `step`.
     """
 
     def __init__(self, params, lr):
@@ -25,21 +22,19 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def orthogonalize_grads(self):
-        """Give each matrix, instead of its gradient, the direction that `step` takes."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None and is_matrix(parameter):
-                    parameter.grad = muon_step(parameter.grad, self.state[parameter])
+        """Replace the gradient of each matrix with the direction that `step` takes."""
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None and is_matrix(parameter):
+                parameter.grad = muon_step(parameter.grad, self.state[parameter])
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    change = parameter.grad
-                    if not is_matrix(parameter):
-                        change = adam_step(change, self.state[parameter])
-                    parameter.sub_(change, alpha=group["lr"])
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                update = parameter.grad
+                if not is_matrix(parameter):
+                    update = adam_step(update, self.state[parameter])
+                parameter.sub_(update, alpha=self.param_groups[0]["lr"])
 
 
 def is_matrix(parameter):
@@ -48,28 +43,28 @@ def is_matrix(parameter):
 
 
 def muon_step(gradient, state):
-    """What to subtract at a rate of 1 from a weight with this gradient, (out, …); state: of that weight."""
+    """The update, at a learning rate of 1, of a weight with this gradient, (out, …), and optimizer state."""
     if not state:
         state["mean"] = torch.zeros_like(gradient)
     state["mean"].lerp_(gradient, 1 - MOMENTUM)
-    ahead = gradient.lerp(state["mean"], MOMENTUM)  # Nesterov's
-    matrix = orthogonal(ahead.flatten(1))
+    matrix = orthogonal(gradient.lerp(state["mean"], MOMENTUM).flatten(1))  # Nesterov's
     return matrix.view_as(gradient) * (0.2 * max(matrix.shape) ** 0.5)
 
 
 def orthogonal(matrix):
     """About U Vᵀ of a matrix U S Vᵀ, by Newton and Schulz's iteration."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (wide.norm() + 1e-7)
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonal(matrix.T).T
+    x = matrix / (matrix.norm() + 1e-7)
+    a, b, c = QUINTIC
     for _ in range(5):
-        a, b, c = QUINTIC
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x
-    return x if wide is matrix else x.T
+    return x
 
 
 def adam_step(gradient, state):
-    """What to subtract at a rate of 1 from a parameter that is no matrix (Kingma & Ba 2015)."""
+    """The update, at a learning rate of 1, of a parameter that is no matrix (Kingma & Ba 2015)."""
     if not state:
         state |= {"step": 0, "mean": torch.zeros_like(gradient), "square": torch.zeros_like(gradient)}
     first, second = BETAS

@@ -1,4 +1,4 @@
-"""Reconstructions of one's own pictures: whole, at their own size, or their central square at 224×224."""
+"""Reconstructions of the user's images: whole, at their own size, or their central square at 224×224."""
 
 from collections import Counter
 from contextlib import suppress
@@ -15,21 +15,22 @@ from models import BUILDERS
 from report.pictures import MADE_BY, difference_image
 from utils import PROTOCOLS, UserError, atomic, digest, make_folder, out_of_memory
 
-WHOLE = 2**20  # pixels that are reconstructed in one go
-TILE = 512  # side of what is, of larger pictures, but for its margins
+WHOLE = 2**20  # pixels; larger images are reconstructed in tiles
+TILE = 512  # side of a tile without its margins
 TOLERANCE = 1e-4  # a fortieth of a grey level
-STRIP = 64  # height of the picture on which the reach of a network is measured
+STRIP = 64  # height of the image on which `reach` is measured
 
 
 def picture_files(paths):
-    """The image files of `paths`, and of folders among them but for our own. Raises UserError."""
+    """The image files of `paths`, files or folders, but for this program's results. Raises UserError."""
     files = []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"--images {path}: no such file or folder")
         data.check_name(path)
-        found = data.image_files(path) if path.is_dir() else [path]
-        found = [file for file in found if file == path or not mark_of(file).startswith(MADE_BY)]
+        found = [path]
+        if path.is_dir():
+            found = [file for file in data.image_files(path) if not mark_of(file).startswith(MADE_BY)]
         if not found:
             raise UserError(f"--images {path}: no images of yours in this folder that Pillow reads")
         files += found
@@ -37,17 +38,12 @@ def picture_files(paths):
 
 
 def read_square(file, size):
-    """The central square of the image file, scaled to size×size pixels, as a PIL image. Raises UserError."""
+    """The central square of an image file, scaled to size×size, as a PIL image. Raises UserError."""
     return ImageOps.fit(data.read_image(file), (size, size), Image.Resampling.BILINEAR)
 
 
 def reconstruct_pictures(args, inverter, config, bars=None):
-    """Write original | reconstruction | 5× difference of each of args.images to images/ beside the results.
-
-    Of `published`, the original is what its metrics see. Raises UserError for a file that would be replaced:
-    only a PNG that the same checkpoint made of the same picture, in the same way, ever is. A picture that
-    cannot be read or written stops no other; UserError names it in the end.
-    """
+    """Write original | reconstruction | 5× difference of args.images. Failures end in one UserError."""
     native = takes_any_size(inverter, config)
     if args.size == "native" and not native:
         names = f"{config['encoder']} {config['layer']} and {config['decoder']}"
@@ -60,17 +56,17 @@ def reconstruct_pictures(args, inverter, config, bars=None):
     made_by = f"{MADE_BY} {digest(args.ckpt)[:16]}{how}"
     jobs = list(zip(files, strip_paths(files, out, how), strict=True))
     for file, path in tqdm(jobs, "Checking", unit="image", leave=False, disable=bars):
+        # only the PNG that this checkpoint made of the same image in the same way is replaced
         if path.exists() and mark_of(path) != f"{made_by} of {digest(file)[:16]}":
-            raise UserError(f"{path}: would be overwritten; give another --out, or rename the picture")
+            raise UserError(f"{path}: would be overwritten; give another --out, or rename the image")
     failed = []
     for file, path in tqdm(jobs, "Reconstructing", unit="image", disable=bars):
         try:
-            picture = data.read_image(file) if native else read_square(file, inverter.size)
-            image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
-            image = image.to(inverter.device).float() / 255
+            image = data.read_image(file) if native else read_square(file, inverter.size)
+            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(inverter.device).float() / 255
             with torch.no_grad():
                 output = (reconstruct_whole(inverter, image) if native else inverter(image)).clamp(0, 1)
-            wanted = target(image, PROTOCOLS[config["protocol"]]).clamp(0, 1)
+            wanted = target(image, PROTOCOLS[config["protocol"]]).clamp(0, 1)  # what the metrics see
             pair = data.to_pixels(wanted)[0], data.to_pixels(output)[0]
             about = PngImagePlugin.PngInfo()
             about.add_text("Software", f"{made_by} of {digest(file)[:16]}")
@@ -82,11 +78,11 @@ def reconstruct_pictures(args, inverter, config, bars=None):
             failed.append(str(error))
             print(error)
     if failed:
-        raise UserError(f"{len(failed)} of {len(files)} pictures failed: {'; '.join(failed[:3])}")
+        raise UserError(f"{len(failed)} of {len(files)} images failed: {'; '.join(failed[:3])}")
 
 
 def strip_paths(files, out, how=""):
-    """The PNG in folder `out` for each of `files`; those of one name, whatever its case, are numbered."""
+    """A PNG in folder `out` for each of `files`; equal names, whatever their case, get numbers."""
     most = 235 - len(how)  # of the 255 bytes that a file's name may have
     stems = [file.stem.encode()[:most].decode(errors="ignore") for file in files]
     count = Counter(map(str.casefold, stems))
@@ -101,46 +97,34 @@ def strip_paths(files, out, how=""):
 
 
 def mark_of(path):
-    """What this program wrote into the PNG at `path` about its origin; "" where that cannot be read."""
-    with suppress(OSError, SyntaxError, ValueError), PngImagePlugin.PngImageFile(path) as picture:  # any size
-        return str(picture.info.get("Software", ""))
+    """The `Software` text of the PNG at `path`, by which this program knows its results; "" without one."""
+    with suppress(OSError, SyntaxError, ValueError), PngImagePlugin.PngImageFile(path) as image:  # any size
+        return str(image.info.get("Software", ""))
     return ""
 
 
-# --- Any size --------------------------------------------------------------------------------------------
-
-
 def takes_any_size(inverter, config):
-    """Whether what it reconstructs can be a picture of any size, and part by part.
-
-    The decoder is local, and its image is as many times its features as the stride says: not of AlexNet's 27
-    positions, whose last step stretches them to 224. The encoder has a position more for a stride more on
-    either side: not ViT, which takes no such image.
-    """
+    """Whether images of any size can be reconstructed, and in tiles."""
     _, height, width = inverter.shape
     stride = inverter.stride
+    # the decoder sees all positions, or stretches its image to 224, as for AlexNet's 27 positions
     if not BUILDERS[config["decoder"]].local or (height * stride, width * stride) != (inverter.size,) * 2:
         return False
     try:
         return inverter.shape_at(inverter.size + stride)[1:] == (height + 1, width + 1)
-    except Exception as error:  # each network has its own
+    except Exception as error:  # the encoder, such as a ViT, takes no larger image
         if out_of_memory(error):
             raise
         return False
 
 
 def reconstruct_whole(inverter, image, whole=WHOLE, tile=TILE):
-    """The reconstruction (1, 3, H, W) of an image (1, 3, H, W) in [0, 1] of any size.
-
-    Sides that the layer's stride does not divide are padded by reflection, and cut again. What has more than
-    `whole` pixels is done in tiles, each with as much around it as matters to it, so that there are no seams.
-    """
+    """Reconstruct an image (1, 3, H, W) in [0, 1] of any size, in tiles if larger than `whole` pixels."""
     height, width = image.shape[2:]
-    stride = inverter.stride
-    padded = pad_to_multiple(image, stride)
+    padded = pad_to_multiple(image, inverter.stride)
     if padded.shape[2] * padded.shape[3] <= whole:
         return inverter(padded)[..., :height, :width]
-    margin = reach(inverter)
+    margin = reach(inverter)  # so that no seams are seen
     output = torch.empty_like(padded)
     for top in range(0, padded.shape[2], tile):
         for left in range(0, padded.shape[3], tile):
@@ -152,25 +136,20 @@ def reconstruct_whole(inverter, image, whole=WHOLE, tile=TILE):
 
 
 def pad_to_multiple(image, stride):
-    """The image (1, 3, H, W), its right and lower sides padded by reflection to multiples of `stride`."""
+    """The image (1, 3, H, W), padded by reflection at the right and bottom to multiples of `stride`."""
     rows, columns = (np.pad(np.arange(side), (0, -side % stride), "reflect") for side in image.shape[2:])
     return image[:, :, rows][..., columns]
 
 
 def reach(inverter):
-    """From how many pixels away a pixel is changed by more than TOLERANCE; a multiple of the stride.
-
-    Measured: two pictures of noise that are the same in their right half only.
-    """
-    draw = torch.Generator().manual_seed(0)
+    """The distance, a multiple of the stride, from which a pixel changes another by more than TOLERANCE."""
+    generator = torch.Generator().manual_seed(0)
     for width in (512, 1024, 2048, 4096):
         half = width // 2
-        a, b = torch.rand(2, 1, 3, STRIP, width, generator=draw).to(inverter.device)
-        b[..., half:] = a[..., half:]
+        a, b = torch.rand(2, 1, 3, STRIP, width, generator=generator).to(inverter.device)
+        b[..., half:] = a[..., half:]  # noise that differs in the left half only
         changed = (inverter(a) - inverter(b)).abs().amax((0, 1, 2)) > TOLERANCE
         last = int((changed * torch.arange(1, width + 1, device=changed.device)).max()) - half
         if last <= half // 2:  # well before the end
-            break
-    else:
-        raise UserError("the picture is too large for one piece, and each part matters to all: --size 224")
-    return -(-max(last, 1) // inverter.stride) * inverter.stride
+            return -(-max(last, 1) // inverter.stride) * inverter.stride
+    raise UserError("the image is too large for one piece, and each part matters to all: use --size 224")

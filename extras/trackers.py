@@ -20,16 +20,13 @@ from utils import METRICS
 class Tracker:
     """Draws curves.png after each epoch, and writes it for TensorBoard, into the run's folder `out`.
 
-    kind `none`: draws alone. wandb: Weights & Biases reads what TensorBoard gets, into its project
-    `feature-inversion` and `out`/wandb. It can't stop a training: whatever goes wrong (a package is missing,
-    the disk full, the network down) is one warning on stderr, and it is off from then on. It draws no random
-    numbers.
+    kind: `tensorboard`; `wandb`, which takes what TensorBoard gets into its project `feature-inversion`; or
+    `none`. It can't stop a training: what goes wrong (no package, no network, a full disk) is one warning on
+    stderr, and it is off from then on. It draws no random numbers.
     """
 
     def __init__(self, kind, out, config):
-        self.kind = kind
-        self.out = Path(out)
-        self.config = config
+        self.kind, self.out, self.config = kind, Path(out), config
         self.opened = ExitStack()
         self.writer = None
 
@@ -38,7 +35,7 @@ class Tracker:
 
         better: it has the lowest validation loss so far, so that its metrics are the run's.
         """
-        row = history[-1]
+        row, epoch = history[-1], history[-1]["epoch"]
         draw_curves(history, self.out / "curves.png")
         if self.kind == "none":
             return
@@ -49,20 +46,20 @@ class Tracker:
                 scalars[f"best/{name}"] = row[f"val_{name}"]
         try:
             if self.writer is None:  # only now, so that a run that never gets this far leaves nothing
-                self.open(row["epoch"])
+                self.open(epoch)
             for name, value in scalars.items():
                 if not math.isnan(value):
-                    self.writer.add_scalar(name, value, row["epoch"])
+                    self.writer.add_scalar(name, value, epoch)
             picture = validation_grid(targets, outputs)
-            self.writer.add_image("validation: original, reconstruction", picture, row["epoch"])
-            self.writer.flush()  # raises what its thread has met
+            self.writer.add_image("validation: original, reconstruction", picture, epoch)
+            self.writer.flush()  # raises errors of its thread
         except Exception as error:  # each package has its own
             warn(self.kind, error)
             self.close()
             self.kind = "none"
 
     def open(self, epoch):
-        """Begin with `epoch`: those of the same number, of an epoch that was interrupted, are void."""
+        """Begin with `epoch`; what an interrupted epoch wrote under the same number is void."""
         if self.kind == "wandb":
             import wandb
 
@@ -70,16 +67,13 @@ class Tracker:
             before = latest.resolve().name.rsplit("-", 1)[1] if epoch > 1 and latest.exists() else None
             about = {"project": "feature-inversion", "name": self.out.name, "dir": self.out}
             about |= {"config": self.config, "id": before, "resume": "allow", "sync_tensorboard": True}
-            # Without a time limit it would wait for a network for ever.
-            settings = wandb.Settings(console="off", finish_timeout=60)
+            settings = wandb.Settings(console="off", finish_timeout=60)  # else it may wait for ever
             self.opened.callback(wandb.init(**about, settings=settings).finish)
         from torch.utils.tensorboard.summary import hparams
 
         self.writer = self.opened.enter_context(summary_writer(self.out, purge_step=epoch))
-        values = {
-            key: value if isinstance(value, (int, float, str)) else str(value)
-            for key, value in self.config.items()
-        }
+        plain = (int, float, str)
+        values = {key: v if isinstance(v, plain) else str(v) for key, v in self.config.items()}
         final = dict.fromkeys([f"best/{name}" for name in TERMS] + [f"test/{name}" for name in METRICS])
         for summary in hparams(values, final):  # not add_hparams, which makes a run of its own
             self.writer.file_writer.add_summary(summary)
@@ -97,7 +91,7 @@ def warn(kind, error):
 
 @contextmanager
 def summary_writer(out, **options):
-    """torch's SummaryWriter of folder `out`, whose thread prints no errors: `flush` raises them again."""
+    """torch's SummaryWriter for the folder `out`. Its thread prints no errors; `flush` raises them."""
     from torch.utils.tensorboard import SummaryWriter
 
     def report(failure):
@@ -113,15 +107,15 @@ def summary_writer(out, **options):
 
 
 def add_test_metrics(out, epoch, means):
-    """Add `means`, {metric: value}, to the TensorBoard run in folder `out`, in place of earlier ones.
+    """Replace the test metrics of the TensorBoard run in `out`, if there is one, by `means`, {metric: value}.
 
-    Nothing is done where there is no such run, and a failure is one warning on stderr.
+    A failure is one warning on stderr.
     """
-    before = list(Path(out).glob(f"{EVENTS}.test"))
-    if len(before) == len(list(Path(out).glob(EVENTS))):
+    earlier = list(Path(out).glob(f"{EVENTS}.test"))
+    if len(earlier) == len(list(Path(out).glob(EVENTS))):  # no run
         return
     try:
-        for path in before:
+        for path in earlier:
             path.unlink()
         with summary_writer(out, filename_suffix=".test") as writer:
             for name, value in means.items():
@@ -138,17 +132,14 @@ def validation_grid(targets, outputs):
 
 def draw_curves(history, path):
     """Loss, PSNR and learning rate over the epochs, as a picture."""
+    panels = {"loss": ("train_loss", "val_loss"), "PSNR (dB)": ("train_psnr", "val_psnr")}
+    panels["learning rate"] = ("lr",)
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    loss, psnr, lr = figure.subplots(1, 3)
-    for axis, label, columns in (
-        (loss, "loss", ("train_loss", "val_loss")),
-        (psnr, "PSNR (dB)", ("train_psnr", "val_psnr")),
-        (lr, "learning rate", ("lr",)),
-    ):
+    for axis, (label, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for column in columns:
             axis.plot(epochs, [row[column] for row in history], ".-", label=column.replace("_", " "))
-        axis.set(xlabel="epoch", ylabel=label, yscale="linear" if axis is psnr else "log")
+        axis.set(xlabel="epoch", ylabel=label, yscale="linear" if label == "PSNR (dB)" else "log")
         axis.grid(alpha=0.3)
         axis.legend()
     save_figure(figure, path, dpi=110)

@@ -14,6 +14,7 @@ from utils import UserError, digest, user_files
 
 INSTALLED = re.compile(rf"{re.escape(sysconfig.get_path('stdlib'))}|.*(site|dist)-packages")
 HERE = Path(__file__).resolve().parent.parent
+OURS = {HERE / name for name in ("", "extras", "report", "bench")}
 NEIGHBOURS = {}  # {FILE.py: {path: SHA-256}} of users' modules that it imported
 BEFORE = set()  # names of the modules that were there when the first FILE.py ran
 
@@ -53,7 +54,7 @@ def neighbours_first(file):
         for name in sorted(filter(place_of, sys.modules)):
             place = place_of(name)
             shown = Path(file).parent / place.relative_to(folder) if folder in place.parents else place
-            if place.is_file() and (name not in hidden or place.parent != HERE):
+            if place.is_file() and (name not in hidden or place.parent not in OURS):
                 found[str(shown)] = digest(place)
             del sys.modules[name]
         sys.modules.update(hidden)
@@ -75,6 +76,6 @@ def user_code_sha256(encoder):
     for file in user_files(encoder):
         found |= {file: digest(file)} | NEIGHBOURS[file]
         for name in sorted(sys.modules.keys() - BEFORE):  # that `forward` imports
-            if (place := place_of(name)) and place.is_file() and place.parent != HERE:
+            if (place := place_of(name)) and place.is_file() and place.parent not in OURS:
                 found[str(place)] = digest(place)
     return found

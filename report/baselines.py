@@ -19,18 +19,12 @@ def thumbnail(side, targets, mean):
     return F.interpolate(reduced, targets.shape[2:], mode="bicubic").clamp(0, 1)
 
 
-def thumbnail_name(side):
-    return f"thumbnail {side} × {side}"
-
-
-# Of the maps of the study's layers, from the deepest on: VGG16's, ResNet34's, ViT's and AlexNet's.
-SIDES = (6, 7, 13, 14, 27, 28, 56, 112)
+SIDES = (6, 7, 13, 14, 27, 28, 56, 112)  # of the maps of the study's layers
 # By name, what makes images of targets, (B, 3, H, W) in [0, 1] both, and of all, their mean colour.
 BASELINES = {
     "constant colour": lambda targets, mean: mean.expand_as(targets),  # one for all images
     "mean colour": lambda targets, mean: targets.mean((2, 3), keepdim=True).expand_as(targets),
-}
-BASELINES |= {thumbnail_name(side): partial(thumbnail, side) for side in SIDES}
+} | {f"thumbnail {side} × {side}": partial(thumbnail, side) for side in SIDES}
 
 
 @torch.no_grad()
@@ -55,20 +49,19 @@ def measure_baselines(images, device, batch_size=4, bars=None, protocol=DOCUMENT
     return {name: {key: np.array(found[key]) for key in METRICS} for name, found in values.items()}
 
 
-def write_baselines(source, out, protocol, device, batch_size=4, cache=None, bars=None):
+def write_baselines(source, out, protocol, device, *, batch_size=4, cache=None, bars=None):
     """Measure the baselines on the test images of `source`, print them, write baselines.json to folder `out`.
 
-    And each one's results, as a run's, to a folder in `out`/baselines, for `evaluate.py --compare`.
+    `evaluate.py --compare` reads the results of each, as a run's, in a folder in `out`/baselines.
     """
     about = {"data": source, "protocol": protocol.name}
     refuse_other_results(out, ("baselines.json",), about)
     path = make_folder(out) / "baselines.json"
-    images = data.load_split(source, "test", cache, protocol, bars)
-    found = measure_baselines(images, device, batch_size, bars, protocol)
+    images = data.load_split(source, "test", cache, protocol, bars=bars)
     about |= {"images": len(images), "size": IMAGE_SIZE}
     print(f"Baselines, protocol {protocol.name}; {len(images)} test images of {source}")
     summaries = {}
-    for name, values in found.items():
+    for name, values in measure_baselines(images, device, batch_size, bars, protocol).items():
         summaries[name] = {metric: summary(value) for metric, value in values.items()}
         print(summary_table(summaries[name], name))
         folder = make_folder(out / "baselines" / name.replace(" × ", "x").replace(" ", "_"))

@@ -18,10 +18,10 @@ SAME = ("data", "protocol", "images", "size")  # of two runs, or their differenc
 
 
 class Measured(NamedTuple):
-    """What the seeds of a configuration measured on the same images."""
+    """What the seeds of a run measured on the same images."""
 
     name: str
-    about: dict  # what of metrics.json says which images, and how they were measured
+    about: dict  # SAME of metrics.json
     images: list  # their names
     values: dict  # {metric: float64 (seeds, images)}
 
@@ -29,11 +29,9 @@ class Measured(NamedTuple):
 def compare(folders, out):
     """Print how each run differs from the first, and write the table and figure to the folder `out`.
 
-    folders: of runs, or of runs of several seeds, FOLDER/seed1 and so on. Raises UserError where they were
-    not measured on the same images, by the same protocol.
+    folders: of runs, or of their seeds, FOLDER/seed1 and so on. Raises UserError.
     """
-    runs = [read_runs(Path(folder)) for folder in folders]
-    first, *others = runs
+    first, *others = [read_runs(Path(folder)) for folder in folders]
     rows = []
     for run in others:
         refuse_other_images(first, run)
@@ -54,18 +52,19 @@ def read_runs(folder):
     for part in parts[1:]:
         refuse_other_images(parts[0], part)
     values = {name: np.concatenate([part.values[name] for part in parts]) for name in METRICS}
-    return Measured(str(folder), parts[0].about, parts[0].images, values)
+    return parts[0]._replace(name=str(folder), values=values)
 
 
 def read_run(folder):
-    """The Measured of one evaluation, of one seed. Raises UserError for a folder that holds none."""
+    """The Measured of one evaluation. Raises UserError."""
     with reading(f"--compare {folder}: not results of this program", "evaluate again"):
         found = read_result(folder / "metrics.json")
         with open(folder / "per_image.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         values = {name: np.array([[float(row[name]) for row in rows]]) for name in METRICS}
-        about = {key: found[key] for key in SAME}
-        return Measured(str(folder), about, [row["image"] for row in rows], values)
+        return Measured(
+            str(folder), {key: found[key] for key in SAME}, [row["image"] for row in rows], values
+        )
 
 
 def refuse_other_images(a, b):
@@ -82,7 +81,7 @@ def difference(a, b, lower):
     """b − a over images, (seeds, images) each: mean, 95 % interval, and the share of images that b won.
 
     The variance of the mean is that of the images, paired, and of the seeds on either side; the interval is
-    Student's t, its degrees of freedom by Welch and Satterthwaite. lower: what is lower is better.
+    Student's t, its degrees of freedom by Welch and Satterthwaite. lower: whether lower is better.
     """
     by_image = b.mean(0) - a.mean(0)
     mean, images = by_image.mean(), len(by_image)
@@ -100,20 +99,18 @@ def difference(a, b, lower):
 
 
 def print_table(rows):
-    """For the screen; differences whose interval, over images and seeds, has no 0 in it are marked."""
+    """Print the differences; * marks an interval over images and seeds without 0."""
     print(f"against {rows[0]['against']}; 95 % intervals, * where 0 lies outside; share of images won")
     longest = max(len(row["run"]) for row in rows)
     for row in rows:
         sure = "*" if row["interval"] == ALL and (row["low"] > 0 or row["high"] < 0) else " "
         between = f"[{row['low']:+.4f}, {row['high']:+.4f}]".replace("+nan", "–")
-        print(
-            f"{row['run']:<{longest}}  {METRICS[row['metric']]:<12}{row['difference']:>+10.4f}{sure} "
-            f"{between}  {row['won']:>4.0%}  {row['interval']}"
-        )
+        values = f"{METRICS[row['metric']]:<12}{row['difference']:>+10.4f}{sure} {between}"
+        print(f"{row['run']:<{longest}}  {values}  {row['won']:>4.0%}  {row['interval']}")
 
 
 def draw(rows, path):
-    """Differences and their intervals, a panel a metric."""
+    """Draw the differences and their intervals, a panel for each metric."""
     names = list(dict.fromkeys(f"{drawable(row['run'])}\n{row['interval']}" for row in rows))
     figure = Figure(figsize=(12, 1.2 + 0.5 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(METRICS), sharey=True)
@@ -122,8 +119,8 @@ def draw(rows, path):
             half = row["high"] - row["difference"]
             axis.errorbar(row["difference"], place, xerr=half, fmt="o", color="black", capsize=3)
         axis.axvline(0, color="grey", linewidth=1)
-        axis.set(xlabel=f"difference of {label}", yticks=range(len(names)))
-        axis.set_yticklabels(names)
+        axis.set_xlabel(f"difference of {label}")
+        axis.set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()  # they share it
     figure.suptitle(drawable(f"against {rows[0]['against']}"))
     save_figure(figure, path)

@@ -1,24 +1,28 @@
-"""The experiments of a folder side by side, published and measured: a table, a chart and a page."""
+"""The experiments of a folder side by side, published and measured: a table, charts and a page."""
 
 import base64
-import csv
 import io
 import json
 import math
-import zipfile
+import re
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from checkpoint import reading, seed_folders
-from report.pictures import draw_grid, drawable, save_figure
-from report.results import is_experiment, joined, read_history, result_rows
-from utils import IMAGE_SIZE, METRICS, UserError, evenly_spaced, write_csv, write_text
+from report.pictures import draw_grid, drawable, save_figure, svg
+from report.results import DIGITS, result_rows
+from utils import METRICS, UserError, evenly_spaced, write_csv, write_text
 
-DIGITS = {"psnr": 2, "ssim": 3, "lpips": 3}
 PAGE = Path(__file__).with_name("page.html")
+COLUMNS = METRICS | {"parameters": "parameters", "minutes": "training", "inference_ms": "inference"}
+CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "val_psnr": "validation PSNR (dB)"}
+ABOUT = (
+    "Each cell: published → measured; protocol documented unless a note says another. training: minutes, "
+    "with validation, without what --kept-crops encodes; inference: milliseconds for an image by itself. "
+    "Published times: an RTX 3090."
+)
 
 
 def write_report(runs):
@@ -27,61 +31,62 @@ def write_report(runs):
     if not runs.is_dir():
         raise UserError(f"--report {runs}: no such folder; run_all.sh fills it")
     rows = result_rows(runs)
-    images = test_images(runs, rows)
+    images = test_images(rows)
+    curves = draw_curves({row["experiment"]: row.pop("history", {}) for row in rows})
     columns = list(dict.fromkeys(key for row in rows for key in row))
     columns.sort(key=lambda key: key == "note")  # last
     write_csv(runs / "results.csv", columns, [[row.get(key) for key in columns] for row in rows])
     table = results_table(rows)
     write_text(runs / "results.md", table)
-    draw_results(rows, runs / "results.png")
+    bars = draw_results(rows, runs / "results.png")
     (runs / "grid.png").unlink(missing_ok=True)
     if images:
         draw_images(images, runs / "grid.png")
-    write_text(runs / "report.html", page(runs, rows, images))
+    write_text(runs / "report.html", page(rows, images, svg(bars), svg(curves)))
     print(f"{table}\n{runs / 'report.html'} shows them in a browser")
 
 
-# --- The table and the pictures --------------------------------------------------------------------------
+def test_images(rows):
+    """The test images of result_rows, each once, with its reconstruction by each experiment."""
+    found = {}
+    for row in rows:
+        for name, original, run in row.pop("images", []):
+            data = f"{row['data']}, {row['size']}×{row['size']}, protocol {row['protocol']}"
+            image = {"name": name, "data": data, "original": original, "runs": {}}
+            found.setdefault((name, data), image)["runs"][row["experiment"]] = run
+    return list(found.values())
+
+
+def cells(row):
+    """{heading: text} of a row."""
+    found = {"experiment": row["experiment"]}
+    for key, label in COLUMNS.items():
+        values = row.get(f"published_{key.removesuffix('_ms')}"), row.get(key)
+        found[label] = " → ".join(cell(value, DIGITS.get(key, 1)) for value in values)
+    return found | {"seed": row.get("seed", "–"), "data": row.get("data", "–"), "note": row["note"]}
+
+
+def cell(value, digits):
+    if isinstance(value, float):
+        return f"{value:,.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else value or "–"
 
 
 def results_table(rows):
     """The results as Markdown."""
-    headings = [*METRICS.values(), "parameters", "training", "inference", "seed", "data", "note"]
-    lines = [
-        "Each cell: published → measured; protocol documented unless a note says another. training: minutes, "
-        "with validation, without what --kept-crops encodes; inference: milliseconds for an image by itself. "
-        "Published times: an RTX 3090.",
-        "",
-        f"| experiment | {' | '.join(headings)} |",
-        f"| --- |{' --- |' * len(headings)}",
-    ]
-    for row in rows:
-        cells = [row["experiment"]]
-        for metric in METRICS:
-            digits = DIGITS[metric]
-            cells.append(f"{cell(row.get(f'published_{metric}'), digits)} → {cell(row.get(metric), digits)}")
-        cells.append(f"{row.get('published_parameters') or '–'} → {cell(row.get('parameters'), 0)}")
-        cells.append(f"{cell(row.get('published_minutes'), 0)} → {cell(row.get('minutes'), 1)}")
-        cells.append(f"{row.get('published_inference') or '–'} → {cell(row.get('inference_ms'), 1)}")
-        cells += [str(row.get("seed", "–")), row.get("data", "–"), row["note"]]
-        lines.append("| " + " | ".join(text.replace("|", "/") for text in cells) + " |")
+    table = [cells(row) for row in rows]
+    lines = [ABOUT, "", f"| {' | '.join(table[0])} |", f"|{' --- |' * len(table[0])}"]
+    for texts in table:
+        lines.append("| " + " | ".join(text.replace("|", "/") for text in texts.values()) + " |")
     return "\n".join(lines) + "\n"
 
 
-def cell(value, digits):
-    """A number of a table, `–` where there is none."""
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def other_weights(row):
-    """A mark for a row whose encoder has not ImageNet's weights."""
-    return "" if row.get("weights", "imagenet") == "imagenet" else " *"
-
-
 def draw_results(rows, path):
-    """Published and measured metrics of the experiments as bars, the baselines as dashed lines."""
-    baselines = [row for row in rows if not is_experiment(row) and row["experiment"].endswith(" colour")]
-    rows = [row for row in rows if is_experiment(row)]
+    """Draw published and measured metrics of the experiments as bars, the baselines as dashed lines."""
+    baselines = [row for row in rows if row["experiment"] in ("constant colour", "mean colour")]
+    rows = [row for row in rows if "published_psnr" in row]
+    marks = [" *" if row.get("weights", "imagenet") != "imagenet" else "" for row in rows]
+    names = [drawable(row["experiment"]) + mark for row, mark in zip(rows, marks, strict=True)]
     figure = Figure(figsize=(14, 0.3 * len(rows) + 0.5), layout="constrained")
     places = np.arange(len(rows))
     panels = figure.subplots(1, len(METRICS), sharey=True)
@@ -92,81 +97,46 @@ def draw_results(rows, path):
         for number, row in enumerate(baselines, 4):  # the bars are C0 and C1
             axis.axvline(row[metric], color=f"C{number}", linestyle="--", label=row["experiment"])
         axis.set_xlabel(label)
-        axis.set_yticks(places, [drawable(row["experiment"]) + other_weights(row) for row in rows])
+        axis.set_yticks(places, names)
         axis.invert_yaxis()
-    title = "* not ImageNet's weights" if any(map(other_weights, rows)) else None
+    title = "* not ImageNet's weights" if any(marks) else None
     handles = axis.get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=2 + len(baselines), title=title)
     save_figure(figure, path)
+    return figure
+
+
+def draw_curves(histories):
+    """A figure of the CURVES; histories: {experiment: {column: a number for each epoch}}."""
+    histories = {name: history for name, history in histories.items() if CURVES.keys() <= history.keys()}
+    figure = Figure(figsize=(14, 4 + 0.1 * len(histories)), layout="constrained")
+    for axis, (column, label) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
+        for number, (name, history) in enumerate(histories.items()):
+            style = {"color": f"C{number % 10}", "linestyle": ("-", "--", ":", "-.")[number // 10 % 4]}
+            axis.plot(history["epoch"], history[column], marker=".", label=drawable(name, 40), **style)
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
 
 
 def draw_images(images, path, count=6):
-    """The originals of `count` of test_images' `images`, above what each experiment made of them."""
+    """Draw the originals of `count` of the test_images above their reconstructions."""
     chosen = [images[i] for i in evenly_spaced(len(images), count)]
-    grid = {"original": [(decoded(image["original"]), image["name"]) for image in chosen]}
+    grid = {"original": [(image["original"], image["name"]) for image in chosen]}
     for name in dict.fromkeys(name for image in chosen for name in image["runs"]):
         runs = [image["runs"].get(name) for image in chosen]
-        grid[name] = [run and (decoded(run["picture"]), f"{run['psnr']:.2f} dB") for run in runs]
+        grid[name] = [run and (run["picture"], f"{run['metrics'][METRICS['psnr']]} dB") for run in runs]
+    for line in grid.values():
+        line[:] = [cell and (Image.open(io.BytesIO(cell[0])), cell[1]) for cell in line]
     draw_grid(grid, path)
 
 
-def decoded(text):
-    """The PIL image of a JPEG in base64."""
-    return Image.open(io.BytesIO(base64.b64decode(text)))
-
-
-# --- The page --------------------------------------------------------------------------------------------
-
-
-def page(runs, rows, images):
-    """report.html with the rows, curves and test images of the folder `runs` in it: it needs nothing else."""
-    names = [row["experiment"] for row in rows if is_experiment(row)]
-    histories = {name: read_history(seed_folders(runs / name)[0])[0] for name in names}
-    content = json.dumps({"rows": rows, "histories": histories, "images": images}, allow_nan=False)
-    # Every < is escaped, so that no name of a file can end the script element that the JSON stands in.
-    return PAGE.read_text(encoding="utf-8").replace("{{CONTENT}}", content.replace("<", "\\u003c"))
-
-
-def test_images(runs, rows):
-    """The test images that evaluations left, each once, with every experiment's reconstruction and metrics.
-
-    [{"name", "data", "original": JPEG in base64, "runs": {experiment: {"picture": the same, metric: value}}}]
-    A file that cannot be read is named in the `note` of its row.
-    """
-    images = {}
-    for row in rows:
-        path = seed_folders(runs / row["experiment"])[0] / "reconstructions.zip"
-        if not is_experiment(row) or "data" not in row or not path.exists():
-            continue
-        source = row["data"]
-        if row["protocol"] != "documented":
-            source += f", protocol {row['protocol']}"
-        if row["size"] != IMAGE_SIZE:
-            source += f", {row['size']}×{row['size']}"
-        try:
-            with reading(f"{path.name}: damaged, or not per_image.csv's", "evaluate again"):
-                for name, original, run in reconstructions(path):
-                    image = {"name": name, "data": source, "original": original, "runs": {}}
-                    images.setdefault((source, name), image)["runs"][row["experiment"]] = run
-        except UserError as error:
-            row["note"] = joined(row["note"], str(error))
-    return list(images.values())
-
-
-def reconstructions(path):
-    """(name, original, {"picture", metric: value}) of each image in the zip at `path`, in base64."""
-    with open(path.with_name("per_image.csv"), newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    with zipfile.ZipFile(path) as archive:
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise ValueError("evaluate.py compresses nothing")
-        pictures = {name: base64.b64encode(archive.read(name)).decode() for name in archive.namelist()}
-    found = []
-    for number in sorted({name.split("-")[0] for name in pictures}):
-        row = rows[int(number)]
-        run = {metric: float(row[metric]) for metric in METRICS}
-        if not all(math.isfinite(value) for value in run.values()):
-            raise ValueError(f"a metric of {row['image']} is not finite")
-        run["picture"] = pictures[f"{number}-reconstruction.jpg"]
-        found.append((row["image"], pictures[f"{number}-original.jpg"], run))
-    return found
+def page(rows, images, bars, curves):
+    """The text of report.html, which needs no other file; bars, curves: SVG."""
+    rows = sorted(rows, key=lambda row: ("psnr" not in row) + (row["note"] == "not run"))  # these last
+    content = {"rows": [cells(row) for row in rows], "images": images}
+    content = json.dumps(content, default=lambda jpeg: base64.b64encode(jpeg).decode())
+    # With every < escaped, no name of a file can end the script element around the JSON.
+    parts = {"ABOUT": ABOUT, "BARS": bars, "CURVES": curves, "CONTENT": content.replace("<", "\\u003c")}
+    return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], PAGE.read_text(encoding="utf-8"))

@@ -1,7 +1,9 @@
 """What a person looks at: pictures beside each other, and figures of the metrics."""
 
+import io
 import zipfile
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -26,6 +28,14 @@ def save_figure(figure, path, dpi=100):
     """Write a matplotlib figure to `path`, whole or not at all."""
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=dpi, metadata={"Software": MADE_BY})
+
+
+def svg(figure):
+    """A matplotlib figure as an SVG element, for a page."""
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text stays text
+        figure.savefig(text, format="svg")
+    return text.getvalue()[text.getvalue().index("<svg") :]
 
 
 def drawable(text, most=60):
@@ -80,8 +90,8 @@ def draw_histograms(values, path):
     """How the metrics, {metric: (N,)}, are distributed over the test images."""
     figure = Figure(figsize=(10, 3), layout="constrained")
     for axis, (name, label) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
-        mean = values[name].mean()
         axis.hist(values[name], bins=20)
+        mean = values[name].mean()
         axis.axvline(mean, color="black", linestyle="--", label=f"mean {mean:.3f}")
         axis.set(xlabel=label, ylabel="images")
         axis.legend()
@@ -89,11 +99,10 @@ def draw_histograms(values, path):
 
 
 def draw_iterations(iterates, path, trained):
-    """Means of METRICS_AND_FEATURE_ERROR after each iteration; iterates: {figure: (N,)} of each, trained: as in training."""
+    """Means after each iteration; iterates: {metric: (N,)} of each; trained: iterations of the training."""
+    labels = METRICS_AND_FEATURE_ERROR
     figure = Figure(figsize=(12, 3), layout="constrained")
-    for axis, (name, label) in zip(
-        figure.subplots(1, len(METRICS_AND_FEATURE_ERROR)), METRICS_AND_FEATURE_ERROR.items(), strict=True
-    ):
+    for axis, (name, label) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
         axis.plot([values[name].mean() for values in iterates], marker="o")
         axis.axvline(trained, color="black", linestyle="--", label="trained with")
         axis.set(xlabel="iterations", ylabel=label)
@@ -103,15 +112,13 @@ def draw_iterations(iterates, path, trained):
 
 
 def write_samples(pictures, path, count=24):
-    """A zip of `count` evenly spaced ones of `pictures`, {number: (target, reconstruction)}, for the page.
+    """A zip of `count` of the `pictures`, {number: (target, reconstruction)}, which results.py reads.
 
-    The members are N-original.jpg and N-reconstruction.jpg, N being the image's number, its row in
-    per_image.csv, from 0 (report.py reads them).
+    It holds N-original.jpg and N-reconstruction.jpg; N is the image's row in per_image.csv, from 0.
     """
     numbers = np.array(list(pictures))
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         for number in numbers[evenly_spaced(len(numbers), count)]:
             for kind, pixels in zip(("original", "reconstruction"), pictures[number], strict=True):
-                # with full colour, for 5× differences
-                with archive.open(f"{number:05}-{kind}.jpg", "w") as file:
+                with archive.open(f"{number:05}-{kind}.jpg", "w") as file:  # with full colour
                     Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=90, subsampling=0)

@@ -10,15 +10,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two t
 import lpips
 import pytest
 import torch
-from made_up import page_content, write_runs
 from PIL import Image
 
 import data
+import encoders
 import evaluate
 import invert
 import train
 import utils
-import weights
 from flags import parse_evaluate, parse_invert, parse_train
 
 REPOSITORY = Path(__file__).parent.parent
@@ -63,7 +62,7 @@ def reference_lpips():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    state = weights.imagenet_weights("alexnet")
+    state = encoders.imagenet_weights("alexnet")
     trunk = {key.split(".", 1)[1]: key for key in net.net.state_dict()}  # "0.weight" → "slice1.0.weight"
     net.net.load_state_dict(
         {trunk[key.removeprefix("features.")]: state[key] for key in state if "features" in key}
@@ -133,7 +132,7 @@ def run_invert():
 
 def status(main):
     try:
-        utils.run(main)
+        utils.cli_main(main)
     except SystemExit as exit:
         return exit.code
     return 0
@@ -164,17 +163,3 @@ def trained(photos, tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(trained):
     return torch.load(trained / "best.pt", weights_only=True)
-
-
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """A folder of experiments with made-up numbers; not to be changed."""
-    folder = tmp_path_factory.mktemp("runs")
-    write_runs(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def content(runs):
-    """The data that the page carries."""
-    return page_content(runs)

@@ -23,24 +23,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from encoders import build_network, layers_of
 from flags import Parser
 from models import build_inverter, count_parameters
-from networks import build_network
-from trunk import layers_of
 from utils import UserError
 
 
-def families_of_timm(count):
-    """{family: names of its networks} of `count` families, drawn with a seed before any is looked at."""
-    found = {family: timm.list_models(module=family) for family in timm.list_modules()}
-    found = {family: [f"timm/{name}" for name in names] for family, names in found.items() if names}
-    return {family: found[family] for family in sorted(random.Random(0).sample(sorted(found), count))}
-
-
-def families_of_torchvision():
-    found = {}
+def families_of_both(count):
+    """{family: its networks} of `count` families of timm, drawn with a seed, and all of torchvision."""
+    known = {family: timm.list_models(module=family) for family in timm.list_modules()}
+    known = {family: [f"timm/{name}" for name in names] for family, names in known.items() if names}
+    found = {family: known[family] for family in sorted(random.Random(0).sample(sorted(known), count))}
     for name in torchvision.models.list_models(module=torchvision.models):
-        family = torchvision.models.get_model_builder(name).__module__.rsplit(".", 1)[1]
+        family = torchvision.models.get_model_builder(name).__module__
         found.setdefault(family, []).append(f"torchvision/{name}")
     return found
 
@@ -49,11 +44,8 @@ def smallest(names):
     """The network with the fewest parameters, of those that can be built without values if any can."""
     sizes = {}
     for name in names:
-        try:
-            with torch.device("meta"):
-                sizes[name] = count_parameters(build_network(name))
-        except RuntimeError:  # a tensor without values was asked for one
-            continue
+        with suppress(RuntimeError), torch.device("meta"):  # a tensor without values was asked for one
+            sizes[name] = count_parameters(build_network(name))
     return min(sizes, key=sizes.get) if sizes else names[0]
 
 
@@ -70,9 +62,8 @@ def picture_of(encoder, layer):
         picture = inverter.decode(features)
     assert picture.shape == (1, 3, inverter.size, inverter.size) and picture.std() > 0
     if features.shape[2] > 2:
-        assert (found := square_follows(inverter, inverter.size)) > 0.85, (
-            f"a square moves otherwise ({found:.2f})"
-        )
+        found = square_follows(inverter, inverter.size)
+        assert found > 0.85, f"a square moves otherwise ({found:.2f})"
     return tuple(features.shape[1:])
 
 
@@ -93,11 +84,9 @@ def square_follows(inverter, size):
     change = np.abs(features[1:] - features[:1]).sum(1)  # (9, H, W)
     change = np.maximum(change - np.median(change, (1, 2), keepdims=True), 0)
     rows, columns = (np.arange(side) for side in change.shape[1:])
-    total = change.sum((1, 2))
-    centres = (change.sum(2) @ rows / total, change.sum(1) @ columns / total)
+    centres = np.array([change.sum(2) @ rows, change.sum(1) @ columns]) / change.sum((1, 2))
     found = min(
-        np.corrcoef(centre, place)[0, 1]
-        for centre, place in zip(centres, zip(*places, strict=True), strict=True)
+        np.corrcoef(centre, place)[0, 1] for centre, place in zip(centres, np.transpose(places), strict=True)
     )
     if found < 0.85 and size == inverter.size:
         with suppress(Exception):  # it takes no other size
@@ -118,13 +107,11 @@ def outcome(call, *args):
 def main():
     parser = Parser(__doc__)
     parser.add_argument("--count", type=int, default=60, help="families of timm")
-    count = parser.parse_args().count
+    families = families_of_both(parser.parse_args().count)
     warnings.simplefilter("ignore")
-    families = list(families_of_timm(count).items()) + list(families_of_torchvision().items())
-    print("| family | network | layer | what it gives |")
-    print("| --- | --- | --- | --- |")
+    print("| family | network | layer | what it gives |\n| --- | --- | --- | --- |")
     good, lines, tracebacks = 0, 0, 0
-    for family, names in tqdm(families, unit="family", disable=None):
+    for family, names in tqdm(families.items(), unit="family", disable=None):
         network = smallest(names)
         listed, layers = outcome(lambda name: three_of(list(layers_of(name))), network)
         for layer in layers if listed else ["none"]:
@@ -133,7 +120,7 @@ def main():
             lines += 1 if listed else 3
             tracebacks += not done and result.startswith("TRACEBACK")
             shown = " × ".join(map(str, result)) if done else result
-            print(f"| {family} | {network} | {layer} | {shown} |", flush=True)
+            print(f"| {family.rsplit('.', 1)[-1]} | {network} | {layer} | {shown} |", flush=True)
     print(f"\n{good} of {lines} layers give features, a decoder and a picture; {tracebacks} tracebacks")
 
 

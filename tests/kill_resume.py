@@ -25,6 +25,8 @@ import train
 from flags import parse_train
 
 TIMES = ("seconds", "val_seconds", "images_per_second")
+FLAGS = ["--epochs", "4", "--batch-size", "1", "--width", "8", "--crop", "32", "--lr", "1e-3"]
+FLAGS += ["--lpips-weight", "0", "--resume", "--quiet"]
 
 
 def same(x, y):
@@ -61,33 +63,19 @@ def run(flags, log):
 
 def check(runs, seed=0):
     """Number of `runs` killed and resumed trainings that end like the uninterrupted one."""
-    draw, good = random.Random(seed), 0
+    draw, good, number = random.Random(seed), 0, 0
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["train"]
-    )  # so that each process is at work, and can be killed there, at once
+    context.set_forkserver_preload(["train"])  # so that each process is at work at once
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         for split, count in (("train", 6), ("test", 1)):
             (folder / split).mkdir()
             for i, tile in enumerate(data.sample_tiles(split)[:count]):
                 Image.fromarray(tile.numpy()).save(folder / split / f"{i}.png")
-        flags = [
-            "--data",
-            folder,
-            "--cache",
-            folder / "cache",
-            "--epochs",
-            4,
-            "--batch-size",
-            1,
-            "--width",
-            8,
-        ]
-        flags += ["--lr", "1e-3", "--resume", "--quiet", "--out"]
+        flags = [*FLAGS, "--data", str(folder), "--cache", str(folder / "cache")]
 
         def start(out):
-            process = context.Process(target=run, args=([*map(str, flags), str(out)], folder / "log.txt"))
+            process = context.Process(target=run, args=([*flags, "--out", str(out)], folder / "log.txt"))
             process.start()
             return process, time.monotonic()
 
@@ -98,7 +86,7 @@ def check(runs, seed=0):
         process, begin = start(folder / "whole")
         process.join()
         length = time.monotonic() - begin
-        expected, number = read_run(folder / "whole"), 0
+        expected = read_run(folder / "whole")
         while number < runs:
             out = folder / f"killed{number}"
             process, begin = start(out)

@@ -29,41 +29,30 @@ def stop(*_):
 train.train_step = stop
 train.train(parse_train(sys.argv[2:]))
 """
+SHELL = 'exec "$0" -c "$1" "$(date +%s.%N)" "${@:2}"'
 
 
-def make_photographs(folder, count):
-    """`count` JPEGs in `folder`/train, links to the sample's tiles, and one in test."""
-    tiles = data.sample_tiles("train")[:40]
+def first_step(folder, count):
+    """(seconds, MB) to the first step of a training on `count` JPEGs, which are decoded already."""
     for split in ("train", "test"):
-        (folder / split).mkdir(parents=True)
-    for number, tile in enumerate(tiles):
-        Image.fromarray(tile.numpy()).save(folder / f"{number}.jpg", quality=80)
+        (folder / split).mkdir()
+    for number, tile in enumerate(data.sample_tiles("train")[:40]):
+        Image.fromarray(tile.numpy()).save(folder / "test" / f"{number}.jpg", quality=80)
     for number in range(count):
-        os.link(folder / f"{number % len(tiles)}.jpg", folder / "train" / f"{number:06}.jpg")
-    os.link(folder / "0.jpg", folder / "test" / "0.jpg")
-
-
-def first_step(folder):
-    """(seconds, MB) to the first step of a training on `folder`, whose images are decoded already."""
+        os.link(folder / "test" / f"{number % 40}.jpg", folder / "train" / f"{number:06}.jpg")
     flags = ["--data", folder, "--cache", folder / "cache", "--out", folder / "run", "--overwrite", "--quiet"]
     found = []
     for _ in range(3):  # the first builds the cache
-        command = 'exec "$0" -c "$1" "$(date +%s.%N)" "${@:2}"'
-        command = ["bash", "-c", command, sys.executable, FIRST_STEP, *map(str, flags)]
+        command = ["bash", "-c", SHELL, sys.executable, FIRST_STEP, *map(str, flags)]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
         found.append([float(word) for word in done.stdout.split("first step:")[1].split()])
     return min(found[1:])
 
 
-def main():
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, nargs="+", default=[800, 20_000])
     for count in parser.parse_args().count:
         with tempfile.TemporaryDirectory() as folder:
-            make_photographs(Path(folder, "photos"), count)
-            seconds, megabytes = first_step(Path(folder, "photos"))
-            print(f"{count:>7} images: first step after {seconds:.1f} s, peak memory {megabytes:.0f} MB")
-
-
-if __name__ == "__main__":
-    main()
+            seconds, megabytes = first_step(Path(folder), count)
+        print(f"{count:>7} images: first step after {seconds:.1f} s, peak memory {megabytes:.0f} MB")

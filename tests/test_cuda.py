@@ -11,16 +11,15 @@ import torch
 import torch.distributed as dist
 from conftest import REPOSITORY
 from kill_resume import read_run, same
-from training import batches_of, parse, parts_of
+from training import batches_of, parse, training_on
 
 import data
-import prepare
 import train
-from decoders import resize
 from evaluate import evaluate_model
-from graphs import UNRECORDED, Graphs
+from extras.cuda_graphs import WARMUP_STEPS, CudaGraphStep
+from extras.muon import Muon
+from layers import resize
 from models import load_inverter
-from muon import Muon
 from utils import select_device, tf32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -42,20 +41,20 @@ DECODERS = {
 
 def gradients_on(device, photos, *flags, steps=1, wrap=lambda gradients: gradients, fast=False):
     """(terms, gradients as one vector) of the last of some steps, on `device`, in float64; fast: in TF32."""
-    prepare.set_up()  # else no two steps need be the same
-    parts = parts_of(photos, *SHORT, *flags)
-    parts.inverter.to(device).train()
-    parts.loss.to(device)
+    train.set_determinism()  # else no two steps need be the same
+    training = training_on(photos, *SHORT, *flags)
+    training.inverter.to(device).train()
+    training.loss.to(device)
     select_device(device)  # float32 is float32
-    if parts.config["compile"]:
-        parts.inverter.compile()
-    optimizer = prepare.make_optimizer(parts.inverter, 1e-3)
-    compute = wrap(train.gradients)
-    images, features = next(batches_of(parts))
+    if training.config["compile"]:
+        training.inverter.compile()
+    optimizer = train.make_optimizer(training.inverter, 1e-3)
+    compute = wrap(train.forward_backward)
+    images, features = next(batches_of(training))
     with tf32(fast):
         for _ in range(steps):
-            terms = compute(parts.inverter, images.to(device), features, parts.loss, optimizer, 0)
-    found = [p.grad.flatten() for p in parts.inverter.decoder.parameters() if p.grad is not None]
+            terms = compute(training.inverter, images.to(device), features, training.loss, optimizer, 0)
+    found = [p.grad.flatten() for p in training.inverter.decoder.parameters() if p.grad is not None]
     return {name: value.double().cpu() for name, value in terms.items()}, torch.cat(found).double().cpu()
 
 
@@ -74,15 +73,11 @@ def test_step_is_the_cpus(photos, name):
     assert all(difference(terms[key], wanted[key]) < 1e-5 for key in terms)
 
 
-@pytest.mark.parametrize(
-    ("flags", "least", "most"),
-    [
-        ((), 1e-3, 0.05),
-        (("--compile",), 0, 1e-4),
-        (("--amp",), 1e-3, 0.15),
-        (("--amp", "--compile"), 1e-3, 0.15),
-    ],
-)
+WAYS = [((), 1e-3, 0.05), (("--compile",), 0, 1e-4), (("--amp",), 1e-3, 0.15)]
+WAYS += [(("--amp", "--compile"), 1e-3, 0.15)]
+
+
+@pytest.mark.parametrize(("flags", "least", "most"), WAYS)
 def test_other_ways_to_compute_a_step(photos, flags, least, most):
     """Without a flag: TF32. An H100's gradients differ by 0.026, 5e-7, 0.070 and 0.077."""
     terms, found = gradients_on("cuda", photos, *flags, fast=not flags)
@@ -92,10 +87,10 @@ def test_other_ways_to_compute_a_step(photos, flags, least, most):
 
 
 def test_a_graph_computes_what_it_records(photos):
-    compute = Graphs(train.gradients)
-    terms, found = gradients_on("cuda", photos, steps=UNRECORDED + 3, wrap=lambda gradients: compute)
+    compute = CudaGraphStep(train.forward_backward)
+    terms, found = gradients_on("cuda", photos, steps=WARMUP_STEPS + 3, wrap=lambda gradients: compute)
     assert len(compute.recorded) == 1
-    wanted, expected = gradients_on("cuda", photos, steps=UNRECORDED + 3)
+    wanted, expected = gradients_on("cuda", photos, steps=WARMUP_STEPS + 3)
     assert same(terms, wanted) and torch.equal(found, expected)
 
 
@@ -115,24 +110,26 @@ def test_recording_without_memory(photos):
     def short(*args):
         if torch.cuda.is_current_stream_capturing():
             raise torch.OutOfMemoryError("out of memory")
-        return train.gradients(*args)
+        return train.forward_backward(*args)
 
     with pytest.raises(torch.OutOfMemoryError):
-        gradients_on("cuda", photos, steps=UNRECORDED + 1, wrap=lambda gradients: Graphs(short))
+        gradients_on("cuda", photos, steps=WARMUP_STEPS + 1, wrap=lambda gradients: CudaGraphStep(short))
 
 
 def run_alone(*flags, before="pass"):
     """train.py with `flags`, after this statement, in a process of its own, because it fails on the GPU."""
-    code = (
-        f"import sys, torch, train; {before}; train.run(lambda: train.train(train.parse_train(sys.argv[1:])))"
-    )
-    command = [sys.executable, "-c", code, *map(str, flags)]
+    run = "train.run(lambda: train.train(train.parse_train(sys.argv[1:])))"
+    command = [sys.executable, "-c", f"import sys, torch, train; {before}; {run}", *map(str, flags)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
 
 
+def is_one_line(done, words):
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
 def test_what_cannot_be_recorded(photos, tmp_path):
-    program = tmp_path / "net.py"
-    program.write_text(
+    (tmp_path / "net.py").write_text(
         "from torch import nn\n"
         "class Looks(nn.Conv2d):\n"
         "    def forward(self, x):\n"
@@ -141,22 +138,17 @@ def test_what_cannot_be_recorded(photos, tmp_path):
         "def build():\n"
         "    return nn.Sequential(Looks(3, 8, 3, 2, 1), nn.ReLU())\n"
     )
-    flags = ["--data", photos, "--encoder", f"{program}:build", "--layer", "1", "--input-size", 64]
+    flags = ["--data", photos, "--encoder", f"{tmp_path}/net.py:build", "--layer", "1", "--input-size", 64]
     flags += ["--batch-size", 2, "--epochs", 2, "--quiet", "--out", tmp_path / "out"]
-    refused = run_alone(*flags)
-    assert refused.returncode == 2, refused.stderr
-    assert "give --no-graphs" in refused.stderr.splitlines()[-1] and "Traceback" not in refused.stderr
+    is_one_line(run_alone(*flags), "give --no-graphs")
     assert run_alone(*flags, "--resume", "--no-graphs").returncode == 0
 
 
 def test_too_little_memory_is_said_in_one_line(photos, tmp_path):
     flags = ("--data", photos, "--batch-size", 8, "--decoder", "frequency", "--epochs", 1, "--quiet")
-    limit = (
-        "torch.cuda.set_per_process_memory_fraction(1e9 / torch.cuda.get_device_properties(0).total_memory)"
-    )
-    done = run_alone(*flags, "--out", tmp_path, before=limit)
-    assert done.returncode == 2, done.stderr
-    assert "memory" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    total = "torch.cuda.get_device_properties(0).total_memory"
+    limit = f"torch.cuda.set_per_process_memory_fraction(1e9 / {total})"
+    is_one_line(run_alone(*flags, "--out", tmp_path, before=limit), "memory")
 
 
 def test_images_live_on_the_gpu(photos):
@@ -164,7 +156,7 @@ def test_images_live_on_the_gpu(photos):
     there = images.to(torch.device("cuda"))
     assert there.resident.is_cuda and there.resident.nbytes == 3 * 8 * 256**2
     plans = (data.epoch_plan(x.sizes, 1, 0, 96) for x in (images, there))
-    here, found = (data.crops(x, *plan, 96) for x, plan in zip((images, there), plans, strict=True))
+    here, found = (data.crops(x, plan, 96) for x, plan in zip((images, there), plans, strict=True))
     assert found.is_cuda and torch.allclose(found.cpu(), here, rtol=0, atol=1e-7)
 
 
@@ -196,10 +188,10 @@ def test_a_run_goes_from_one_device_to_the_other(
         assert run_train(*flags, "--device", first) == 128 + signal.SIGTERM
     assert run_train(*flags, "--device", second, "--resume") == 0
     assert run_evaluate("--ckpt", tmp_path / "run" / "best.pt", "--device", first) == 0
-    found, expected = (read_run(tmp_path / name)[2] for name in ("run", "whole"))
-    assert [float(row["val_loss"]) for row in found] == pytest.approx(
-        [float(row["val_loss"]) for row in expected], rel=0.01
+    found, expected = (
+        [float(row["val_loss"]) for row in read_run(tmp_path / name)[2]] for name in ("run", "whole")
     )
+    assert found == pytest.approx(expected, rel=0.01)
 
 
 def test_inversion_and_own_pictures(photos, trained, tmp_path, run_invert, run_evaluate):
@@ -233,7 +225,7 @@ def test_muons_step_is_the_cpus():
         weight.grad = torch.randn(64, 32, 3, 3, generator=generator).to(device)
         before = weight.clone()
         optimizer = Muon([weight], 0.01)
-        optimizer.turn()
+        optimizer.orthogonalize_grads()
         optimizer.step()
         weights[device] = (weight - before).double().cpu()
     assert difference(weights["cuda"], weights["cpu"]) < 1e-4
@@ -244,13 +236,13 @@ def test_nccl(photos):
     terms, found = gradients_on("cuda", photos)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        parts = parts_of(photos, *SHORT)
-        inverter = parts.inverter.cuda().train()
+        training = training_on(photos, *SHORT)
+        inverter = training.inverter.cuda().train()
         inverter.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(inverter.decoder)
         model = torch.nn.parallel.DistributedDataParallel(inverter)
-        optimizer = prepare.make_optimizer(inverter, 1e-3)
-        images, _ = next(batches_of(parts))
-        again = train.train_step(model, images.cuda(), None, parts.loss.cuda(), optimizer)
+        optimizer = train.make_optimizer(inverter, 1e-3)
+        images, _ = next(batches_of(training))
+        again = train.train_step(model, images.cuda(), None, training.loss.cuda(), optimizer)
         meter = train.Meter(train.TERMS, "cuda")
         meter.add(again)
         meter.add(again)

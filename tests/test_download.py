@@ -10,27 +10,25 @@ import zipfile
 
 import pytest
 
-import download
+from extras import div2k
 from utils import UserError
 
 
 class CuttingServer(http.server.BaseHTTPRequestHandler):
-    """Serves `archive` and hangs up half-way through the first answers; honours Range."""
-
-    archive, cuts, requests = b"", 0, []
+    """Serves `archive` and hangs up half-way through the first `cuts` answers; honours Range."""
 
     def do_GET(self):
         start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        type(self).requests.append(start)
-        if start >= len(self.archive):
+        self.server.requests.append(start)
+        if start >= len(self.server.archive):
             self.send_error(416)
             return
-        body = self.archive[start:]
+        body = self.server.archive[start:]
         self.send_response(206 if "Range" in self.headers else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if type(self).cuts:
-            type(self).cuts -= 1
+        if self.server.cuts:
+            self.server.cuts -= 1
             body = body[: len(body) // 2]
         self.wfile.write(body)
 
@@ -38,7 +36,7 @@ class CuttingServer(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def zipped(names, link=None):
+def zipped(*names, link=None):
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for name in names:
@@ -51,80 +49,75 @@ def zipped(names, link=None):
 
 
 @pytest.fixture
-def serve(monkeypatch):
-    """Serve an archive; returns its entry for `download_div2k`."""
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+def server(monkeypatch):
+    """A server of an archive that a test gives it."""
+    monkeypatch.setattr(div2k.time, "sleep", lambda seconds: None)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    servers = []
-
-    def start(archive, cuts=0, md5=None, size=None):
-        handler = type("Handler", (CuttingServer,), {"archive": archive, "cuts": cuts, "requests": []})
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        url = f"http://127.0.0.1:{server.server_port}/DIV2K_valid_HR.zip"
-        return (url, md5 or hashlib.md5(archive).hexdigest(), size or len(archive)), handler
-
-    yield start
-    for server in servers:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), CuttingServer) as server:
+        server.archive, server.cuts, server.requests = zipped("DIV2K_valid_HR/0801.png"), 0, []
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
         server.shutdown()
 
 
-def test_download_resumes_where_the_connection_was_cut(serve, tmp_path):
-    archive = zipped(["DIV2K_valid_HR/0801.png", "DIV2K_valid_HR/0802.png"])
-    entry, handler = serve(archive, cuts=2)
-    download.download_div2k(tmp_path, [entry])
-    assert handler.requests == [0, len(archive) // 2, len(archive) // 2 + (len(archive) + 1) // 4]
-    with zipfile.ZipFile(io.BytesIO(archive)) as expected:
+def fetch(server, root, md5=None, size=None):
+    url = f"http://127.0.0.1:{server.server_port}/DIV2K_valid_HR.zip"
+    md5 = md5 or hashlib.md5(server.archive).hexdigest()
+    div2k.download_div2k(root, [(url, md5, size or len(server.archive))])
+
+
+def test_download_resumes_where_the_connection_was_cut(server, tmp_path):
+    server.archive, server.cuts = zipped("DIV2K_valid_HR/0801.png", "DIV2K_valid_HR/0802.png"), 2
+    fetch(server, tmp_path)
+    length = len(server.archive)
+    assert server.requests == [0, length // 2, length // 2 + (length + 1) // 4]
+    with zipfile.ZipFile(io.BytesIO(server.archive)) as expected:
         for name in expected.namelist():
             assert (tmp_path / name).read_bytes() == expected.read(name)
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".") == ["DIV2K_valid_HR"]
-    download.download_div2k(tmp_path, [entry])  # nothing to do
-    assert len(handler.requests) == 3
+    assert [path.name for path in tmp_path.iterdir() if path.name[0] != "."] == ["DIV2K_valid_HR"]
+    fetch(server, tmp_path)  # nothing to do
+    assert len(server.requests) == 3
 
 
-def test_download_goes_on_in_a_later_run(serve, tmp_path):
-    archive = zipped(["DIV2K_valid_HR/0801.png"])
-    entry, handler = serve(archive, cuts=9)
+def test_download_goes_on_in_a_later_run(server, tmp_path):
+    server.cuts = 5
     with pytest.raises(UserError, match="run again to go on"):
-        download.download_div2k(tmp_path, [entry])
+        fetch(server, tmp_path)
     had = (tmp_path / "DIV2K_valid_HR.zip.part").stat().st_size
-    assert 0 < had < len(archive)
-    handler.cuts = 0
-    handler.requests.clear()
-    download.download_div2k(tmp_path, [entry])
-    assert handler.requests == [had] and (tmp_path / "DIV2K_valid_HR" / "0801.png").stat().st_size == 50_000
+    assert 0 < had < len(server.archive)
+    fetch(server, tmp_path)
+    assert server.requests[5:] == [had]
+    assert (tmp_path / "DIV2K_valid_HR" / "0801.png").stat().st_size == 50_000
 
 
-def test_download_checks_size_and_md5(serve, tmp_path):
-    archive = zipped(["DIV2K_valid_HR/0801.png"])
-    entry, _ = serve(archive, size=len(archive) + 1)
-    with pytest.raises(UserError, match=f"{len(archive)} bytes there, {len(archive) + 1} expected"):
-        download.download_div2k(tmp_path, [entry])
-    entry, _ = serve(archive, md5="0" * 32)
+def test_download_checks_size_and_md5(server, tmp_path):
+    size = len(server.archive)
+    with pytest.raises(UserError, match=f"{size} bytes there, {size + 1} expected"):
+        fetch(server, tmp_path, size=size + 1)
     with pytest.raises(UserError, match="MD5"):
-        download.download_div2k(tmp_path, [entry])
-    assert not [p for p in tmp_path.iterdir() if p.name[0] != "."]
+        fetch(server, tmp_path, md5="0" * 32)
+    assert not [path for path in tmp_path.iterdir() if path.name[0] != "."]
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil.png", "/evil.png", "DIV2K_valid_HR/../../evil.png", "other/evil.png"]
+    "unsafe",
+    [
+        zipped("DIV2K_valid_HR/0801.png", "../evil.png"),
+        zipped("DIV2K_valid_HR/0801.png", "/evil.png"),
+        zipped("DIV2K_valid_HR/../../evil.png"),
+        zipped("other/evil.png"),
+        zipped("DIV2K_valid_HR/0801.png", link="DIV2K_valid_HR/evil.png"),
+    ],
+    ids=["above", "absolute", "climbing", "another folder", "link"],
 )
-def test_unsafe_archive_is_refused(serve, tmp_path, name):
-    entry, _ = serve(zipped(["DIV2K_valid_HR/0801.png", name]))
-    with pytest.raises(UserError, match="unsafe member"):
-        download.download_div2k(tmp_path / "root", [entry])
-    assert not list(tmp_path.rglob("*.png"))
-
-
-def test_link_in_an_archive_is_refused(serve, tmp_path):
-    entry, _ = serve(zipped(["DIV2K_valid_HR/0801.png"], link="DIV2K_valid_HR/0802.png"))
-    with pytest.raises(UserError, match="unsafe member 'DIV2K_valid_HR/0802.png'"):
-        download.download_div2k(tmp_path, [entry])
+def test_unsafe_archive_is_refused(server, tmp_path, unsafe):
+    server.archive = unsafe
+    with pytest.raises(UserError, match="unsafe member .*evil.png'; nothing was unpacked"):
+        fetch(server, tmp_path / "root")
     assert not list(tmp_path.rglob("*.png"))
 
 
 def test_unreachable_server_is_one_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(div2k.time, "sleep", lambda seconds: None)
     with pytest.raises(UserError, match="127.0.0.1:9"):
-        download.download_div2k(tmp_path, [("http://127.0.0.1:9/DIV2K_valid_HR.zip", "0" * 32, 1)])
+        div2k.download_div2k(tmp_path, [("http://127.0.0.1:9/DIV2K_valid_HR.zip", "0" * 32, 1)])

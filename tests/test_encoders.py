@@ -13,16 +13,16 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
-from training import batches_of, parts_of
+from training import batches_of, training_on
 
+import encoders
+import layers
 import models
-import networks
-import prepare
-import trunk
+import train
 from decoders import Fused
 from encoders import Encoder, build_encoder
-from study import IMAGENET_MEAN, IMAGENET_STD, LAYERS
-from utils import UserError
+from extras import conv_relu
+from utils import IMAGENET_MEAN, IMAGENET_STD, LAYERS, UserError
 
 
 def normalised(encoder, image):
@@ -83,30 +83,30 @@ def test_every_kind_becomes_a_map(name, layer, shape):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer", "shape"), KINDS)
 def test_every_kind_is_listed(name, layer, shape):
-    assert trunk.layers_of(name)[layer][0] == shape
+    assert encoders.layers_of(name)[layer][0] == shape
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_networks_that_normalise_again_get_what_they_make_of_it(name, image):
     """torchvision gives these two, with their weights, a `transform_input` behind ImageNet's own."""
     net = torchvision.models.get_model(name, transform_input=True, init_weights=False)
-    imagenet = (torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD))
-    mean, std = (numbers.view(3, 1, 1) for numbers in imagenet)
-    own = networks.own_input(f"torchvision/{name}")
-    again = (image - torch.tensor(own["mean"]).view(3, 1, 1)) / torch.tensor(own["std"]).view(3, 1, 1)
-    assert torch.allclose(again, net._transform_input((image - mean) / std), atol=1e-5)
+    own = encoders.pretrained_input_config(f"torchvision/{name}")
+    numbers = (own["mean"], own["std"], IMAGENET_MEAN, IMAGENET_STD)
+    mean, std, imagenet_mean, imagenet_std = (torch.tensor(three).view(3, 1, 1) for three in numbers)
+    expected = net._transform_input((image - imagenet_mean) / imagenet_std)
+    assert torch.allclose((image - mean) / std, expected, atol=1e-5)
 
 
 def layout_in(output):
-    return trunk.find_layout(output, 84)
+    return layers.find_layout(output, 84)
 
 
 @pytest.mark.parametrize("encoder", LAYERS)
 def test_the_studys_layers_move_with_the_image(encoder):
     """Which are not looked at when they are built."""
     own = Encoder(encoder, "+".join(LAYERS[encoder]), "random")
-    for layer, maps in zip(LAYERS[encoder], own(trunk.moving_spot(224)), strict=True):
-        assert trunk.find_layout(maps, 224).kind == "grid", layer
+    for layer, maps in zip(LAYERS[encoder], own(layers.moving_spot(224)), strict=True):
+        assert layers.find_layout(maps, 224).kind == "grid", layer
 
 
 def test_windows_lie_side_by_side():
@@ -114,9 +114,9 @@ def test_windows_lie_side_by_side():
     from timm.models.maxxvit import grid_partition
     from timm.models.swin_transformer import window_partition
 
-    images = trunk.moving_spot(84).permute(0, 2, 3, 1)
+    images = layers.moving_spot(84).permute(0, 2, 3, 1)
     for windows in (window_partition(images, (7, 7)), window_partition(images, (7, 7)).flatten(1, 2)):
-        assert torch.equal(trunk.as_map(windows, layout_in(windows)), images.permute(0, 3, 1, 2))
+        assert torch.equal(layers.as_map(windows, layout_in(windows)), images.permute(0, 3, 1, 2))
     assert layout_in(grid_partition(images, (7, 7)).flatten(1, 2)) is None  # every twelfth pixel
 
 
@@ -127,9 +127,7 @@ def test_blocks_of_tokens_lie_side_by_side():
     torch.manual_seed(0)
     net = timm.create_model("nest_tiny").eval()
     encoder = Encoder("timm/nest_tiny", "levels.0.transformer_encoder", "random", seed=0)
-    assert encoder.shapes == [(96, 56, 56)] and trunk.layers_of("timm/nest_tiny")[
-        "levels.0.transformer_encoder"
-    ][0] == (96, 56, 56)
+    assert encoder.shapes == [(96, 56, 56)]
     found = []
     net.levels[0].transformer_encoder.register_forward_hook(lambda *args: found.append(args[2]))
     image = torch.rand(1, 3, 224, 224)
@@ -215,44 +213,32 @@ def test_what_is_no_feature_is_one_line(own, name, layer, message):
 
 
 def test_an_image_of_another_size_is_refused():
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match="takes no 10×10 images"):
         Encoder("timm/vit_tiny_patch16_224", "blocks.0", "random", input_size=10)
-    assert "takes no 10×10 images" in str(error.value)
 
 
 def test_heads_become_channels_and_are_no_windows():
-    positions = F.adaptive_avg_pool2d(trunk.moving_spot(84), 12).flatten(2)  # (6, 3, 144)
+    positions = F.adaptive_avg_pool2d(layers.moving_spot(84), 12).flatten(2)  # (6, 3, 144)
     heads = torch.cat([torch.zeros(6, 3, 1), positions], 2)[:, :, :, None].repeat(1, 1, 1, 9)
-    x = trunk.as_map(heads, layout_in(heads))  # with a class token before the positions
+    x = layers.as_map(heads, layout_in(heads))  # with a class token before the positions
     assert x.shape == (6, 27, 12, 12) and torch.equal(x[1, 9:18, 2, 1], positions[1, 1, 25].expand(9))
     folded = heads[:, :, 1:].repeat(1, 3, 1, 1)[:, :4].flatten(0, 1)  # four heads of an image in the batch
     assert layout_in(folded) is None
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "timm/cait_xxs24_224",
-        "timm/convit_tiny",
-        "timm/convnext_atto",
-        "timm/efficientnet_lite0",
-        "timm/gmlp_ti16_224",
-        "timm/mobilenetv3_small_050",
-        "timm/poolformer_s12",
-        "timm/regnetx_002",
-        "timm/repghostnet_050",
-        "timm/swin_tiny_patch4_window7_224",
-        "timm/xcit_nano_12_p8_224",
-        "torchvision/densenet121",
-        "torchvision/maxvit_t",
-        "torchvision/shufflenet_v2_x0_5",
-        "torchvision/squeezenet1_1",
-    ],
-)
+FAMILIES = """
+timm/cait_xxs24_224 timm/convit_tiny timm/convnext_atto timm/efficientnet_lite0 timm/gmlp_ti16_224
+timm/mobilenetv3_small_050 timm/poolformer_s12 timm/regnetx_002 timm/repghostnet_050
+timm/swin_tiny_patch4_window7_224 timm/xcit_nano_12_p8_224 torchvision/densenet121 torchvision/maxvit_t
+torchvision/shufflenet_v2_x0_5 torchvision/squeezenet1_1
+"""
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES.split())
 def test_families_have_features_and_a_picture(name):
     """The middle layer; `python tests/families.py` asks all families, at three."""
-    layers = trunk.layers_of(name)
+    layers = encoders.layers_of(name)
     layer = families.three_of(list(layers))[1]
     assert families.picture_of(name, layer) == layers[layer][0]
 
@@ -271,41 +257,20 @@ def test_table_lists_the_layers_of_a_network(capsys, monkeypatch):
 # --- Weights ----------------------------------------------------------------------------------------------
 
 
-WRAPPINGS = [
-    "state_dict",
-    "model",
-    "model_state_dict",
-    "net",
-    "ema",
-    "checkpoint/model",
-    "state_dict/module.",
-]
-WRAPPINGS += [
-    "module.",
-    "_orig_mod.",
-    "_orig_mod.module.",
-    "model.",
-    "net.",
-    "backbone.",
-    "encoder.",
-    "a.b.c.",
-    "",
-]
+WRAPPINGS = "state_dict model model_state_dict net ema checkpoint/model state_dict/module. module. _orig_mod."
+WRAPPINGS += " _orig_mod.module. backbone. a.b.c."
 
 
-@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize("wrapping", [*WRAPPINGS.split(), ""])
 def test_weights_are_read_as_others_write_them(wrapping, image, tmp_path):
     """In dictionaries and behind a prefix, beside what else a training keeps: other tensors, other layers."""
     net = torchvision.models.resnet18()
     *around, prefix = wrapping.split("/") if wrapping[-1:] in (".", "") else [*wrapping.split("/"), ""]
     state = {prefix + key: value for key, value in net.state_dict().items()}
     state |= {f"{prefix}head.0.weight": torch.zeros(1), "head.conv1.weight": torch.zeros(64, 3, 7, 7)}
+    beside = {"epoch": torch.tensor(3), "optimizer": {"state": {0: {"step": torch.tensor(1)}}}}
     for name in reversed(around):
-        state = {
-            name: state,
-            "epoch": torch.tensor(3),
-            "optimizer": {"state": {0: {"step": torch.tensor(1)}}},
-        }
+        state = {name: state} | beside
     file = tmp_path / "x.pth"
     torch.save(state, file)
     encoder = Encoder("torchvision/resnet18", "layer1", str(file))
@@ -315,16 +280,21 @@ def test_weights_are_read_as_others_write_them(wrapping, image, tmp_path):
     assert encoder.weights_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def resnet18_of(file, layer="layer1"):
+    return Encoder("torchvision/resnet18", layer, str(file))
+
+
 def test_safetensors_are_read(tmp_path):
     net = torchvision.models.resnet18()
     state = {f"backbone.{key}": value for key, value in net.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "x.safetensors")
-    encoder = Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.safetensors"))
+    encoder = resnet18_of(tmp_path / "x.safetensors")
     assert torch.equal(encoder.trunk.net.conv1.weight, net.conv1.weight)
 
 
 def test_which_weights_of_several_are_meant(tmp_path):
     """Those that stand for themselves, then `state_dict`, then `model`; where nothing says so, none."""
+    file = tmp_path / "x.pth"
     a, b = (torchvision.models.resnet18().state_dict() for _ in range(2))
     for state, expected in (
         ({"state_dict": a, "state_dict_ema": b}, a),
@@ -333,24 +303,24 @@ def test_which_weights_of_several_are_meant(tmp_path):
         ({"student": a, "teacher": b}, None),
         ({f"{name}.{key}": state[key] for name, state in (("q", a), ("k", b)) for key in a}, None),
     ):
-        torch.save(state, tmp_path / "x.pth")
+        torch.save(state, file)
         if expected:
-            encoder = Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.pth"))
-            assert torch.equal(encoder.trunk.net.conv1.weight, expected["conv1.weight"])
+            assert torch.equal(resnet18_of(file).trunk.net.conv1.weight, expected["conv1.weight"])
         else:
             with pytest.raises(UserError, match="both fit; save one of them"):
-                Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.pth"))
+                resnet18_of(file)
     del a["layer1.0.conv1.weight"]
-    torch.save({"model": a}, tmp_path / "x.pth")
+    torch.save({"model": a}, file)
     with pytest.raises(UserError, match="has no layer1.0.conv1.weight"):
-        Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.pth"))
+        resnet18_of(file)
 
 
-def test_a_convolution_and_its_relu_are_one_but_where_the_layer_lies_between(image):
-    """The networks' own features either way: features.10, before ReLU, has what features.11 sets to 0."""
+def test_a_convolution_and_its_relu_are_one_but_where_the_layer_lies_between(image, monkeypatch):
+    """As for CUDA. features.10, before ReLU, has what features.11 sets to 0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before, behind = (Encoder("torchvision/alexnet", f"features.{place}") for place in (10, 11))
     kinds = [[type(module) for module in encoder.trunk.net.features] for encoder in (before, behind)]
-    assert [row.count(trunk.ConvReLU) for row in kinds] == [4, 5]
+    assert [row.count(conv_relu.ConvReLU) for row in kinds] == [4, 5]
     assert kinds[0][10] is nn.Conv2d and nn.ReLU not in kinds[0] + kinds[1]
     assert before(image).min() < 0 and torch.equal(before(image).relu(), behind(image))
     net = torchvision.models.alexnet()
@@ -364,15 +334,16 @@ def test_a_file_without_a_weight_or_of_no_weights_is_one_line(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     del state["layer1.1.bn2.bias"]
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(UserError, match="has no layer1.1.bn2.bias"):
-        Encoder("torchvision/resnet18", "layer2", str(tmp_path / "x.pth"))
-    Encoder("torchvision/resnet18", "layer1.0", str(tmp_path / "x.pth"))  # needs none behind
+    resnet18_of(tmp_path / "x.pth", "layer1.0")  # needs none behind
     torch.save({0: state["conv1.weight"]}, tmp_path / "numbers.pth")
-    with pytest.raises(UserError, match="not a state dict"):
-        Encoder("torchvision/resnet18", "layer1", str(tmp_path / "numbers.pth"))
     (tmp_path / "x.safetensors").write_bytes(b"no")
-    with pytest.raises(UserError, match="not a safetensors file"):
-        Encoder("torchvision/resnet18", "layer1", str(tmp_path / "x.safetensors"))
+    for name, layer, message in (
+        ("x.pth", "layer2", "has no layer1.1.bn2.bias"),
+        ("numbers.pth", "layer1", "not a state dict"),
+        ("x.safetensors", "layer1", "not a safetensors file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resnet18_of(tmp_path / name, layer)
 
 
 # --- Several at once --------------------------------------------------------------------------------------
@@ -384,9 +355,7 @@ def test_layers_are_joined_in_one_pass(image):
     joint.encoders[0].trunk.net.features[0].register_forward_pre_hook(lambda *_: passes.append(1))
     z = joint(image)
     deep, shallow = (Encoder("vgg16", layer, "random")(image) for layer in ("block2", "block1"))
-    assert (
-        len(passes) == 1 and joint.shapes == [(128, 56, 56), (64, 112, 112)] and z.shape == (1, 192, 112, 112)
-    )
+    assert len(passes) == 1 and joint.shapes == [(128, 56, 56), (64, 112, 112)]
     assert torch.equal(z[:, 128:], shallow)
     expected = torch.nn.functional.interpolate(deep, (112, 112), mode="bilinear")
     torch.testing.assert_close(z[:, :128], expected)
@@ -398,12 +367,19 @@ def test_encoders_may_have_weights_of_their_own(image):
     assert z.shape == (1, 192 + 128 + 192, 56, 56) and not torch.equal(z[:, :192], z[:, 320:])
     alone = nn.functional.interpolate(Encoder("alexnet", "conv2")(image), (56, 56), mode="bilinear")
     torch.testing.assert_close(z[:, :192], alone)
-    with pytest.raises(UserError, match="2 encoders, 1 layers"):
-        build_encoder("vgg16+alexnet", "block1", "random")
-    with pytest.raises(UserError, match="a layer of vgg16 twice"):
-        build_encoder("vgg16+vgg16", "block1+block1", "random")
-    with pytest.raises(UserError, match="--input-size"):
-        build_encoder("vgg16+torchvision/inception_v3", "block1+Mixed_5b", "random")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "layer", "message"),
+    [
+        ("vgg16+alexnet", "block1", "2 encoders, 1 layers"),
+        ("vgg16+vgg16", "block1+block1", "a layer of vgg16 twice"),
+        ("vgg16+torchvision/inception_v3", "block1+Mixed_5b", "give an --input-size"),
+    ],
+)
+def test_what_cannot_be_joined_is_one_line(encoder, layer, message):
+    with pytest.raises(UserError, match=message):
+        build_encoder(encoder, layer, "random")
 
 
 @pytest.mark.parametrize("fusion", ["concat", "weighted", "attention"])
@@ -417,25 +393,25 @@ def test_sources_are_weighed(fusion):
     z = torch.rand(2, 5, 4, 4)
     fused = Fused(Same(), [2, 3], fusion)
     fused.deviation.copy_(torch.tensor([2.0, 4.0]))
-    parts = z[:, :2] / 2, z[:, 2:] / 4
+    training = z[:, :2] / 2, z[:, 2:] / 4
     if fusion == "weighted":
         fused.logits.data[0, 1] = math.log(3)  # shares of 1 and 3 in four, of two sources
-        parts = parts[0] / 2, 3 * parts[1] / 2
+        training = training[0] / 2, 3 * training[1] / 2
     if fusion == "attention":
-        share = fused.weigh(torch.cat(parts, 1)).softmax(1)
+        share = fused.weigh(torch.cat(training, 1)).softmax(1)
         assert share.shape == (2, 2, 4, 4) and share.std() > 0
-        expected = torch.cat([2 * share[:, :1] * parts[0], 2 * share[:, 1:] * parts[1]], 1)
+        expected = torch.cat([2 * share[:, :1] * training[0], 2 * share[:, 1:] * training[1]], 1)
     else:
-        expected = torch.cat(parts, 1)
+        expected = torch.cat(training, 1)
     torch.testing.assert_close(fused(z), expected)
     assert len(list(fused.parameters())) == {"concat": 0, "weighted": 1, "attention": 2}[fusion]
 
 
 def test_each_source_is_divided_by_its_own_deviation(photos):
-    parts = parts_of(photos, "--encoder", "vgg16+vgg16", "--layer", "block2+block1", "--crop", 32)
-    prepare.measure_features(parts.inverter, parts.train, parts.config)
-    features = parts.inverter.encode(torch.cat([batch for batch, _ in batches_of(parts)])).numpy()
-    deviation = parts.inverter.decoder.deviation.numpy()
+    training = training_on(photos, "--encoder", "vgg16+vgg16", "--layer", "block2+block1", "--crop", 32)
+    train.measure_features(training.inverter, training.train_images, training.config)
+    features = training.inverter.encode(torch.cat([batch for batch, _ in batches_of(training)])).numpy()
+    deviation = training.inverter.decoder.deviation.numpy()
     np.testing.assert_allclose(deviation, [features[:, :128].std(), features[:, 128:].std()], rtol=1e-4)
     assert deviation[0] != pytest.approx(deviation[1], rel=0.01)
 
@@ -444,22 +420,22 @@ def test_each_source_is_divided_by_its_own_deviation(photos):
 def test_a_source_that_never_changes(photos, monkeypatch, dead):
     """Its map is divided by no 0: what is decoded is finite."""
     names = ("--encoder", "vgg16+vgg16", "--layer", "block2+block1", "--decoder", "residual")
-    parts = parts_of(photos, *names, "--crop", 32, "--width", 8)
-    real = parts.inverter.encode
+    training = training_on(photos, *names, "--crop", 32, "--width", 8)
+    real = training.inverter.encode
 
     def encode(images):
         features = real(images).clone()
         features[:, dead] = 0
         return features
 
-    monkeypatch.setattr(parts.inverter, "encode", encode)
-    prepare.measure_features(parts.inverter, parts.train, parts.config)
+    monkeypatch.setattr(training.inverter, "encode", encode)
+    train.measure_features(training.inverter, training.train_images, training.config)
     features = encode(torch.rand(2, 3, 32, 32))
-    assert parts.inverter.decoder.eval()(features).isfinite().all()
+    assert training.inverter.decoder.eval()(features).isfinite().all()
 
 
-@pytest.mark.parametrize("decoder", ["tconv", "residual", "feedback"])
 @pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["tconv", "residual", "feedback"])
 def test_several_are_trained_resumed_and_measured(decoder, photos, tmp_path, run_train, run_evaluate):
     names = ("--encoder", "vgg16+vgg16", "--layer", "block3+block2", "--fusion", "weighted")
     options = ["--data", photos, "--decoder", decoder, "--crop", 32, "--out", tmp_path, "--quiet"]

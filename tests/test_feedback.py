@@ -6,20 +6,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from training import batches_of, parse, parts_of, wake
+from training import batches_of, parse, training_on, wake
 
 import data
 import evaluate
-import pictures
-import prepare
 import train
-from feedback import FeedbackDecoder
+from decoders import FeedbackDecoder
 from flags import parse_evaluate
 from metrics import Loss
 from models import build_inverter, load_inverter
-from study import FIGURES
+from report import pictures
+from utils import METRICS_AND_FEATURE_ERROR
 
-SMALL = ["--decoder", "feedback", "--width", 16, "--crop", 64, "--mse-weight", 1, "--lpips-weight", 0]
+SMALL = ["--decoder", "feedback", "--width", 16, "--crop", 32, "--mse-weight", 1, "--lpips-weight", 0]
 SMALL += ["--lr", 2e-3, "--clip-grad", 0.3]
 
 
@@ -27,11 +26,18 @@ SMALL += ["--lr", 2e-3, "--clip-grad", 0.3]
 def feedback(photos, tmp_path_factory):
     """The folder of a short training of a small feedback decoder with two iterations, evaluated."""
     out = tmp_path_factory.mktemp("feedback")
-    running = ["--data", photos, "--out", out, "--passes", 60, "--epochs", 1, "--batch-size", 2, "--quiet"]
-    flags = [*SMALL, "--iterations", 2, "--schedule", "onecycle", *running]
-    train.train(parse(*flags))
+    running = ["--data", photos, "--out", out, "--passes", 40, "--epochs", 1, "--batch-size", 2, "--quiet"]
+    train.train(parse(*SMALL, "--iterations", 2, "--schedule", "onecycle", "--val-images", 1, *running))
     evaluate.evaluate(parse_evaluate(["--ckpt", str(out / "best.pt"), "--quiet"]))
     return out
+
+
+@pytest.fixture(scope="module")
+def tested(feedback, photos):
+    """The trained Inverter, the test images, and their features."""
+    inverter, _ = load_inverter(feedback / "best.pt")
+    images = data.center_crops(data.load_split(str(photos), "test")[:])
+    return inverter, images, inverter.encode(images)
 
 
 def test_an_iteration_sees_what_the_features_lack():
@@ -60,67 +66,64 @@ def test_an_iteration_sees_what_the_features_lack():
 
 def test_at_first_an_iteration_changes_nothing():
     inverter = build_inverter(decoder="feedback", width=8).eval()
-    with torch.no_grad():
-        images = inverter.iterates(inverter.encode(torch.rand(1, 3, 64, 64)), (64, 64))
+    images = inverter.decode_all(inverter.encode(torch.rand(1, 3, 64, 64)), (64, 64))
     assert len(images) == 4 and all(torch.equal(image, images[0]) for image in images)
-
-
-def test_iterations_bring_the_features_closer(feedback, photos):
-    inverter, _ = load_inverter(feedback / "best.pt")
-    batch = data.center_crops(data.load_split(str(photos), "test")[:])
-    with torch.no_grad():
-        features = inverter.encode(batch)
-        images = inverter.iterates(features)
-        errors = [(inverter.encoder(image) - features).norm().item() for image in images]
-    assert len(images) == 3 and errors[2] < errors[0]
 
 
 def test_metrics_of_each_iteration(feedback, run_evaluate, figures_of):
     found = json.loads((feedback / "metrics.json").read_text())
     assert found["iterations"] == 2 and len(found["iterates"]) == 3
-    for name in ("psnr", "ssim", "lpips"):
-        assert found["iterates"][2][name] == found[name]
-    assert (feedback / "iterations.png").exists()
+    assert all(found["iterates"][2][name] == found[name] for name in ("psnr", "ssim", "lpips"))
+    errors = [after["feature_error"]["mean"] for after in found["iterates"]]
+    assert errors[2] < errors[0] and (feedback / "iterations.png").exists()
     figures = figures_of(pictures)
     assert run_evaluate("--ckpt", feedback / "best.pt", "--iterations", 1, "--quiet") == 0
     fewer = json.loads((feedback / "iterations-1" / "metrics.json").read_text())
     assert fewer["iterates"] == found["iterates"][:2] and fewer["psnr"] == found["iterates"][1]["psnr"]
     drawn = [list(axis.lines[0].get_ydata()) for axis in figures[-1].axes]
-    assert drawn == [[after[name]["mean"] for after in fewer["iterates"]] for name in FIGURES]
+    assert drawn == [
+        [after[name]["mean"] for after in fewer["iterates"]] for name in METRICS_AND_FEATURE_ERROR
+    ]
 
 
-def test_more_iterations_are_another_round(feedback, photos, run_evaluate):
+def test_more_iterations_are_another_round(feedback, tested, run_evaluate):
     """The third of two begins with the second's image and a new hidden map."""
     assert run_evaluate("--ckpt", feedback / "best.pt", "--iterations", 3, "--quiet") == 0
     more = json.loads((feedback / "iterations-3" / "metrics.json").read_text())
-    inverter, _ = load_inverter(feedback / "best.pt")
-    batch = data.center_crops(data.load_split(str(photos), "test")[:])
-    decoder = inverter.decoder
+    inverter, batch, features = tested
+    decoder, step = inverter.decoder, inverter.decoder.steps[0]
     with torch.no_grad():
-        features = inverter.encode(batch)
         image = inverter.decode(features)
         lacking = (inverter.encoder(image) - features) / decoder.deviation
         hidden = decoder.blocks(decoder.embed((features - decoder.mean) / decoder.deviation))
-        hidden = hidden + decoder.steps[0].blocks(decoder.steps[0].compare(torch.cat([lacking, hidden], 1)))
-        image = (image + decoder.steps[0].head(hidden, (224, 224))).clamp(0, 1)
+        hidden = hidden + step.blocks(step.compare(torch.cat([lacking, hidden], 1)))
+        image = (image + step.head(hidden, (224, 224))).clamp(0, 1)
     expected = (-10 * (image - batch).square().mean((1, 2, 3)).log10()).mean().item()
     assert more["psnr"]["mean"] == pytest.approx(expected, abs=1e-3) and len(more["iterates"]) == 4
 
 
+def test_feature_error_by_hand(feedback, tested):
+    metrics = json.loads((feedback / "metrics.json").read_text())
+    inverter, _, features = tested
+    with torch.no_grad():
+        made = inverter.encoder(inverter.decode(features)).flatten(1)
+    wanted = features.flatten(1)
+    distances = [(wanted[a] - wanted[b]).norm() for a, b in ((0, 1), (0, 2), (1, 2))]
+    expected = (made - wanted).norm(dim=1).mean() / torch.stack(distances).mean()
+    assert metrics["iterates"][2]["feature_error"]["mean"] == pytest.approx(expected.item(), rel=1e-3)
+
+
 def test_a_step_trains_all_weights(photos):
-    parts = parts_of(photos, *SMALL)
-    decoder = parts.inverter.decoder
-    wake(decoder)
-    prepare.measure_features(parts.inverter, parts.train, parts.config)
-    batch, features = next(batches_of(parts))
-    train.train_step(parts.inverter.train(), batch, features, parts.loss, parts.state.optimizer, clip=1e-3)
-    gradients = [parameter.grad for parameter in decoder.parameters()]
+    training = training_on(photos, *SMALL, "--clip-grad", 1e-3)
+    wake(training.inverter.decoder)
+    train.train_step(training, *next(batches_of(training)))
+    gradients = [parameter.grad for parameter in training.inverter.decoder.parameters()]
     assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients)
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
     assert norm == pytest.approx(1e-3, rel=0.01)
 
 
-@pytest.mark.parametrize("gone", [{"feedback": "gradient"}, {"feedback": "both"}, {"own_weights": True}])
+@pytest.mark.parametrize("gone", [{"feedback": "gradient"}, {"own_weights": True}])
 def test_what_an_iteration_sees_is_no_choice_any_more(feedback, tmp_path, run_evaluate, error_line, gone):
     """Checkpoints of another choice are refused; those of what is done now are read, as pretrained ones."""
     checkpoint = torch.load(feedback / "best.pt", weights_only=True)
@@ -133,18 +136,6 @@ def test_what_an_iteration_sees_is_no_choice_any_more(feedback, tmp_path, run_ev
     assert f"best.pt: trained with {name} {value!r}, which this version does not have" in error_line()
 
 
-def test_feature_error_by_hand(feedback, photos):
-    metrics = json.loads((feedback / "metrics.json").read_text())
-    inverter, _ = load_inverter(feedback / "best.pt")
-    batch = data.center_crops(data.load_split(str(photos), "test")[:])
-    with torch.no_grad():
-        wanted = inverter.encode(batch).flatten(1)
-        made = inverter.encoder(inverter.decode(inverter.encode(batch))).flatten(1)
-    distances = [(wanted[a] - wanted[b]).norm() for a, b in ((0, 1), (0, 2), (1, 2))]
-    expected = (made - wanted).norm(dim=1).mean() / torch.stack(distances).mean()
-    assert metrics["iterates"][2]["feature_error"]["mean"] == pytest.approx(expected.item(), rel=1e-3)
-
-
 def test_loss_counts_earlier_iterates():
     images = torch.rand(2, 3, 32, 32)
     outputs = [torch.rand(2, 3, 32, 32) for _ in range(3)]
@@ -155,26 +146,23 @@ def test_loss_counts_earlier_iterates():
 
 
 def test_features_are_normalised_by_their_mean_and_deviation(photos):
-    parts = parts_of(photos, *SMALL)
-    prepare.measure_features(parts.inverter, parts.train, parts.config)
-    crops = torch.cat([batch for batch, _ in batches_of(parts)])
-    channels = parts.inverter.encode(crops).double().transpose(0, 1).flatten(1)
-    mean = parts.inverter.decoder.mean.flatten().double()
-    torch.testing.assert_close(mean, channels.mean(1), rtol=1e-4, atol=1e-6)
-    expected = channels.std(1)
-    expected = expected.clamp_min(0.01 * expected.mean())
-    torch.testing.assert_close(
-        parts.inverter.decoder.deviation.flatten().double(), expected, rtol=1e-4, atol=0
-    )
+    training = training_on(photos, *SMALL)
+    decoder = training.inverter.decoder
+    train.measure_features(training.inverter, training.train_images, training.config)
+    crops = torch.cat([batch for batch, _ in batches_of(training)])
+    channels = training.inverter.encode(crops).double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(decoder.mean.flatten().double(), channels.mean(1), rtol=1e-4, atol=1e-6)
+    expected = channels.std(1).clamp_min(0.01 * channels.std(1).mean())
+    torch.testing.assert_close(decoder.deviation.flatten().double(), expected, rtol=1e-4, atol=0)
 
 
 def test_published_images_are_shown_to_the_encoder_as_they_are_normalised(photos):
-    inverter = parts_of(photos, *SMALL, "--protocol", "published").inverter.eval()
+    inverter = training_on(photos, *SMALL, "--protocol", "published").inverter.eval()
     wake(inverter.decoder)
     features = inverter.encode(torch.rand(1, 3, 64, 64))
     seen = []
     inverter.encoder.trunk.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    images = inverter.iterates(features, (64, 64))
+    images = inverter.decode_all(features, (64, 64))
     assert len(seen) == 3 and all(map(torch.equal, seen, images))
 
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +13,12 @@ from skimage.metrics import peak_signal_noise_ratio
 
 import data
 import invert
-import results
 from encoders import Encoder
 from metrics import psnr
 from models import load_inverter
+from report import inversion, results
+
+FEW = ("--count", 1, "--steps", 2, "--quiet")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,22 @@ def encoder():
 @pytest.fixture(scope="module")
 def pixels(photos):
     return data.load_split(str(photos), "test")[:]
+
+
+@pytest.fixture
+def optimise(run_invert, tmp_path):
+    """Run invert.py on the first layer of AlexNet, or another of --layer, for a step: the exit status."""
+    short = ("--encoder", "alexnet", "--out", tmp_path, "--steps", 1, "--quiet")
+    return lambda *flags: run_invert(*short, *flags)
+
+
+def content_of(folder):
+    return json.loads((folder / "inversion.json").read_text())
+
+
+def rows_of(folder):
+    with open(folder / "inversion.csv", newline="") as file:
+        return {row["image"]: row for row in csv.DictReader(file)}
 
 
 def test_finds_the_picture_from_a_blurred_one_and_from_noise(encoder, pixels):
@@ -57,23 +74,6 @@ def test_the_prior_leaves_no_blur_in_the_end(encoder, pixels):
     assert 38.5 < psnr(found, image).item() < 60
 
 
-@pytest.mark.parametrize(
-    ("positions", "decode", "weight", "rate"),
-    [
-        (112, None, 1, 0.1),
-        (28, None, 16, 0.03),
-        (56, "decode", 1.2, 0.02),
-        (28, "decode", 4.8, 0.002),
-        (14, "decode", 19.2, 0.001),
-        (6, None, 256, 0.03),
-    ],
-)
-def test_prior_and_rate_follow_the_stride(positions, decode, weight, rate):
-    encoder = SimpleNamespace(shapes=[(8, positions, positions), (9, 1, 1)], input_size=224)
-    assert invert.prior_weight(encoder, decode) == pytest.approx(weight)
-    assert invert.learning_rate(encoder, decode) == rate
-
-
 def test_total_variation_by_hand():
     image = torch.zeros(1, 3, 2, 2)
     image[0, :, 0, 0] = 0.5  # one of two horizontal neighbours differs by 0.5, and one of two vertical ones
@@ -81,28 +81,24 @@ def test_total_variation_by_hand():
 
 
 def test_mean_pairwise_distance_is_numpys(encoder, pixels):
-    features = [encoder(data.center_crops(image[None])).flatten().double().numpy() for image in pixels]
-    pairs = [(0, 1), (0, 2), (1, 2)]
-    expected = np.mean([np.linalg.norm(features[a] - features[b]) for a, b in pairs])
-    assert invert.feature_scale(encoder, pixels, 2) == (
-        "mean_pairwise_distance",
-        pytest.approx(expected, rel=1e-4),
-    )
+    a, b, c = (encoder(data.center_crops(image[None])).flatten().double().numpy() for image in pixels)
+    name, found = invert.feature_scale(encoder, pixels, 2)
+    assert name == "mean_pairwise_distance"
+    assert found == pytest.approx(np.mean([np.linalg.norm(d) for d in (a - b, a - c, b - c)]), rel=1e-4)
 
 
 def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_invert, encoder, pixels, capsys):
     flags = ("--ckpt", trained / "best.pt", "--count", 1, "--steps", 12, "--out", tmp_path, "--quiet")
     assert run_invert(*flags) == 0
     screen = capsys.readouterr().out
-    found = json.loads((tmp_path / "inversion.json").read_text())
+    found = content_of(tmp_path)
     start, inversion = found["metrics"]["start"], found["metrics"]["inversion"]
     assert (found["start"], found["images"], found["steps"], found["data"]) == ("tconv", 1, 12, str(photos))
     assert (found["lr"], found["tv_weight"]) == (0.02, 0.3)
-    decoder = load_inverter(trained / "best.pt")[0].decoder
     image = data.center_crops(pixels[:1])
     features = encoder(image)
     with torch.no_grad():
-        output = decoder(features)
+        output = load_inverter(trained / "best.pt")[0].decoder(features)
     assert start["psnr"]["mean"] == pytest.approx(psnr(output, image).item(), abs=1e-3)
     error = (encoder(output) - features).norm().item() / found["mean_pairwise_distance"]
     assert start["feature_error"]["mean"] == pytest.approx(error, rel=1e-3)
@@ -112,92 +108,75 @@ def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_invert, en
     assert note in results.inversion(tmp_path, metrics)
     assert results.inversion(tmp_path, metrics | {"config": checkpoint["config"] | {"layer": "block2"}}) == ""
     assert f"{inversion['psnr']['mean']:.4f}" in screen and "feature error" in screen
-    with open(tmp_path / "inversion.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
-    assert row["image"] == "00.jpg" and float(row["inversion_psnr"]) == inversion["psnr"]["mean"]
+    assert float(rows_of(tmp_path)["00.jpg"]["inversion_psnr"]) == inversion["psnr"]["mean"]
     with Image.open(tmp_path / "inversion.png") as picture:
         assert picture.height > 500
-    (tmp_path / "inversion.json").write_text("{}")
-    assert results.inversion(tmp_path, metrics) == ""
-    (tmp_path / "inversion.json").write_text("[")
-    assert "invert again" in results.inversion(tmp_path, metrics)
+    for text, note in (("{}", ""), ("[", "invert again")):
+        (tmp_path / "inversion.json").write_text(text)
+        assert note in results.inversion(tmp_path, metrics)
 
 
 def test_results_are_of_a_checkpoint_wherever_it_lies(
-    trained, checkpoint, photos, tmp_path, monkeypatch, run_invert, error_line
+    trained, checkpoint, tmp_path, monkeypatch, run_invert, error_line
 ):
     """By another name, or moved with its folder, it is the same; what is not is refused, and old results."""
     run = shutil.copytree(trained, tmp_path / "run")
-    flags = ("--count", 1, "--steps", 2, "--quiet")
-    assert run_invert("--ckpt", run / "best.pt", *flags) == 0
+    assert run_invert("--ckpt", run / "best.pt", *FEW) == 0
     moved = run.rename(tmp_path / "moved")
     monkeypatch.chdir(moved)
-    assert run_invert("--ckpt", "best.pt", *flags) == 0
-    other = shutil.copytree(trained, tmp_path / "other")
-    torch.save(checkpoint | {"epoch": 9}, other / "best.pt")
+    assert run_invert("--ckpt", "best.pt", *FEW) == 0
+    torch.save(checkpoint | {"epoch": 9}, tmp_path / "best.pt")
     shutil.copytree(moved, tmp_path / "results").joinpath("best.pt").unlink()
-    assert run_invert("--ckpt", other / "best.pt", "--out", tmp_path / "results", *flags) == 2
+    assert run_invert("--ckpt", tmp_path / "best.pt", "--out", tmp_path / "results", *FEW) == 2
     assert "is the result of another ckpt" in error_line()
     assert run_invert("--course", moved, "--out", tmp_path) == 0
-    shutil.copy(other / "best.pt", moved)
+    shutil.copy(tmp_path / "best.pt", moved)
     assert run_invert("--course", moved, "--out", tmp_path) == 2
     assert error_line() == f"{moved / 'inversion.json'} is of an earlier best.pt; invert again"
-    assert run_invert("--ckpt", "best.pt", *flags) == 0
+    assert run_invert("--ckpt", "best.pt", *FEW) == 0
 
 
-def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, capsys, figures_of):
+def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, figures_of):
     flags = ("--ckpt", trained / "best.pt", "--count", 2, "--steps", 4, "--quiet", "--out", tmp_path / "a")
     assert run_invert(*flags) == 0
-    found = json.loads((tmp_path / "a" / "inversion.json").read_text())
+    found = content_of(tmp_path / "a")
     course = found["course"]
     assert course["step"] == [0, 1, 2, 3, 4] and course["seconds"] == sorted(course["seconds"])
     for moment, kind in ((0, "start"), (-1, "inversion")):
         assert course["psnr"][moment] == pytest.approx(found["metrics"][kind]["psnr"]["mean"], abs=1e-3)
-    figures = figures_of(invert)
+    figures = figures_of(inversion)
     assert run_invert("--course", tmp_path / "a", "--out", tmp_path) == 0
     (line,) = figures[0].axes[0].lines
     assert list(line.get_xdata()) == course["seconds"] and list(line.get_ydata()) == course["psnr"]
     assert line.get_label() == "vgg16 block1 from tconv" and (tmp_path / "course.png").exists()
-    capsys.readouterr()
-    assert run_invert("--course", tmp_path) == 2
-    assert "has no inversion.json; invert it first" in error_line()
-    (tmp_path / "inversion.json").write_text("[" * 100_000)
-    assert run_invert("--course", tmp_path) == 2
-    assert "not a result of this invert.py" in error_line()
-    assert run_invert("--course", tmp_path / "a", "--encoder", "vgg16") == 2
-    assert "--encoder: not with --course" in error_line()
-    assert run_invert("--course", tmp_path / "a", "--tv-weight", "0.1") == 2
-    assert "--tv-weight: not with --course" in error_line()
 
 
-def test_validation_images_to_choose_by(photos, tmp_path, run_invert, error_line, monkeypatch):
+def test_what_has_no_course(tmp_path, run_invert, error_line):
+    for message in ("has no inversion.json; invert it first", "not a result of this invert.py"):
+        assert run_invert("--course", tmp_path) == 2
+        assert message in error_line()
+        (tmp_path / "inversion.json").write_text("[" * 100_000)
+
+
+def test_validation_images_to_choose_by(photos, tmp_path, run_invert, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ("--encoder", "alexnet", "--data", photos, "--split", "val", "--steps", 1, "--quiet")
-    assert run_invert(*flags) == 0
-    with open("runs/noise_alexnet_conv1/val/inversion.csv", newline="") as file:
-        names = [row["image"] for row in csv.DictReader(file)]
-    assert names == data.load_split(str(photos), "val").names
-    assert run_invert(*flags[:4], "--out", "runs/noise_alexnet_conv1/val") == 2
-    assert "is the result of another split" in error_line()
+    assert run_invert("--encoder", "alexnet", "--data", photos, "--split", "val", *FEW) == 0
+    names = data.load_split(str(photos), "val").names
+    assert list(rows_of(tmp_path / "runs/noise_alexnet_conv1/val")) == names[:1]
 
 
-def test_from_noise_and_random_weights(photos, tmp_path, run_invert, error_line):
-    flags = ("--encoder", "alexnet", "--layer", "conv2", "--weights", "random", "--data", photos)
-    assert run_invert(*flags, "--count", 1, "--steps", 2, "--out", tmp_path, "--quiet") == 0
-    found = json.loads((tmp_path / "inversion.json").read_text())
+def test_from_noise_and_random_weights(photos, tmp_path, optimise, error_line):
+    flags = ("--layer", "conv2", "--weights", "random", "--data", photos, "--count", 1)
+    assert optimise(*flags) == 0
+    found = content_of(tmp_path)
     assert found["lr"] == 0.03
     assert found["tv_weight"] == pytest.approx((224 / 13 / 2) ** 2)  # 13 × 13 positions
-    assert [found[key] for key in ("encoder", "layer", "weights", "start")] == [
-        "alexnet",
-        "conv2",
-        "random",
-        "noise",
-    ]
-    before = (tmp_path / "inversion.json").read_bytes()
-    other = ("--encoder", "alexnet", "--layer", "conv1", "--weights", "random", "--data", photos)
-    assert run_invert(*other, "--count", 1, "--steps", 2, "--out", tmp_path, "--quiet") == 2
-    assert "is the result of another layer" in error_line()
-    assert (tmp_path / "inversion.json").read_bytes() == before
+    names = ("encoder", "layer", "weights", "start")
+    assert [found[name] for name in names] == ["alexnet", "conv2", "random", "noise"]
+    for other, kind in (("--layer", "conv1"), "layer"), (("--split", "val"), "split"):
+        assert optimise(*flags, *other) == 2
+        assert f"is the result of another {kind}" in error_line()
+        assert content_of(tmp_path) == found
 
 
 @pytest.mark.parametrize(
@@ -214,6 +193,8 @@ def test_from_noise_and_random_weights(photos, tmp_path, run_invert, error_line)
         (["--images", "a.jpg", "--split", "test"], "--split: not with --images"),
         (["--images", "a.jpg", "--count", "2"], "--count: not with --images"),
         (["--course", "a", "--images", "a.jpg"], "--images: not with --course"),
+        (["--course", "a", "--encoder", "vgg16"], "--encoder: not with --course"),
+        (["--course", "a", "--tv-weight", "0.1"], "--tv-weight: not with --course"),
     ],
 )
 def test_mistakes(flags, message, run_invert, error_line):
@@ -222,34 +203,29 @@ def test_mistakes(flags, message, run_invert, error_line):
 
 
 @pytest.mark.parametrize("kind", ["one", "three that are the same"])
-def test_feature_error_of_one_image_is_relative_to_its_features(
-    own_photos, tmp_path, run_invert, encoder, pixels, kind, capsys
-):
+def test_feature_error_of_one_image_is_relative_to_its_features(own_photos, tmp_path, optimise, kind, capsys):
     first, *others = sorted((own_photos / "test").iterdir())
     for file in others:
         if kind == "one":
             file.unlink()
         else:
             file.write_bytes(first.read_bytes())
-    flags = ("--encoder", "vgg16", "--data", own_photos, "--out", tmp_path, "--quiet", "--steps", 1)
-    assert run_invert(*flags) == 0
+    assert optimise("--data", own_photos) == 0
     assert "relative to ‖φ‖" in capsys.readouterr().out
-    found = json.loads((tmp_path / "inversion.json").read_text())
+    found = content_of(tmp_path)
     assert "mean_pairwise_distance" not in found
-    image = data.center_crops(pixels[:1])
-    features = encoder(image).numpy()
-    norm = np.sqrt(np.square(features.astype(float)).sum())
+    image = data.center_crops(data.load_split(str(own_photos), "test")[:1])
+    encoder = Encoder("alexnet", "conv1")
+    features, grey = (encoder(images).double().numpy() for images in (image, invert.noise(image, 0)))
+    norm = np.linalg.norm(features.ravel())
     assert found["feature_norm"] == pytest.approx(norm, rel=1e-5)
-    grey = encoder(invert.noise(image, 0)).numpy()
-    with open(tmp_path / "inversion.csv", newline="") as file:
-        row = next(csv.DictReader(file))
     error = np.linalg.norm((grey - features).ravel()) / norm
-    assert float(row["start_feature_error"]) == pytest.approx(error, rel=1e-4)
+    assert float(rows_of(tmp_path)["00.jpg"]["start_feature_error"]) == pytest.approx(error, rel=1e-4)
 
 
-def test_features_that_are_all_0(photos, tmp_path, run_invert, error_line, monkeypatch):
+def test_features_that_are_all_0(photos, optimise, error_line, monkeypatch):
     monkeypatch.setattr(Encoder, "forward", lambda encoder, images: torch.zeros(len(images), 8, 4, 4))
-    assert run_invert("--encoder", "vgg16", "--data", photos, "--out", tmp_path, "--quiet") == 2
+    assert optimise("--data", photos) == 2
     assert "features have norm 0.0" in error_line()
 
 
@@ -265,50 +241,47 @@ def test_own_pictures(checkpoint, tmp_path, run_invert, error_line, capsys):
     config = checkpoint["config"] | {"data": str(tmp_path / "gone")}
     torch.save(checkpoint | {"config": config}, tmp_path / "best.pt")
     wide = skimage.data.coffee()[:224, :448]
-    (tmp_path / "folder").mkdir()
-    Image.fromarray(wide).save(tmp_path / "folder" / "wide.png")
-    Image.new("RGB", (30, 50), "red").save(tmp_path / "red.jpg")
+    folder, red, own = tmp_path / "folder", tmp_path / "red.jpg", tmp_path / "own"
+    folder.mkdir()
+    Image.fromarray(wide).save(folder / "wide.png")
+    Image.new("RGB", (30, 50), "red").save(red)
     flags = ("--ckpt", tmp_path / "best.pt", "--steps", 2, "--quiet", "--images")
-    assert run_invert(*flags, tmp_path / "folder", tmp_path / "red.jpg") == 0
-    assert f"results in {tmp_path / 'own'}" in capsys.readouterr().out
-    with open(tmp_path / "own" / "inversion.csv", newline="") as file:
-        rows = {row["image"]: row for row in csv.DictReader(file)}
-    assert list(rows) == [str(tmp_path / "folder" / "wide.png"), str(tmp_path / "red.jpg")]
+    assert run_invert(*flags, folder, red) == 0
+    assert f"results in {own}" in capsys.readouterr().out
+    rows = rows_of(own)
+    assert list(rows) == [str(folder / "wide.png"), str(red)]
     image = torch.tensor(wide[:, 112:336]).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         output = load_inverter(tmp_path / "best.pt")[0](image).clamp(0, 1)
     expected = peak_signal_noise_ratio(image[0].numpy(), output[0].numpy(), data_range=1)
-    row = rows[str(tmp_path / "folder" / "wide.png")]
-    assert float(row["start_psnr"]) == pytest.approx(expected, abs=1e-3)
-    found = json.loads((tmp_path / "own" / "inversion.json").read_text())
+    assert float(rows[str(folder / "wide.png")]["start_psnr"]) == pytest.approx(expected, abs=1e-3)
+    found = content_of(own)
     assert (found["images"], found["split"], found["start"]) == (2, "own", "tconv")
     assert not (tmp_path / "inversion.json").exists()
-    before = (tmp_path / "own" / "inversion.json").read_bytes()
-    assert run_invert(*flags, tmp_path / "red.jpg") == 2
+    assert run_invert(*flags, red) == 2
     assert "is the result of another" in error_line()
-    Image.new("RGB", (30, 50), "blue").save(tmp_path / "red.jpg")
-    assert run_invert(*flags, tmp_path / "folder", tmp_path / "red.jpg") == 2
+    Image.new("RGB", (30, 50), "blue").save(red)
+    assert run_invert(*flags, folder, red) == 2
     assert "is the result of another pictures" in error_line()
-    assert (tmp_path / "own" / "inversion.json").read_bytes() == before
+    assert content_of(own) == found
 
 
 def test_one_picture_of_ones_own_from_noise(tmp_path, run_invert, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(skimage.data.coffee()).save("my.jpg")
     assert run_invert("--encoder", "alexnet", "--images", "my.jpg", "--steps", 1, "--quiet") == 0
-    found = json.loads((tmp_path / "runs/noise_alexnet_conv1/own/inversion.json").read_text())
+    found = content_of(tmp_path / "runs/noise_alexnet_conv1/own")
     assert (found["images"], found["start"]) == (1, "noise") and found["feature_norm"] > 0
 
 
-def test_what_is_no_picture_any_more_is_one_line(photos, tmp_path, run_invert, error_line):
-    flags = ("--encoder", "alexnet", "--data", photos, "--count", 1, "--steps", 3, "--lr", 1e30)
-    assert run_invert(*flags, "--out", tmp_path, "--quiet") == 2
+def test_what_is_no_picture_any_more_is_one_line(photos, tmp_path, optimise, error_line):
+    assert optimise("--data", photos, "--count", 1, "--steps", 3, "--lr", 1e30) == 2
     assert "not finite" in (line := error_line()) and "--lr" in line
     assert not list(tmp_path.glob("inversion*"))
 
 
-def test_images_too_small_for_lpips_are_refused_first(own, photos, run_invert, error_line, monkeypatch):
+def test_images_too_small_for_lpips_are_refused_first(own, photos, optimise, error_line, monkeypatch):
     monkeypatch.setattr(invert, "invert_images", None)
     flags = ("--encoder", f"{own}:build", "--layer", "first.0", "--data", photos)
-    assert run_invert(*flags, "--input-size", 28) == 2
-    assert "--input-size 28: LPIPS wants at least 31 pixels" in error_line()
+    assert optimise(*flags, "--input-size", 28) == 2
+    assert "--input-size 28: LPIPS needs at least 31 pixels" in error_line()

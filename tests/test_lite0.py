@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import skimage.data
 import torch
 from conftest import status
@@ -12,13 +13,14 @@ from docs import lite0
 from encoders import Encoder
 
 
+@pytest.mark.network
 def test_weights_that_name_photographs(tmp_path, monkeypatch, capsys):
     """A cup of coffee and a rocket are what they are called; timm's network has the layer's features."""
     file, images = tmp_path / "lite0.safetensors", tmp_path / "images"
     images.mkdir()
-    Image.fromarray(skimage.data.coffee()).save(images / "n07920052_espresso.png")
-    Image.fromarray(skimage.data.rocket()).save(images / "n03773504_missile.png")
-    Image.fromarray(skimage.data.chelsea()).save(images / "n01440764_tench.png")  # a cat, really
+    names = {"coffee": "n07920052_espresso", "rocket": "n03773504_missile"}
+    for picture, name in (names | {"chelsea": "n01440764_tench"}).items():  # a cat, really
+        Image.fromarray(getattr(skimage.data, picture)()).save(images / f"{name}.png")
     monkeypatch.setattr(sys, "argv", ["lite0.py", str(file), "--images", str(images)])
     assert status(lite0.main) == 0
     assert capsys.readouterr().out == "2 of 3 named right\n"

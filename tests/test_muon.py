@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from muon import Muon, orthogonal
+from extras.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(64, 576), (576, 64), (32, 32)])
@@ -18,50 +18,36 @@ def test_directions_stay_and_become_as_long(shape):
     assert (found - lengths.diag()).abs().max() < 1e-3
 
 
-def steps(optimizer, weights, gradients):
-    """What `weights`, tensors, become by a step for each of `gradients`, lists of as many."""
-    for step in gradients:
-        for weight, gradient in zip(weights, step, strict=True):
-            weight.grad = gradient.clone()
-        if isinstance(optimizer, Muon):
-            optimizer.turn()
-        optimizer.step()
+def moved(optimizer, shapes, steps=3, **options):
+    """What weights of these shapes, the same each time, become in some steps."""
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(shape, generator=generator) for shape in shapes]
+    rule = optimizer(weights, 0.01, **options)
+    for _ in range(steps):
+        for weight in weights:
+            weight.grad = torch.randn(weight.numel(), generator=generator).view_as(weight)
+        if optimizer is Muon:
+            rule.orthogonalize_grads()
+        rule.step()
     return weights
 
 
-def made_up(*shapes):
-    """Weights of these shapes, twice, and three steps' gradients."""
-    generator = torch.Generator().manual_seed(1)
-    first = [torch.randn(shape, generator=generator) for shape in shapes]
-    gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3)]
-    return first, [weight.clone() for weight in first], gradients
-
-
 def test_what_is_no_matrix_is_adams():
-    ours, theirs, gradients = made_up((7,), (3, 1, 1), (1, 5))
-    steps(Muon(ours, 0.01), ours, gradients)
-    steps(torch.optim.Adam(theirs, 0.01), theirs, gradients)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+    shapes = [(7,), (3, 1, 1), (1, 5)]
+    torch.testing.assert_close(moved(Muon, shapes), moved(torch.optim.Adam, shapes), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has Muon from 2.9 on")
 def test_matrices_are_as_torchs_muon_has_them():
-    if not hasattr(torch.optim, "Muon"):
-        pytest.skip("torch has Muon from 2.9 on")
-    ours, theirs, gradients = made_up((16, 48), (40, 8))
-    before = [weight.clone() for weight in ours]
-    steps(Muon(ours, 0.01), ours, gradients)
-    scaled = {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0}
-    steps(torch.optim.Muon(theirs, 0.01, **scaled), theirs, gradients)
-    for a, b, start in zip(ours, theirs, before, strict=True):
+    shapes = [(16, 48), (40, 8)]
+    theirs = moved(torch.optim.Muon, shapes, adjust_lr_fn="match_rms_adamw", weight_decay=0)
+    for a, b, start in zip(moved(Muon, shapes), theirs, moved(Muon, shapes, steps=0), strict=True):
         assert (a - b).norm() < 0.02 * (a - start).norm()  # theirs is in bfloat16
 
 
 def test_kernels_are_matrices_of_outputs_and_rate_is_as_adams():
     """(out, in, 3, 3) as (out, 9 in), whose elements change by 0.2 times the rate, as a mean square."""
-    ours, theirs, gradients = made_up((8, 4, 3, 3))
-    flat = [theirs[0].flatten(1)]
-    before = ours[0].clone()
-    steps(Muon(ours, 0.01), ours, gradients[:1])
-    steps(Muon(flat, 0.01), flat, [[gradients[0][0].flatten(1)]])
-    assert torch.equal(ours[0].flatten(1), flat[0])
-    assert (ours[0] - before).square().mean().sqrt() == pytest.approx(0.2 * 0.01, rel=0.2)
+    (kernel,), (matrix,) = (moved(Muon, [shape], steps=1) for shape in ((8, 4, 3, 3), (8, 36)))
+    assert torch.equal(kernel.flatten(1), matrix)
+    (before,) = moved(Muon, [(8, 36)], steps=0)
+    assert (matrix - before).square().mean().sqrt() == pytest.approx(0.2 * 0.01, rel=0.2)

@@ -14,29 +14,37 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import REPOSITORY
-from training import batches_of, parts_of, validate
+from training import batches_of, training_on, validate
 
 import train
 import utils
-from metrics import TERMS
 
-# on a free port
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+PATHS = [str(REPOSITORY), str(REPOSITORY / "tests"), *os.environ.get("PYTHONPATH", "").split(":")]
+HERE = {
+    "cwd": REPOSITORY,
+    "env": os.environ | {"PYTHONPATH": ":".join(filter(None, PATHS)), "OMP_NUM_THREADS": "1"},
+}
+SMALL = ["--width", 8, "--lpips-weight", 0, "--crop", 32, "--device", "cpu", "--tracker", "none"]
 
 
-def environment():
-    path = [str(REPOSITORY), str(REPOSITORY / "tests"), *os.environ.get("PYTHONPATH", "").split(":")]
-    return os.environ | {"PYTHONPATH": ":".join(filter(None, path)), "OMP_NUM_THREADS": "1"}
+def launched(*command):
+    """What two processes of this script and flags print. Fails where they do."""
+    command = [*LAUNCH, *map(str, command)]
+    done = subprocess.run(command, **HERE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def one_step(photos, rank, world, parallel):
     """The decoder's state after a step on this process's part of a batch of four."""
-    parts = parts_of(photos, "--width", 8, "--batch-size", 4 // world)
-    parts.inverter.eval()  # batch norm is fixed, since on the CPU each process has its own
-    optimizer = torch.optim.SGD(parts.inverter.decoder.parameters(), lr=1)
-    batch = next(batches_of(parts, rank, world))
-    train.train_step(parallel(parts.inverter), *batch, parts.loss, optimizer)
-    return parts.inverter.decoder.state_dict()
+    training = training_on(photos, "--width", 8, "--crop", 64, "--batch-size", 4 // world)
+    batch = next(batches_of(training, rank, world))
+    training.config["freeze_bn"] = training.step = 1  # since on the CPU each process has its own batch norm
+    training.model, training.world = parallel(training.inverter), world
+    training.optimizer = torch.optim.SGD(training.inverter.decoder.parameters(), lr=1)
+    train.train_step(training, *batch)
+    return training.inverter.decoder.state_dict()
 
 
 def in_a_group(photos, folder, rank):
@@ -54,12 +62,12 @@ def in_a_group(photos, folder, rank):
 def test_gradients_of_two_processes_are_those_of_the_joint_batch(photos, tmp_path):
     """This process is the first of the two."""
     code = f"from test_processes import in_a_group; in_a_group({str(photos)!r}, {str(tmp_path)!r}, 1)"
-    second = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=environment())
+    second = subprocess.Popen([sys.executable, "-c", code], **HERE)
     in_a_group(photos, tmp_path, 0)
     assert second.wait(timeout=60) == 0
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     joint = one_step(photos, 0, 1, lambda model: model)
-    before = parts_of(photos, "--width", 8).inverter.decoder.state_dict()
+    before = training_on(photos, "--width", 8).inverter.decoder.state_dict()
     assert (joint["to_rgb.weight"] - before["to_rgb.weight"]).abs().max() > 1e-3
     for key in joint:
         assert torch.equal(first[key], second[key])
@@ -69,7 +77,7 @@ def test_gradients_of_two_processes_are_those_of_the_joint_batch(photos, tmp_pat
 def test_rank_without_world_size_is_one_process(photos, tmp_path, run_train, run_evaluate, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet") == 0
+    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, *SMALL) == 0
     assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
     assert (tmp_path / "metrics.json").exists()
 
@@ -82,8 +90,7 @@ def test_what_a_killed_process_leaves_is_found(tmp_path, name):
     path = tmp_path / name
     code = "import os, sys, pathlib, utils\nwith utils.atomic(sys.argv[1]) as path: path.touch(); os._exit(9)"
     for file in (path, tmp_path / "other.pt"):
-        command = [sys.executable, "-c", code, file]
-        assert subprocess.run(command, cwd=REPOSITORY, env=environment()).returncode == 9
+        assert subprocess.run([sys.executable, "-c", code, file], **HERE).returncode == 9
     (left,) = utils.leftovers(path)
     assert left.exists() and left.name[0] == "." and len(list(tmp_path.iterdir())) == 2
     utils.write_text(path, "whole")
@@ -111,57 +118,53 @@ def test_processes_without_torchrun(photos, tmp_path, run_train, error_line, mon
     assert message in error_line()
 
 
+# Each process trains, one of them is interrupted in epoch 2, both go on, and measure what they have.
+RANKS = """
+import os, signal, sys, torch
+import data, evaluate, train
+from flags import parse_evaluate, parse_train
+folder, *flags = sys.argv[1:]
+real, calls = data.crops, []
+def crops(*rest):
+    calls.append(1)
+    if len(calls) == 6 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    return real(*rest)
+data.crops = crops
+try:
+    train.train(parse_train(flags))
+except SystemExit as stopped:
+    status = stopped.code
+state = train.train(parse_train([*flags, "--resume"]))
+torch.save([state.decoder.state_dict(), state.history, status], f"{folder}/{os.environ['RANK']}.pt")
+ckpt = ["--ckpt", f"{folder}/run/best.pt", "--device", "cpu"]
+evaluate.evaluate(parse_evaluate([*ckpt, "--out", f"{folder}/two"]))
+"""
+
+
+@pytest.mark.slow
 def test_two_gloo_processes(photos, tmp_path, run_evaluate):
     """Interrupted and resumed, both end with the same parameters; they measure what one process measures."""
-    script = tmp_path / "ranks.py"
-    script.write_text(
-        "import os, signal, sys, torch\n"
-        "import data, train\n"
-        "from flags import parse_train\n"
-        "real, calls = data.crops, []\n"
-        "def crops(*rest):\n"
-        "    calls.append(1)\n"
-        "    if len(calls) == 6 and os.environ['RANK'] == '1':  # in epoch 2, of one process\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return real(*rest)\n"
-        "data.crops = crops\n"
-        "try:\n"
-        "    train.train(parse_train(sys.argv[1:]))\n"
-        "except SystemExit as stopped:\n"
-        "    status = stopped.code\n"
-        "state = train.train(parse_train([*sys.argv[1:], '--resume']))\n"
-        f"path = '{tmp_path}/rank' + os.environ['RANK'] + '.pt'\n"
-        "torch.save([state.decoder.state_dict(), state.history, status], path)\n"
-    )
-    flags = ["--data", photos, "--out", tmp_path / "run", "--epochs", 2, "--batch-size", 2]
-    flags += ["--lr", 1e-3, "--width", 8]
-    flags += ["--crop", 64, "--passes", 2, "--kept-crops", 1, "--freeze-bn", 3]  # of four steps an epoch
-    flags += ["--device", "cpu"]
-    command = [str(part) for part in [*LAUNCH, script, *flags]]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1/2") == 1  # the first process speaks
-    assert "go on with: torchrun, as before, " in done.stdout
+    (tmp_path / "ranks.py").write_text(RANKS)
+    flags = ["--data", photos, "--out", tmp_path / "run", "--epochs", 2, "--batch-size", 2, "--lr", 1e-3]
+    flags += [*SMALL, "--passes", 2, "--kept-crops", 1, "--freeze-bn", 3]  # of four steps an epoch
+    printed = launched(tmp_path / "ranks.py", tmp_path, *flags)
+    assert printed.count("epoch 1/2") == 1  # the first process speaks
+    assert "go on with: torchrun, as before, " in printed
     (a, rows, status), (b, other_rows, other_status) = (
-        torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)
+        torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)
     )
     assert status == other_status == 128 + signal.SIGTERM
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert [row["val_loss"] for row in rows] == [row["val_loss"] for row in other_rows]
 
-    parts = parts_of(photos, "--width", 8)
-    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    parts.inverter.decoder.load_state_dict(state["decoder"])
-    val, _, _ = validate(parts)
-    for name in TERMS:
+    training = training_on(photos, "--width", 8)
+    training.inverter.decoder.load_state_dict(utils.load(tmp_path / "run" / "last.pt")["decoder"])
+    val, _, _ = validate(training)
+    for name in ("mse", "psnr"):
         assert rows[-1][f"val_{name}"] == pytest.approx(val[name], abs=1e-5)
 
-    flags = ["--ckpt", tmp_path / "run" / "best.pt", "--device", "cpu", "--out"]
-    command = [str(part) for part in [*LAUNCH, "evaluate.py", *flags, tmp_path / "two"]]
-    subprocess.run(command, cwd=REPOSITORY, env=environment(), check=True, capture_output=True, timeout=300)
-    assert run_evaluate(*flags, tmp_path / "one") == 0
+    assert run_evaluate("--ckpt", tmp_path / "run" / "best.pt", "--out", tmp_path / "one") == 0
     results, originals, tables = [], [], []
     for out in ("two", "one"):
         with open(tmp_path / out / "per_image.csv", newline="") as file:
@@ -180,10 +183,6 @@ def test_two_gloo_processes(photos, tmp_path, run_evaluate):
 @pytest.mark.slow
 def test_two_processes_and_a_decoder_part_of_which_has_no_gradient(photos, tmp_path):
     """Without MSE a step that begins with what a round made leaves the head of `feedback` out."""
-    flags = ["--data", photos, "--out", tmp_path, "--decoder", "feedback", "--width", 8, "--crop", 64]
+    flags = ["--data", photos, "--out", tmp_path, "--decoder", "feedback", *SMALL, "--crop", 64]
     flags += ["--mse-weight", 0, "--lpips-weight", 1, "--epochs", 1, "--passes", 4, "--val-images", 1]
-    command = [str(part) for part in [*LAUNCH, "train.py", *flags, "--batch-size", 2, "--device", "cpu"]]
-    options = {"cwd": REPOSITORY, "env": environment(), "capture_output": True, "text": True}
-    done = subprocess.run(command, timeout=300, **options)
-    assert done.returncode == 0, done.stderr
-    assert "best: epoch 1" in done.stdout
+    assert "best: epoch 1" in launched("train.py", *flags, "--batch-size", 2)

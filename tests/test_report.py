@@ -1,349 +1,328 @@
-"""The tables and pictures that compare the experiments, and the data that the page carries."""
+"""The tables, pictures and page that compare runs, made of results that evaluate.py wrote."""
 
 import base64
 import csv
 import hashlib
 import io
 import json
-import math
 import shutil
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from made_up import CONTROL, EVIL, FAILED, NAMES, UNRUN, copied, page_content, thirty_tiles, write_baselines
 from PIL import Image
 
-import data
-import report
-import results
-from study import METRICS
+import evaluate
+from flags import parse_evaluate
+from report import page, results
+from report.results import PUBLISHED_RESULTS
+from utils import METRICS
 
-# A baseline that made-up runs are below.
-BELOW = {"psnr": {"mean": 30, "std": 1}, "ssim": {"mean": 1, "std": 0}, "lpips": {"mean": 0, "std": 0}}
+NAMES = list(PUBLISHED_RESULTS)
+EVIL = "<img src=x onerror=alert(1)> {{CONTENT}}"  # a name that a folder may have
 
 
-def test_page_has_every_experiment(content):
-    rows = {row["experiment"]: row for row in content["rows"]}
-    assert list(rows) == NAMES
-    assert rows[UNRUN]["note"] == "not run" and rows[FAILED]["note"] == "failed: error: out of <b>memory</b>"
-    assert rows[CONTROL]["note"] == "random weights (control)"
+@pytest.fixture(scope="module")
+def evaluated(trained, photos, tmp_path_factory):
+    """The folder of an evaluated run of experiment 1, and baselines.json in the folder above it."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    shutil.copytree(trained, run)
+    for flags in (("--ckpt", run / "best.pt"), ("--baselines", "--data", photos, "--out", run.parent)):
+        evaluate.evaluate(parse_evaluate([*map(str, flags), "--quiet"]))
+    return run
+
+
+@pytest.fixture
+def copied(evaluated):
+    """Copy the evaluated run to a folder, with changes in its metrics.json, and in `config` there."""
+
+    def copy(folder, config=None, **changes):
+        shutil.copytree(evaluated, folder)
+        edit(folder / "metrics.json", config=measured(folder)["config"] | (config or {}), **changes)
+
+    return copy
+
+
+@pytest.fixture
+def measured_baselines(evaluated):
+    """Copy baselines.json to a folder, with these means of PSNR and other changes."""
+
+    def copy(folder, psnr, **changes):
+        values = json.loads((evaluated.parent / "baselines.json").read_text())["baselines"]
+        for name, value in psnr.items():
+            values[name]["psnr"]["mean"] = value
+        shutil.copy(evaluated.parent / "baselines.json", folder)
+        edit(folder / "baselines.json", baselines=values, **changes)
+
+    return copy
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def measured(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def psnr(mean):
+    return {"mean": mean, "std": 1.0}
+
+
+def notes_of(folder):
+    return {row["experiment"]: row["note"] for row in results.result_rows(folder)}
+
+
+class Page(HTMLParser):
+    """The elements of report.html, {tag: attributes of each}, their text and the data that it carries."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.elements, self.text, self.inside = {}, [], None
+        self.feed((folder / "report.html").read_text(encoding="utf-8"))
+        self.rows = {row["experiment"]: row for row in self.data["rows"]}
+
+    def handle_starttag(self, tag, attributes):
+        self.inside = dict(attributes)
+        self.elements.setdefault(tag, []).append(self.inside)
+
+    def handle_data(self, text):
+        self.text.append(text)
+        if self.inside and self.inside.get("id") == "content":
+            self.data = json.loads(text)
+            self.inside = None
+
+
+def decoded(text):
+    with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
+        return np.asarray(picture) / 255
+
+
+@pytest.fixture(scope="module")
+def reported(evaluated):
+    """A folder of experiment 1, one that failed, one still training, a run of another name, baselines."""
+    folder = evaluated.parent / "reported"
+    for name in (NAMES[0], NAMES[2], EVIL):
+        shutil.copytree(evaluated, folder / name)
+    (folder / NAMES[2] / "metrics.json").unlink()
+    (folder / NAMES[1]).mkdir()
+    (folder / NAMES[1] / "error.txt").write_text("something\nerror: out of <b>memory</b>\n")
+    images = (folder / EVIL / "per_image.csv").read_text().replace("00.jpg", f'"</script>{EVIL}"')
+    (folder / EVIL / "per_image.csv").write_text(images)
+    shutil.copy(evaluated.parent / "baselines.json", folder)
+    evaluate.evaluate(parse_evaluate(["--report", str(folder)]))
+    return folder
+
+
+def test_experiments_side_by_side(evaluated, reported, photos):
+    found, page = measured(evaluated), Page(reported)
+    baselines = json.loads((reported / "baselines.json").read_text())["baselines"]
+
+    with open(reported / "results.csv", newline="") as file:
+        rows = {row["experiment"]: row for row in csv.DictReader(file)}
+    assert list(rows) == [*NAMES, EVIL, *baselines]
     first = rows[NAMES[0]]
-    assert (first["published_psnr"], first["resolution"], first["protocol"]) == (17.35, 112, "documented")
-    assert first["minutes"] == 1.0 and 20 < first["psnr"] < 21 and first["data"] == "photos"
-    assert content["histories"][NAMES[0]]["val_loss"][1] == 0.5 and content["histories"][UNRUN] == {}
-
-
-def test_page_has_the_test_images_and_every_reconstruction(content, runs):
-    assert len(content["images"]) == 24
-    assert content["images"][0]["name"] == EVIL and content["images"][-1]["name"] == "0029.png"
-    assert all(len(image["runs"]) == 13 for image in content["images"])
-    assert content["images"][-1]["runs"][NAMES[0]]["psnr"] == 11
-    expected = data.center_crops(thirty_tiles()[29:])[0].permute(1, 2, 0).numpy()
-    for factor, text in (
-        (1, content["images"][-1]["original"]),
-        (0.75, content["images"][-1]["runs"][NAMES[0]]["picture"]),
-    ):
-        with Image.open(io.BytesIO(base64.b64decode(text))) as picture:
-            error = np.abs(np.asarray(picture) / 255 - factor * expected)
-        assert picture.size == (224, 224) and error.mean() < 0.02
-    assert (runs / "report.html").stat().st_size < 30e6
-
-
-def test_grid_shows_the_originals_above_every_experiment(content, runs, monkeypatch, tmp_path):
-    with Image.open(runs / "grid.png") as picture:
-        assert picture.height > 14 * 200 and picture.width > 6 * 200
-    grids = []
-    monkeypatch.setattr(report, "draw_grid", lambda grid, path: grids.append(grid))
-    report.draw_images(content["images"], tmp_path / "grid.png")
-    assert list(grids[0]) == ["original", *(name for name in NAMES if name not in (UNRUN, FAILED))]
-    expected = data.center_crops(thirty_tiles()[29:])[0].permute(1, 2, 0).numpy()
-    for label, factor in (("original", 1), (NAMES[0], 0.75)):
-        picture, caption = grids[0][label][-1]  # the last of six test images
-        assert np.abs(np.asarray(picture) / 255 - factor * expected).mean() < 0.02
-    assert caption == "11.00 dB"
-
-
-def test_other_runs_join_the_fifteen(runs, tmp_path):
-    copied(runs, tmp_path / "mine")
-    shutil.copy(runs / NAMES[0] / "metrics.json", tmp_path)
-    rows = results.result_rows(tmp_path)
-    assert [row["experiment"] for row in rows] == [*NAMES, ".", "mine"]
-    assert rows[-1]["psnr"] == rows[-2]["psnr"] > 20
-
-
-def test_seeds_are_one_row_with_their_deviation(runs, tmp_path):
-    for seed, psnr in ((2, 21.0), (10, 24.0)):
-        config = json.loads((runs / NAMES[0] / "metrics.json").read_text())["config"] | {"seed": seed}
-        values = {"psnr": {"mean": psnr, "std": 1.0}, "config": config}
-        copied(runs, tmp_path / NAMES[0] / f"seed{seed}", **values)
-    (tmp_path / NAMES[1] / "seed1").mkdir(parents=True)
-    (tmp_path / NAMES[1] / "seed1" / "error.txt").write_text("error: no")
-    rows = results.result_rows(tmp_path)
-    assert (rows[0]["psnr"], rows[0]["seed"]) == (22.5, "2, 10")
-    assert rows[0]["psnr_seeds"] == pytest.approx(3 / math.sqrt(2))  # two values 3 apart
-    assert rows[0]["note"] == "2 seeds: ± 2.12 PSNR, ± 0.0000 SSIM, ± 0.0000 LPIPS"
-    assert rows[1]["note"] == "failed: error: no" and len(rows) == 15
-    report.write_report(tmp_path)
-    assert "| 2, 10 | photos | 2 seeds: ± 2.12" in (tmp_path / "results.md").read_text()
-    assert (tmp_path / "grid.png").exists()  # of the first seed
-
-
-def test_seeds_that_are_missing_are_said(runs, tmp_path):
-    found = json.loads((runs / NAMES[0] / "metrics.json").read_text())
-    for seed in (1, 4):
-        copied(runs, tmp_path / NAMES[0] / f"seed{seed}", config=found["config"] | {"seed": seed})
-    for seed, file in ((2, "error.txt"), (3, "last.pt")):
-        (tmp_path / NAMES[0] / f"seed{seed}").mkdir()
-        (tmp_path / NAMES[0] / f"seed{seed}" / file).write_text("error: no memory")
-    note = results.result_rows(tmp_path)[0]["note"]
-    assert note.startswith("2 seeds: ")
-    assert note.endswith("; seed2 failed: error: no memory; seed3 not finished")
-
-
-def test_seeds_are_of_any_device_and_of_the_same_test_images(runs, tmp_path):
-    found = json.loads((runs / NAMES[0] / "metrics.json").read_text())
-    for seed, more in ((1, {}), (2, {"device": "cuda:1"})):
-        copied(runs, tmp_path / "a" / f"seed{seed}", config=found["config"] | {"seed": seed} | more)
-    for seed, source in ((1, found["data"]), (2, "/other")):
-        copied(runs, tmp_path / "b" / f"seed{seed}", config=found["config"] | {"seed": seed}, data=source)
-    notes = {row["experiment"]: row["note"] for row in results.result_rows(tmp_path)}
-    assert notes["a"].startswith("2 seeds")
-    assert notes["b"] == f"seed2: data is /other, of another seed {found['data']}"
-
-
-def test_published_numbers_go_by_configuration_not_by_name(runs, tmp_path):
-    config = json.loads((runs / NAMES[0] / "metrics.json").read_text())["config"]
-    copied(runs, tmp_path / "mine")  # experiment 1 under another name
-    copied(runs, tmp_path / NAMES[0], config=config | {"layer": "block2"})  # experiment 2 under that of 1
-    copied(runs, tmp_path / "other", config=config | {"width": 8})
-    rows = {row["experiment"]: row for row in results.result_rows(tmp_path)}
-    assert rows["mine"]["published_psnr"] == 17.35 and rows["mine"]["note"] == ""
     assert (
-        rows[NAMES[0]]["published_psnr"] == 16.89
-        and rows[NAMES[0]]["note"] == "not this experiment: layer block2"
+        float(first["psnr"]) == found["psnr"]["mean"] and float(first["lpips_std"]) == found["lpips"]["std"]
     )
-    assert rows["other"]["published_psnr"] is None and rows["other"]["published_inference"] is None
-    (line,) = [line for line in report.results_table(list(rows.values())).splitlines() if "| other |" in line]
-    assert "12–15" not in line and "– → 12.5" in line
+    assert (first["published_psnr"], first["data"], first["seed"]) == ("17.35", photos.name, "42")
+    with open(evaluated / "history.csv", newline="") as file:
+        seconds = [float(row["seconds"]) + float(row["val_seconds"]) for row in csv.DictReader(file)]
+    assert float(first["minutes"]) == pytest.approx(sum(seconds) / 60)
+    assert list(first)[-1] == "note" and first["note"].startswith("epochs 2, lr 0.002")
+    assert float(rows["mean colour"]["ssim"]) == baselines["mean colour"]["ssim"]["mean"]
+    assert rows["mean colour"]["published_psnr"] == rows["mean colour"]["minutes"] == ""
+
+    table = (reported / "results.md").read_text()
+    assert f"| {NAMES[0]} | 17.35 → {found['psnr']['mean']:.2f} | 0.560 → " in table
+    assert "| 34K → 33,731 | 70 → " in table
+    assert "error: out of <b>memory</b>" in rows[NAMES[1]]["note"] == page.rows[NAMES[1]]["note"]
+
+    assert list(page.rows)[:3] == [NAMES[0], EVIL, "constant colour"]
+    assert list(page.rows)[-15:] == ["thumbnail 112 × 112", NAMES[1], NAMES[2], *NAMES[3:]]
+    assert page.rows[NAMES[2]]["note"] == "not finished" and page.rows[NAMES[3]]["note"] == "not run"
+    assert page.rows[NAMES[0]]["PSNR (dB) ↑"] == f"17.35 → {found['psnr']['mean']:.2f}"
 
 
-def test_data_are_named_as_shortly_as_tells_them_apart(runs, tmp_path):
-    sources = {"a": "/one/photos", "b": "/two/photos", "c": "/one/natural", "d": "sample", "e": "."}
-    for name, source in sources.items():
-        copied(runs, tmp_path / name, data=source)
-    labels = {row["experiment"]: row.get("data") for row in results.result_rows(tmp_path)}
-    assert [labels[name] for name in "abcde"] == ["one/photos", "two/photos", "natural", "sample", "."]
+def test_bars_and_dashed_lines(evaluated, reported, tmp_path):
+    figure = page.draw_results(results.result_rows(reported), tmp_path / "results.png")
+    for axis, metric in zip(figure.axes, METRICS, strict=True):
+        values = json.loads((reported / "baselines.json").read_text())["baselines"]
+        lines = [values[name][metric]["mean"] for name in ("constant colour", "mean colour")]
+        assert [line.get_xdata()[0] for line in axis.lines] == lines
+        found = measured(evaluated)[metric]["mean"]
+        assert axis.containers[1].datavalues[0] == found and len(axis.get_yticks()) == 16
 
 
-def test_folder_that_is_not_there(tmp_path, run_evaluate, error_line):
+def test_page_needs_no_other_file_and_takes_names_for_text(reported):
+    page = Page(reported)
+    assert "img" not in page.elements and "b" not in page.elements
+    assert len(page.elements["script"]) == 2 and len(page.elements["svg"]) == 2
+    sources = {"src", "href", "xlink:href", "action", "data"}
+    attributes = [pair for every in page.elements.values() for element in every for pair in element.items()]
+    assert all(value[0] == "#" or value == "data:," for name, value in attributes if name in sources)
+    assert EVIL in page.rows and page.data["images"][3]["name"] == f"</script>{EVIL}"
+    assert page.text.count(EVIL) == 2  # in the bars, and in the legend of the curves
+    assert {NAMES[14], "validation loss", "LPIPS ↓"} <= set(page.text)
+
+
+def test_test_images_beside_every_reconstruction(photos, reported):
+    images = Page(reported).data["images"][:3]  # the fourth is that of the other name
+    assert [image["name"] for image in images] == ["00.jpg", "01.jpg", "02.jpg"]
+    assert [list(image["runs"]) for image in images] == [[NAMES[0]], [NAMES[0], EVIL], [NAMES[0], EVIL]]
+    with open(reported / NAMES[0] / "per_image.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for image, row in zip(images, rows, strict=True):
+        with Image.open(photos / "test" / image["name"]) as photo:
+            expected = np.asarray(photo)[16:240, 16:240] / 255
+        original = decoded(image["original"])
+        assert original.shape == (224, 224, 3) and np.abs(original - expected).mean() < 0.02
+        made = decoded(image["runs"][NAMES[0]]["picture"])
+        mse = ((made - expected) ** 2).mean()
+        assert 10 * np.log10(1 / mse) == pytest.approx(float(row["psnr"]), abs=0.5)
+        assert image["runs"][NAMES[0]]["metrics"]["PSNR (dB) ↑"] == f"{float(row['psnr']):.2f}"
+    with Image.open(reported / "grid.png") as picture:
+        assert picture.height > 3 * 200 and picture.width > 3 * 200
+
+
+def test_a_folder_without_runs(tmp_path, run_evaluate, error_line):
     assert run_evaluate("--report", tmp_path / "runs") == 2
     assert "no such folder" in error_line()
+    (tmp_path / "grid.png").touch()  # of an earlier report
+    assert run_evaluate("--report", tmp_path) == 0
+    assert {row["note"] for row in Page(tmp_path).rows.values()} == {"not run"}
+    assert not (tmp_path / "grid.png").exists()
 
 
-@pytest.mark.parametrize("name", ["history.csv", "reconstructions.zip", "metrics.json"])
-def test_what_cannot_be_read_is_named_in_its_row(runs, tmp_path, run_evaluate, name):
-    """Of the fifteen and of other runs; those beside them keep theirs."""
-    folder = tmp_path / "runs"
-    shapeless = json.loads((runs / NAMES[0] / "metrics.json").read_text()) | {"shape": []}
-    damages = ["[]", "epoch,seconds\n1,soon\n", "", '{"psnr": {"mean": NaN}}', "[" * 100_000]
-    damages.append(json.dumps(shapeless))
-    bad = [NAMES[0], *(f"bad{number}" for number in range(1, len(damages)))]
-    copied(runs, folder / NAMES[1], NAMES[1])
-    for run, content in zip(bad, damages, strict=True):
-        copied(runs, folder / run)
-        (folder / run / name).write_text(content)
-    assert run_evaluate("--report", folder) == 0
-    found = {row["experiment"]: row for row in results.result_rows(folder)}
-    shown = {row["experiment"]: row["note"] for row in page_content(folder)["rows"]}
-    for run in bad:
-        assert name in shown[run] and "again" in shown[run]
-        assert ("psnr" in found[run]) == (name != "metrics.json")
-    assert found[NAMES[1]]["note"] == shown[NAMES[1]] == "" and found[NAMES[1]]["psnr"] > 20
+def test_published_numbers_are_of_the_configuration(copied, tmp_path):
+    """Whatever the folder is called; it may be the one that is reported."""
+    copied(tmp_path / "mine")
+    copied(tmp_path / NAMES[0], {"layer": "block2"})
+    copied(tmp_path / "other", {"width": 8})
+    shutil.copy(tmp_path / "mine" / "metrics.json", tmp_path)
+    rows = {row["experiment"]: row for row in results.result_rows(tmp_path)}
+    assert list(rows) == [*NAMES, ".", "mine", "other"]
+    assert rows["mine"]["published_psnr"] == rows["."]["published_psnr"] == 17.35
+    assert rows[NAMES[0]]["published_psnr"] == 16.89
+    assert rows[NAMES[0]]["note"].startswith("not this experiment: layer block2; ")
+    assert rows["other"]["published_psnr"] is rows["other"]["published_inference"] is None
 
 
-def test_results_of_an_earlier_best_are_named_and_not_shown(runs, tmp_path):
+def test_notes_say_how_a_run_differs_from_the_study(copied, tmp_path):
+    study = {"epochs": 30, "lr": 1e-4}
+    copied(tmp_path / "few", study | {"train_images": 80, "patience": 3})
+    copied(tmp_path / "control", study, weights="random")
+    copied(tmp_path / "code", study, protocol="published")
+    notes = notes_of(tmp_path)
+    assert notes["few"] == "train_images 80, patience 3" and notes["code"] == "protocol published"
+    assert notes["control"] == "random weights (control)"
+
+
+def test_data_are_named_by_their_folder_if_that_tells_them_apart(copied, tmp_path):
+    for name, source in {"a": "/one/photos", "b": "/x/../one/photos", "c": "sample", "d": "."}.items():
+        copied(tmp_path / name, data=source)
+    labels = [row["data"] for row in results.result_rows(tmp_path) if "data" in row]
+    assert labels == ["photos", "photos", "sample", "."]
+    copied(tmp_path / "e", data="/two/photos")
+    labels = [row["data"] for row in results.result_rows(tmp_path) if "data" in row]
+    assert labels == ["/one/photos", "/x/../one/photos", "sample", ".", "/two/photos"]
+
+
+@pytest.mark.parametrize("name", ["history.csv", "reconstructions.zip", "per_image.csv", "metrics.json"])
+@pytest.mark.parametrize("content", ["", "[]", "epoch,seconds\n1,soon\n"])
+def test_a_damaged_file_is_named_in_its_row(copied, tmp_path, name, content):
+    for run in (NAMES[0], "bad", "good"):
+        copied(tmp_path / run)
+    for run in (NAMES[0], "bad"):
+        (tmp_path / run / name).write_text(content)
+    rows = {row["experiment"]: row for row in results.result_rows(tmp_path)}
+    for run in (NAMES[0], "bad"):
+        assert name in rows[run]["note"] and "again" in rows[run]["note"] and "psnr" not in rows[run]
+    assert "psnr" in rows["good"] and "again" not in rows["good"]["note"]
+
+
+def test_results_of_an_earlier_best_are_named_and_not_shown(copied, tmp_path):
     """In their row, or of an inversion in its note; what belongs to the best.pt there, or to none, stays."""
     digest = hashlib.sha256(b"decoder").hexdigest()
     of = {"ckpt": "best.pt", "ckpt_sha256": digest}
-    config = json.loads((runs / NAMES[0] / "metrics.json").read_text())["config"]
-    inverted = {"encoder": config["encoder"], "layer": config["layer"], "weights": config["weights"]}
-    inverted |= {"start": config["decoder"], "data": "/a/photos", "images": 4} | of
-    inverted["metrics"] = {kind: {"psnr": {"mean": 30}} for kind in ("start", "inversion")}
     for name, content in (("old", "better"), ("same", "decoder"), ("gone", ""), ("seeds/seed1", "better")):
-        copied(runs, tmp_path / name, **of)
-        if content:
-            (tmp_path / name / "best.pt").write_text(content)
-    copied(runs, tmp_path / "inverted")
-    (tmp_path / "inverted" / "inversion.json").write_text(json.dumps(inverted))
-    (tmp_path / "inverted" / "best.pt").write_text("better")
-    report.write_report(tmp_path)
-    page = page_content(tmp_path)
-    rows = {row["experiment"]: row for row in page["rows"]}
+        copied(tmp_path / name, **of)
+        (tmp_path / name / "best.pt").write_text(content)
+        if not content:
+            (tmp_path / name / "best.pt").unlink()
+    copied(tmp_path / "inverted")
+    (tmp_path / "inverted" / "inversion.json").write_text(json.dumps(of | {"ckpt_sha256": "another"}))
+    rows = {row["experiment"]: row for row in results.result_rows(tmp_path)}
     again = "is of an earlier best.pt; evaluate again"
     assert rows["old"]["note"] == f"old/metrics.json {again}"
     assert rows["seeds"]["note"] == f"seeds/seed1/metrics.json {again}"
-    assert rows["inverted"]["note"] == "inversion.json is of an earlier best.pt; invert again"
-    assert {name for name in rows if rows[name].get("psnr")} == {"same", "gone", "inverted"}
-    assert {name for image in page["images"] for name in image["runs"]} == {"same", "gone", "inverted"}
+    assert "inversion.json is of an earlier best.pt; invert again" in rows["inverted"]["note"]
+    assert {name for name in rows if rows[name].get("images")} == {"same", "gone", "inverted"}
 
 
-@pytest.mark.parametrize("compression", [8, 14, 99])  # deflate and LZMA, which these files have not; none
-def test_zip_of_another_compression_is_named_in_its_row(compression, runs, tmp_path):
-    copied(runs, tmp_path / NAMES[0])
-    archive = tmp_path / NAMES[0] / "reconstructions.zip"
-    content = bytearray(archive.read_bytes())
-    entry = content.find(b"PK\x01\x02")  # of its directory; ten bytes on is the compression
-    content[entry + 10] = compression
-    archive.write_bytes(content)
-    report.write_report(tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert "reconstructions.zip: damaged" in page
+# --- Seeds -----------------------------------------------------------------------------------------------
 
 
-def test_page_has_no_nan(runs, tmp_path):
-    copied(runs, tmp_path / NAMES[0])
-    (tmp_path / NAMES[0] / "history.csv").write_text("epoch,val_psnr,seconds\n1,nan,2.0\n2,inf,2.0\n")
-    report.write_report(tmp_path)
+def test_seeds_are_one_row_with_their_std(copied, tmp_path):
+    for seed, mean in ((2, 21.0), (10, 24.0)):
+        copied(tmp_path / NAMES[0] / f"seed{seed}", {"seed": seed, "device": f"cuda:{seed}"}, psnr=psnr(mean))
+    for seed, file in ((3, "error.txt"), (4, "last.pt")):
+        (tmp_path / NAMES[0] / f"seed{seed}").mkdir()
+        (tmp_path / NAMES[0] / f"seed{seed}" / file).write_text("error: no memory")
+    (tmp_path / NAMES[1] / "seed1").mkdir(parents=True)
+    (tmp_path / NAMES[1] / "seed1" / "error.txt").write_text("error: no")
+    row, failed, *_ = results.result_rows(tmp_path)
+    assert (row["psnr"], row["psnr_std"], row["seed"]) == (22.5, 1.0, "2, 10")
+    assert row["psnr_seeds"] == pytest.approx(3 / 2**0.5)  # two values 3 apart
+    assert "; 2 seeds: ± 2.12 PSNR, ± 0.0000 SSIM, ± 0.0000 LPIPS" in row["note"]
+    assert row["note"].endswith("; seed3 failed: error: no memory; seed4 not finished")
+    assert len(row["images"]) == 3 and failed["note"] == "failed: error: no"
 
-    def refuse(constant):
-        raise AssertionError(constant)
 
-    content = page_content(tmp_path, parse_constant=refuse)
-    assert content["histories"][NAMES[0]]["val_psnr"] == [None, None]
+def test_seeds_are_of_the_same_configuration_and_images(copied, evaluated, tmp_path):
+    data = measured(evaluated)["data"]
+    for run, config, changes in (
+        ("data", {}, {"data": "/other"}),
+        ("lr", {"lr": 0.5}, {}),
+        ("same", {}, {"data": f"{data}/../{data.rpartition('/')[2]}"}),
+    ):
+        copied(tmp_path / run / "seed1", {"seed": 1})
+        copied(tmp_path / run / "seed2", config | {"seed": 2}, **changes)
+    notes = notes_of(tmp_path)
+    assert notes["data"] == f"seed2: data is /other, of another seed {data}"
+    assert notes["lr"] == "seed2: lr is 0.5, of another seed 0.002"
+    assert "2 seeds" in notes["same"]
 
 
 # --- Baselines -------------------------------------------------------------------------------------------
 
 
-def test_baselines_are_the_last_rows_and_dashed_lines(runs, tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
-    copied(runs, tmp_path / NAMES[0])
-    write_baselines(tmp_path)
-    report.write_report(tmp_path)
-    with open(tmp_path / "results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["experiment"] for row in rows] == [*NAMES, "constant colour", "mean colour"]
-    last = rows[-1]
-    assert (last["psnr"], last["psnr_std"], last["data"], last["protocol"]) == (
-        "21.0",
-        "0.1",
-        "photos",
-        "documented",
-    )
-    assert last["parameters"] == last["minutes"] == last["inference_ms"] == last["published_psnr"] == ""
-    table = (tmp_path / "results.md").read_text()
-    assert (
-        "| constant colour | – → 13.00 | – → 0.300 | – → 0.900 | – → – | – → – | – → – | – | photos |"
-        in table
-    )
-    content = page_content(tmp_path)
-    assert content["rows"][-1] == {
-        "experiment": "mean colour",
-        "psnr": 21.0,
-        "psnr_std": 0.1,
-        "ssim": 0.4,
-        "ssim_std": 0.1,
-        "lpips": 0.8,
-        "lpips_std": 0.1,
-        "data": "photos",
-        "protocol": "documented",
-        "note": "baseline, no features",
-    }
-    assert list(content["histories"]) == NAMES
-    (figure,) = figures
-    for axis, places in zip(figure.axes, ([13, 21], [0.3, 0.4], [0.9, 0.8]), strict=True):
-        assert [line.get_xdata()[0] for line in axis.lines] == places
-        assert {line.get_linestyle() for line in axis.lines} == {"--"}
-        assert len(axis.get_yticks()) == 15
-    legend = {text.get_text() for text in figure.legends[0].get_texts()}
-    assert legend == {"published", "measured", "constant colour", "mean colour"}
-
-
-def test_what_is_below_mean_colour_says_so(runs, tmp_path):
-    """On the same data, by whatever name, and by the same protocol."""
-    copied(runs, tmp_path / NAMES[0])
-    copied(runs, tmp_path / NAMES[4], NAMES[4])  # 22 dB
-    copied(runs, tmp_path / "control", CONTROL, psnr={"mean": 14.0, "std": 1.0}, data="/a/b/../photos")
-    copied(runs, tmp_path / "data", data="/b/photos")
-    copied(runs, tmp_path / "protocol", protocol="published")
-    write_baselines(tmp_path)
-    notes = {row["experiment"]: row["note"] for row in results.result_rows(tmp_path)}
-    assert notes[NAMES[0]] == "below mean colour"
-    assert notes["control"] == "random weights (control); below mean colour"
-    assert (notes[NAMES[4]], notes["data"], notes["protocol"]) == ("", "", "protocol published")
-    assert notes["mean colour"] == notes["constant colour"] == "baseline, no features"
-    write_baselines(tmp_path, protocol="published")
-    notes = {row["experiment"]: row["note"] for row in results.result_rows(tmp_path)}
-    assert (notes[NAMES[0]], notes["protocol"]) == ("", "protocol published; below mean colour")
+def test_what_is_below_a_baseline_says_so(copied, measured_baselines, evaluated, tmp_path):
+    """On the same data, by whatever name, by the same protocol, at the same size."""
+    data = measured(evaluated)["data"]
+    copied(tmp_path / "high", psnr=psnr(22.0))
+    copied(tmp_path / "low", psnr=psnr(20.0), data=f"{data}/../{data.rpartition('/')[2]}")
+    copied(tmp_path / "data", psnr=psnr(20.0), data="/b/photos")
+    copied(tmp_path / "protocol", psnr=psnr(20.0), protocol="published")
+    copied(tmp_path / "size", psnr=psnr(20.0), size=96)
+    copied(tmp_path / "deeper", psnr=psnr(23.5), shape=[128, 56, 56])
+    limits = {"constant colour": 40.0, "mean colour": 21.0, "thumbnail 112 × 112": 5.0}
+    measured_baselines(tmp_path, limits | {"thumbnail 56 × 56": 24.0})
+    notes = notes_of(tmp_path)
+    assert notes["low"].endswith("; below mean colour")
+    assert notes["deeper"].endswith("; below thumbnail 56 × 56")
+    assert not any("below" in notes[name] for name in ("high", "data", "protocol", "size"))
+    assert notes["mean colour"] == "baseline, no features"
+    measured_baselines(tmp_path, limits, protocol="published")
+    notes = notes_of(tmp_path)
+    assert "below" not in notes["low"] and notes["protocol"].endswith("; below mean colour")
     assert notes["mean colour"] == "baseline, no features; protocol published"
 
 
-def test_what_is_no_part_of_the_studys_recipe_is_said(runs, tmp_path):
-    config = json.loads((runs / NAMES[0] / "metrics.json").read_text())["config"]
-    copied(runs, tmp_path / "few", config=config | {"train_images": 80, "patience": 3})
-    copied(runs, tmp_path / "six", config=config | {"decoder": "feedback"}, iterations=6)
-    copied(runs, tmp_path / "three", config=config | {"decoder": "feedback"}, iterations=3)
-    notes = {row["experiment"]: row["note"] for row in results.result_rows(tmp_path)}
-    assert notes["few"] == "train_images 80, patience 3"
-    assert (notes["six"], notes["three"]) == ("asked for 6 iterations", "")
-
-
-def test_images_of_another_size_are_others(runs, tmp_path):
-    """Baselines are of 224 pixels, and so are the pictures that a run of 96 is not laid over."""
-    copied(runs, tmp_path / "a")
-    copied(runs, tmp_path / "b", size=96)
-    write_baselines(tmp_path, baselines={"mean colour": BELOW})
-    rows = results.result_rows(tmp_path)
-    notes = {row["experiment"]: row["note"] for row in rows}
-    assert (notes["a"], notes["b"]) == ("below mean colour", "")
-    images = report.test_images(tmp_path, rows)
-    assert {tuple(image["runs"]) for image in images} == {("a",), ("b",)}
-
-
-def test_what_is_below_a_thumbnail_says_so(runs, tmp_path):
-    """The picture in as many pixels as the layer has positions: 112 for experiment 1, 56 for 2."""
-    copied(runs, tmp_path / NAMES[0])
-    copied(runs, tmp_path / NAMES[1], NAMES[1])
-    write_baselines(tmp_path, baselines={"thumbnail 112 × 112": BELOW})
-    rows = {row["experiment"]: row["note"] for row in results.result_rows(tmp_path)}
-    assert rows[NAMES[0]] == "below thumbnail 112 × 112" and rows[NAMES[1]] == ""
-
-
-def test_one_folder_by_two_names_has_one_label(runs, tmp_path):
-    copied(runs, tmp_path / NAMES[0], data="/x/../a/photos")
-    write_baselines(tmp_path)
-    assert {row["data"] for row in results.result_rows(tmp_path) if "data" in row} == {"photos"}
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "[]",
-        "[" * 100_000,
-        {"data": "/a\0b"},
-        {"protocol": "mine"},
-        {"baselines": {"mean colour": {}}},
-        {"baselines": {"my colour": {metric: {"mean": 1, "std": 1} for metric in METRICS}}},
-        {"baselines": {"mean colour": {metric: {"mean": math.nan, "std": 1} for metric in METRICS}}},
-        {"baselines": {"mean colour": {metric: {"mean": 10**400, "std": 1} for metric in METRICS}}},
-    ],
-)
-def test_damaged_baselines_are_one_row_that_says_so(tmp_path, content):
-    if isinstance(content, str):
-        (tmp_path / "baselines.json").write_text(content)
-    else:
-        write_baselines(tmp_path, **content)
-    *experiments, row = results.result_rows(tmp_path)
-    assert [row["experiment"] for row in experiments] == NAMES
-    assert row.keys() == {"experiment", "note"} and row["experiment"] == "baselines.json"
-    assert "is not that of evaluate.py --baselines" in row["note"] and "measure again" in row["note"]
-
-
-def test_damaged_baselines_leave_the_report(runs, tmp_path, run_evaluate):
-    copied(runs, tmp_path / NAMES[0])
-    (tmp_path / "baselines.json").write_text("{}")
-    assert run_evaluate("--report", tmp_path) == 0
-    assert "| baselines.json | – → – |" in (tmp_path / "results.md").read_text()
-    assert "measure again" in (tmp_path / "report.html").read_text()
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"protocol": "mine", "data": "sample"}'])
+def test_damaged_baselines_are_one_row_that_says_so(copied, tmp_path, content):
+    copied(tmp_path / NAMES[0])
+    (tmp_path / "baselines.json").write_text(content)
+    first, *_, row = results.result_rows(tmp_path)
+    assert "psnr" in first and row.keys() == {"experiment", "note"} and row["experiment"] == "baselines.json"
+    assert "not that of evaluate.py --baselines" in row["note"] and "measure again" in row["note"]

@@ -30,23 +30,43 @@ def test_second_sigterm_ends_a_step_that_takes_long(photos, tmp_path):
         "    print('begun', flush=True)\n"
         "    torch.linalg.matrix_power(torch.eye(4096), 2**12 - 1)\n"
         "train.train_step = step\n"
-        "train.run(lambda: train.train(train.parse_train(sys.argv[1:])))\n"
+        "train.cli_main(lambda: train.train(train.parse_train(sys.argv[1:])))\n"
     )
-    command = [sys.executable, "-c", code, *map(str, ("--data", photos, "--out", tmp_path, *SHORT))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, text=True)
+    flags = ("--data", photos, "--out", tmp_path, *SHORT, "--tracker", "none")
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
     try:
         assert "begun\n" in iter(process.stdout.readline, "")
         process.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):  # it goes on
-            process.wait(1.5)
+            process.wait(1.2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 128 + signal.SIGTERM
     finally:
         process.kill()
         process.communicate()
     assert utils.load(tmp_path / "last.pt")["epoch"] == 0
-    train.train(parse("--data", photos, "--out", tmp_path, *SHORT, "--resume"))
+    train.train(parse(*flags, "--resume"))
+
+
+def test_a_second_signal_ends_at_once_but_not_the_copy_of_the_first():
+    """Without SIGUSR1, too, as on Windows."""
+    code = (
+        "import os, signal, time, torch\n"
+        "del signal.SIGUSR1\n"
+        "from checkpoint import Interrupted, Signals\n"
+        "with Signals(torch.device('cpu')) as signals:\n"
+        "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)  # as a launcher may\n"
+        "    try:\n"
+        "        signals.check()\n"
+        "    except Interrupted:\n"
+        "        print(signals.received, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT); time.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stdout) == (128 + signal.SIGINT, f"{int(signal.SIGTERM)}\n"), done.stderr
 
 
 def test_training_outside_the_main_thread(photos, tmp_path, run_train):
@@ -57,23 +77,6 @@ def test_training_outside_the_main_thread(photos, tmp_path, run_train):
     thread.start()
     thread.join()
     assert found == [0] and (tmp_path / "best.pt").exists()
-
-
-def test_without_sigusr1():
-    """As on Windows."""
-    code = (
-        "import os, signal, torch\n"
-        "del signal.SIGUSR1\n"
-        "from signals import Interrupted, Signals\n"
-        "with Signals(torch.device('cpu')) as signals:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    try:\n"
-        "        signals.check()\n"
-        "    except Interrupted:\n"
-        "        print(signals.received)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.stdout == f"{int(signal.SIGTERM)}\n", done.stderr
 
 
 def test_handlers_are_as_before(photos, tmp_path, run_train):
@@ -112,7 +115,7 @@ def test_file_systems_without_locks(photos, tmp_path, monkeypatch, run_train, er
     monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
     flags = ("--data", photos, "--out", tmp_path / "--out", "--cache", tmp_path / "--cache", *SHORT)
     assert run_train(*flags) == 2
-    assert f"{where}" in (line := error_line()) and "cannot be locked" in line and str(failure) in line
+    assert where in (line := error_line()) and "cannot be locked" in line and str(failure) in line
 
 
 # --- what goes wrong on the way --------------------------------------------------------------------------
@@ -128,7 +131,7 @@ def test_another_training_after_one_that_failed(photos, tmp_path):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_process_group_of_a_training_that_failed(photos, tmp_path, monkeypatch, rank, capsys):
+def test_process_group_of_a_training_that_failed(tmp_path, monkeypatch, rank, capsys):
     """A group of one process, which says that it is this one of two."""
     for name, value in {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
@@ -168,15 +171,6 @@ def test_an_error_of_the_system_without_a_name_says_how_to_find_it(
 
 
 # --- Apple's GPUs ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS is here")
-@pytest.mark.parametrize("device", ["mps", "mps:0", "mps:1"])
-def test_mps_without_mps(photos, tmp_path, run_train, run_evaluate, error_line, device):
-    assert run_train("--data", photos, "--out", tmp_path, "--device", device) == 2
-    none = "PyTorch has no such GPU of Apple's here; use --device cpu"
-    wanted = "use auto, cpu, cuda, cuda:N or mps" if device == "mps:1" else none  # there is one at most
-    assert error_line() == f"--device {device}: {wanted}"
 
 
 def test_mps_is_one_process(monkeypatch, tmp_path, run_train, error_line):

@@ -1,4 +1,4 @@
-"""What a user of train.py sees: defaults, configuration, the loop's decisions, repeatability, and errors."""
+"""What a user of train.py sees: the loop's decisions, whole runs, repeatability, and errors."""
 
 import csv
 import math
@@ -11,17 +11,23 @@ import yaml
 from conftest import REPOSITORY
 from kill_resume import read_run, same
 from skimage.metrics import peak_signal_noise_ratio
-from training import parse, parts_of, train_epoch, validate
+from training import parse, train_epoch, training_on, validate
 
 import data
 import evaluate
 import metrics
 import train
 from encoders import Encoder
+from extras import trackers
 from metrics import LPIPS, Loss
 from models import build_inverter, load_inverter
-from study import DEFINING, PUBLISHED_CODE
-from utils import load, select_device
+from report.results import EXPERIMENT_KEYS
+from utils import PUBLISHED, load, select_device
+
+SMALL = ("--crop", 32, "--width", 8, "--lpips-weight", 0, "--tracker", "none", "--quiet")
+MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's
+NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+NO_MPS = pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS is here")
 
 
 def history(out):
@@ -33,72 +39,49 @@ def history(out):
 
 
 def test_early_stop_plateau_and_best_epoch_on_made_up_losses(photos, tmp_path, monkeypatch):
-    """Losses fall for three epochs: best is 3; lr halves after six bad epochs; 15 bad ones end it."""
     losses = [0.5, 0.4, 0.3] + [0.35] * 40
     biases = []
     picture = torch.zeros(1, 3, 224, 224)
 
-    def made_up_epoch(model, batches, loss, state, *rest):
+    def made_up_epoch(training):
         with torch.no_grad():
-            model.decoder.to_rgb.bias.add_(1)
-        biases.append(model.decoder.to_rgb.bias.clone())
+            training.inverter.decoder.to_rgb.bias.add_(1)
+        biases.append(training.inverter.decoder.to_rgb.bias.clone())
         return dict.fromkeys(metrics.TERMS, 0.1)
 
-    def made_up_validation(*rest):
-        return dict.fromkeys(metrics.TERMS, 0.1) | {"loss": losses[len(biases) - 1]}, picture, picture
+    def made_up_validation(training):
+        means = dict.fromkeys([*metrics.TERMS, "seconds"], 0.1) | {"loss": losses[len(biases) - 1]}
+        return means, picture, picture
 
     monkeypatch.setattr(train, "train_epoch", made_up_epoch)
     monkeypatch.setattr(train, "validate", made_up_validation)
-    monkeypatch.setattr(train, "draw_curves", lambda *_: None)  # eighteen times
-    flags = ("--data", photos, "--out", tmp_path, "--epochs", 40, "--tracker", "none", "--quiet")
-    train.train(parse(*flags))
-    rows = history(tmp_path)
-    assert len(rows) == 3 + 15
-    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    monkeypatch.setattr(trackers, "draw_curves", lambda *_: None)  # eighteen times
+    train.train(parse("--data", photos, "--out", tmp_path, "--epochs", 40, *SMALL))
+    best = load(tmp_path / "best.pt")
     assert (best["epoch"], best["val_loss"]) == (3, 0.3)
     assert torch.equal(best["decoder"]["to_rgb.bias"], biases[2])
     # epochs 4–9 are bad: the sixth exceeds a patience of five, so 10–15 run at half, 16–18 at a quarter
-    assert [float(row["lr"]) for row in rows] == [1e-4] * 9 + [5e-5] * 6 + [2.5e-5] * 3
+    assert [float(row["lr"]) for row in history(tmp_path)] == [1e-4] * 9 + [5e-5] * 6 + [2.5e-5] * 3
 
 
-def test_the_rate_of_an_epoch_is_that_of_its_last_step(photos, tmp_path, monkeypatch, run_train):
-    """Not the next one's; of one cycle it is, by hand, from a 25th up and then down, by cosines."""
-    used = []
-    real = train.train_step
-
-    def step(model, images, features, loss, optimizer, *rest):
-        used.append(optimizer.param_groups[0]["lr"])
-        return real(model, images, features, loss, optimizer, *rest)
-
-    monkeypatch.setattr(train, "train_step", step)
-    flags = ("--data", photos, "--out", tmp_path, "--epochs", 3, "--crop", 32, "--width", 8, "--lr", 1e-2)
-    assert run_train(*flags, "--schedule", "onecycle", "--quiet") == 0
-    steps = len(used) // 3
-    up = 0.3 * len(used) - 1  # the number of the step at which it is highest
-    ends = [step for step in range(steps - 1, len(used), steps)]
-
-    def cosine(start, end, share):
-        return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
-
-    lowest = 1e-2 / 25
-    expected = [
-        cosine(lowest, 1e-2, end / up)
-        if end <= up
-        else cosine(1e-2, lowest / 1e4, (end - up) / (len(used) - 1 - up))
-        for end in ends
-    ]
-    rates = [float(row["lr"]) for row in history(tmp_path)]
-    assert rates == [used[end] for end in ends] == pytest.approx(expected)
+def test_the_rate_of_an_epoch_is_that_of_its_last_step(photos, tmp_path, run_train):
+    """Of one cycle of six steps, two an epoch: by hand, from the highest at step 0.8 down by a cosine."""
+    flags = ("--data", photos, "--out", tmp_path, "--epochs", 3, "--lr", 1e-2, "--schedule", "onecycle")
+    assert run_train(*flags, *SMALL) == 0
+    lowest = 1e-2 / 25 / 1e4
+    shares = [(step - 0.8) / 4.2 for step in (1, 3, 5)]
+    expected = [lowest + (1e-2 - lowest) / 2 * (1 + math.cos(math.pi * share)) for share in shares]
+    assert [float(row["lr"]) for row in history(tmp_path)] == pytest.approx(expected)
 
 
 def test_loss_by_hand():
-    a, b = torch.rand(2, 2, 3, 224, 224)
-    terms = Loss(0.5, 0.5)(a, b)
-    mse = ((a - b) ** 2).flatten(1).sum(1) / 150_528
-    assert terms["mse"].tolist() == pytest.approx(mse.tolist(), rel=1e-5)
+    a, b = torch.rand(2, 2, 3, 64, 64)
     lpips = LPIPS()
+    terms = Loss(0.5, 0.25)(a, b)
+    mse = ((a - b) ** 2).flatten(1).sum(1) / (3 * 64 * 64)
+    assert terms["mse"].tolist() == pytest.approx(mse.tolist(), rel=1e-5)
     assert terms["lpips"].tolist() == pytest.approx(lpips(a, b).tolist())
-    assert terms["loss"].tolist() == pytest.approx((0.5 * mse + 0.5 * lpips(a, b)).tolist())
+    assert terms["loss"].tolist() == pytest.approx((0.5 * mse + 0.25 * lpips(a, b)).tolist())
     assert terms["psnr"][0] == pytest.approx(10 * math.log10(1 / float(mse[0])), rel=1e-5)
     terms = Loss(1.0, 0)(a, b)
     assert torch.equal(terms["loss"], terms["mse"]) and terms["lpips"].isnan().all()
@@ -111,26 +94,13 @@ def test_loss_by_hand():
 
 def test_published_loss_by_hand():
     output, images = torch.rand(2, 2, 3, 64, 64)
-    terms = Loss(0.5, 0, PUBLISHED_CODE)(output, images)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    target = ((images.permute(0, 2, 3, 1) - mean) / std).permute(0, 3, 1, 2)
+    terms = Loss(0.5, 0, PUBLISHED)(output, images)
+    target = ((images.permute(0, 2, 3, 1) - MEAN) / STD).permute(0, 3, 1, 2)
     assert terms["mse"].tolist() == pytest.approx(((output - target) ** 2).mean((1, 2, 3)).tolist())
     assert terms["mse"].min() > 0.5 and torch.equal(terms["loss"], 0.5 * terms["mse"])
     pairs = zip(output.numpy(), target.clip(0, 1).numpy(), strict=True)
     expected = [peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]
     assert terms["psnr"].tolist() == pytest.approx(expected, abs=1e-3)
-
-
-def test_pixel_target_is_in_0_1(photos, tmp_path, monkeypatch, run_train):
-    targets = []
-    real = metrics.target
-    monkeypatch.setattr(metrics, "target", lambda *args: targets.append(real(*args)) or targets[-1])
-    flags = ("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet", "--device", "cpu")
-    assert run_train(*flags) == 0
-    assert len(targets) == 2 + 1  # two training steps and one of validation
-    assert all(t.min() >= 0 and t.max() <= 1 and t.std() > 0.1 for t in targets)
-    pixels = data.load_split(str(photos), "val")[:][:, 16:240, 16:240].permute(0, 3, 1, 2)
-    assert torch.equal(targets[-1], pixels.float() / 255)
 
 
 @pytest.mark.parametrize("flag", ["--tf32", "--no-tf32"])
@@ -146,8 +116,7 @@ def test_tf32_is_for_training_alone(photos, tmp_path, monkeypatch, run_train, fl
 
     for name in ("train_step", "validate"):
         monkeypatch.setattr(train, name, watched(getattr(train, name)))
-    flags = ("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet", flag)
-    assert run_train(*flags) == 0
+    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, flag, *SMALL) == 0
     assert allowed == 2 * [2 * (flag == "--tf32",)] + [(False, False)]
 
 
@@ -172,39 +141,33 @@ def test_compiled_training_is_the_same(photos, tmp_path, monkeypatch, run_train,
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self: compiled.append(self) or real(self, backend="aot_eager")
     )
-    flags = ("--data", photos, "--epochs", 1, "--width", 8, "--tracker", "none", "--decoder", decoder)
+    flags = ("--data", photos, "--epochs", 1, "--val-images", 1, "--decoder", decoder, *SMALL)
     assert run_train(*flags, "--out", tmp_path / "a") == 0 and not compiled
     assert run_train(*flags, "--out", tmp_path / "b", "--compile") == 0 and len(compiled) == 2
     a, b = (load(tmp_path / name / "best.pt") for name in "ab")
-    assert (
-        a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4) and a["decoder"].keys() == b["decoder"].keys()
-    )
+    assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-4)
+    assert a["decoder"].keys() == b["decoder"].keys()
 
 
 def test_frozen_batch_norm(photos):
     """After --freeze-bn steps training normalises by what it has, and a step sees what validation would."""
-    parts = parts_of(photos, "--epochs", 2, "--freeze-bn", 1)
-    batch = data.center_crops(parts.val[:])
-    counts = []
+    training = training_on(photos, "--epochs", 2, "--freeze-bn", 1, "--lpips-weight", 0)
+    batch = data.center_crops(training.val_images[:])
     for _ in range(2):
-        train_epoch(parts)  # ends in training mode
-        counts.append(int(parts.inverter.decoder.upsample[1].num_batches_tracked))
-        trained_on = parts.inverter(batch).detach()
-        _, _, outputs = validate(parts)
-        assert torch.equal(trained_on, outputs)
-        parts.state.epoch, parts.state.step = 1, 0
-    assert counts == [1, 1]  # of four steps
+        train_epoch(training)  # ends in training mode
+        assert int(training.inverter.decoder.upsample[1].num_batches_tracked) == 1  # of four steps
+        trained_on = training.inverter(batch).detach()
+        assert torch.equal(trained_on, validate(training)[2])
+        training.epoch, training.step = 1, 0
 
 
-@pytest.mark.parametrize(("limit", "again"), [(train.KEPT_FEATURES, 0), (0, 1)])
-def test_validation_features_are_computed_once_if_small(photos, monkeypatch, limit, again):
-    monkeypatch.setattr(train, "KEPT_FEATURES", limit)
-    parts = parts_of(photos, "--encoder", "alexnet", "--layer", "conv3")
-    calls, known = [], {}
-    parts.inverter.encoder.register_forward_hook(lambda *args: calls.append(1))
-    first, _, _ = validate(parts, known)
-    assert len(calls) == 1  # one batch
-    assert validate(parts, known)[0] == first and len(calls) == 1 + again
+def test_validation_features_are_kept_if_small(photos, monkeypatch):
+    training = training_on(photos, "--encoder", "alexnet", "--layer", "conv3")
+    known, unknown = {}, {}
+    first = validate(training, known)[0]
+    assert len(known) == 1 and validate(training, known)[0] == first
+    monkeypatch.setattr(train, "VAL_CACHE_BYTES", 0)
+    assert validate(training, unknown)[0] == first and not unknown
 
 
 def test_averages_are_over_images_not_batches():
@@ -219,51 +182,42 @@ def test_averages_are_over_images_not_batches():
 
 def test_validation_shows_what_the_metrics_see(photos):
     """Targets and outputs for the tracker are those that were measured, the protocol's too."""
-    parts = parts_of(photos, "--protocol", "published", "--width", 8)
-    assert parts.state.scheduler.min_lrs == [1e-6]
-    averages, targets, outputs = validate(parts)
-    expected = [
-        peak_signal_noise_ratio(*pair, data_range=1)
-        for pair in zip(targets.numpy(), outputs.numpy(), strict=True)
-    ]
+    training = training_on(photos, "--protocol", "published", "--width", 8)
+    assert training.scheduler.min_lrs == [1e-6]
+    averages, targets, outputs = validate(training)
+    pairs = zip(targets.numpy(), outputs.numpy(), strict=True)
+    expected = [peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]
     assert len(targets) == 2 and averages["psnr"] == pytest.approx(np.mean(expected), abs=1e-3)
-    crop = data.center_crops(parts.val[:])[1]
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    seen = ((crop.permute(1, 2, 0) - mean) / std).clamp(0, 1).permute(2, 0, 1)
+    crop = data.center_crops(training.val_images[:])[1]
+    seen = ((crop.permute(1, 2, 0) - MEAN) / STD).clamp(0, 1).permute(2, 0, 1)
     torch.testing.assert_close(targets[1], seen)
 
 
 def test_six_of_many_validation_images_are_shown(photos):
-    parts = parts_of(photos, "--width", 8, "--mse-weight", 1, "--lpips-weight", 0)
-    options = (parts.loss, {}, 1, parts.signals, True)
-    _, targets, outputs = train.validate(parts.inverter, parts.val, 5 * [0, 1], *options)
-    crops = data.center_crops(parts.val[:])
+    """As pictures, whatever the decoder gives."""
+    training = training_on(photos, "--decoder", "residual", "--width", 8, "--lpips-weight", 0)
+    training.inverter.decoder.head.last.bias.data.fill_(50)
+    training.val_indices = 5 * [0, 1]
+    _, targets, outputs = validate(training)
+    crops = data.center_crops(training.val_images[:])
     assert torch.equal(targets, crops[[0, 0, 0, 1, 1, 1]])  # numbers 0, 2, 4, 5, 7 and 9 of ten
-    assert len(outputs) == 6
-
-
-def test_validation_shows_pictures_whatever_the_decoder_gives(photos):
-    parts = parts_of(photos, "--decoder", "residual", "--width", 8)
-    parts.inverter.decoder.head.last.bias.data.fill_(50)
-    _, targets, outputs = validate(parts)
-    for images in (targets, outputs):
-        assert 0 <= images.min() and images.max() <= 1
+    assert len(outputs) == 6 and 0 <= outputs.min() and outputs.max() <= 1
 
 
 def test_fast_changes_the_optimisation_only():
     fast = yaml.safe_load((REPOSITORY / "configs" / "fast.yaml").read_text())
-    assert not set(fast) & {*DEFINING, "data", "protocol", "seed", "weights"}
+    assert not set(fast) & {*EXPERIMENT_KEYS, "data", "protocol", "seed", "weights"}
 
 
 def test_encoder_is_bit_identical_after_training(photos):
-    parts = parts_of(photos, "--encoder", "vgg16", "--epochs", 1)
-    encoder, decoder = parts.inverter.encoder, parts.inverter.decoder
-    before = {key: value.clone() for key, value in encoder.state_dict().items()}
-    untrained = {key: value.clone() for key, value in decoder.state_dict().items()}
-    train_epoch(parts)
-    assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
-    assert all(p.grad is None for p in [*encoder.parameters(), *parts.loss.parameters()])
-    assert not all(torch.equal(untrained[key], value) for key, value in decoder.state_dict().items())
+    training = training_on(photos, "--epochs", 1, "--crop", 64)
+    encoder, decoder = training.inverter.encoder, training.inverter.decoder
+    before, untrained = (
+        {key: value.clone() for key, value in net.state_dict().items()} for net in (encoder, decoder)
+    )
+    train_epoch(training)
+    assert same(before, dict(encoder.state_dict())) and not same(untrained, dict(decoder.state_dict()))
+    assert all(p.grad is None for p in [*encoder.parameters(), *training.loss.parameters()])
 
 
 # --- whole runs ------------------------------------------------------------------------------------------
@@ -273,23 +227,19 @@ def test_files_of_a_run(trained, checkpoint, photos):
     names = {path.name for path in trained.iterdir() if path.name[0] != "."}
     assert names >= {"best.pt", "last.pt", "config.yaml", "history.csv", "curves.png"}
     assert (trained / "best.pt").stat().st_size < 200_000
-    assert checkpoint["config"]["data"] == str(photos) and checkpoint["config"]["lr"] == 2e-3
-    assert "cache" not in checkpoint["config"]
-    assert set(checkpoint["decoder"]) == set(
-        parts_of(photos).inverter.decoder.state_dict()
-    )  # nothing of the encoder
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    assert config == checkpoint["config"] and "cache" not in config
+    assert config["data"] == str(photos) and config["lr"] == 2e-3
+    assert checkpoint["decoder"].keys() == training_on(photos).inverter.decoder.state_dict().keys()
     assert torch.__version__.startswith(checkpoint["versions"]["torch"])
+    assert checkpoint["shape"] == [64, 112, 112] and checkpoint["weights_sha256"] is None
     rows = history(trained)
     assert [row["epoch"] for row in rows] == ["1", "2"]
     losses = [float(row["val_loss"]) for row in rows]
     assert checkpoint["val_loss"] == min(losses) == losses[checkpoint["epoch"] - 1]
-    assert checkpoint["shape"] == [64, 112, 112] and checkpoint["weights_sha256"] is None
     for row in rows:
-        assert float(row["train_loss"]) == pytest.approx(
-            0.5 * float(row["train_mse"]) + 0.5 * float(row["train_lpips"])
-        )
-    config = yaml.safe_load((trained / "config.yaml").read_text())
-    assert config == checkpoint["config"]
+        loss, mse, lpips = (float(row[f"train_{name}"]) for name in ("loss", "mse", "lpips"))
+        assert loss == pytest.approx(0.5 * mse + 0.5 * lpips)
 
 
 def test_two_runs_are_bit_identical(trained, tmp_path, run_train):
@@ -305,26 +255,22 @@ def test_epoch_line_has_everything(photos, tmp_path, run_train, capsys):
     for split in ("train", "val"):
         loss, mse, psnr = (float(row[f"{split}_{name}"]) for name in ("loss", "mse", "psnr"))
         assert f"{split} loss {loss:.4f} mse {mse:.4f} lpips – psnr {psnr:.2f}" in line
-    assert "lr 1.0e-04" in line and "images/s" in line
-    assert (
-        "33,731 trainable parameters" in out
-        and "64 × 112 × 112" in out
-        and "8 training and 2 validation" in out
-    )
+    assert "lr 1.0e-04" in line and "images/s" in line and row["train_lpips"] == ""
+    for part in ("33,731 trainable parameters", "64 × 112 × 112", "8 training and 2 validation"):
+        assert part in out
     assert err == ""  # no bar where there is no terminal
-    assert row["train_lpips"] == ""
 
 
 def test_short_training_on_the_sample_gains_6_db(tmp_path, run_train):
     def psnr_of_unseen(inverter):
-        return evaluate.evaluate_model(inverter, test[:], bars=True).values["psnr"].mean()
+        return evaluate.evaluate_model(inverter, test, bars=True).values["psnr"].mean()
 
-    test = data.load_split("sample", "test")
-    untrained = build_inverter()
-    flags = ("--epochs", 1, "--passes", 10, "--mse-weight", 1, "--lpips-weight", 0)  # quick to gain them
-    assert run_train("--config", REPOSITORY / "configs" / "sample.yaml", *flags, "--out", tmp_path) == 0
+    test = data.load_split("sample", "test")[::8]
+    flags = ("--epochs", 1, "--passes", 14, "--mse-weight", 1, "--lpips-weight", 0)  # quick to gain them
+    flags += ("--crop", 32, "--val-images", 2, "--tracker", "none", "--out", tmp_path)
+    assert run_train("--config", REPOSITORY / "configs" / "sample.yaml", *flags) == 0
     trained, _ = load_inverter(tmp_path / "best.pt")
-    assert psnr_of_unseen(trained) >= psnr_of_unseen(untrained) + 6
+    assert psnr_of_unseen(trained) >= psnr_of_unseen(build_inverter()) + 6
 
 
 def test_without_data_the_sample_is_used_loudly(tmp_path, monkeypatch, capsys):
@@ -336,11 +282,11 @@ def test_without_data_the_sample_is_used_loudly(tmp_path, monkeypatch, capsys):
 
 
 def test_quiet_prints_no_progress(photos, tmp_path, run_train, capsys):
-    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--quiet") == 0
+    flags = ("--data", photos, "--out", tmp_path, "--epochs", 1, *SMALL)
+    assert run_train(*flags) == 0
     out, err = capsys.readouterr()
     assert "best: epoch 1" in out and "epoch 1/1" not in out and err == ""
-    flags = ("--data", photos, "--out", tmp_path, "--epochs", 1, "--width", 8, "--overwrite", "--bars")
-    assert run_train(*flags) == 0
+    assert run_train(*flags, "--overwrite", "--no-quiet", "--bars") == 0
     out, err = capsys.readouterr()
     assert "epoch 1/1" in out and "Epoch 1/1: " in err and "Validation: " in err
 
@@ -348,10 +294,28 @@ def test_quiet_prints_no_progress(photos, tmp_path, run_train, capsys):
 # --- bad input -------------------------------------------------------------------------------------------
 
 
-def test_data_that_is_not_there_is_an_error(tmp_path, run_train, error_line):
-    assert run_train("--data", tmp_path / "nowhere", "--out", tmp_path / "out") == 2
-    assert "nowhere: no such folder" in error_line()
-    assert not (tmp_path / "out" / "best.pt").exists()
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data", "nowhere"), "nowhere: no such folder"),
+        (("--batch-size", 9), "--batch-size 9 × 1 processes: only 8 training images"),
+        (("--out", "file/run"), "--out file/run: cannot write there"),
+        (("--width", 2**31 - 1), "out of memory"),
+        pytest.param(("--device", "cuda"), "0 CUDA devices", marks=NO_CUDA),
+        pytest.param(("--device", "mps"), "--device mps: PyTorch finds no Apple GPU", marks=NO_MPS),
+        pytest.param(("--device", "mps:0"), "PyTorch finds no Apple GPU here", marks=NO_MPS),
+        (("--device", "mps:1"), "--device mps:1: use auto, cpu, cuda, cuda:N or mps"),
+    ],
+)
+def test_what_cannot_be_is_one_line(photos, tmp_path, run_train, error_line, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    assert run_train("--data", photos, "--out", "run", *flags) == 2
+    assert message in error_line() and not Path("run/last.pt").exists()
+
+
+def test_the_only_cpu_by_its_number():
+    assert select_device("cpu:0").type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -366,32 +330,6 @@ def test_too_few_images(tmp_path, photos, run_train, error_line, train_count, me
     assert message in error_line()
 
 
-def test_batch_larger_than_the_split(photos, tmp_path, run_train, error_line):
-    assert run_train("--data", photos, "--out", tmp_path, "--batch-size", 9) == 2
-    assert "--batch-size 9" in (line := error_line()) and "8 training images" in line
-
-
-def test_out_that_is_not_writable(photos, tmp_path, run_train, error_line):
-    (tmp_path / "file").write_text("")
-    assert run_train("--data", photos, "--out", tmp_path / "file" / "run") == 2
-    assert "file/run: cannot write there" in error_line()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
-def test_the_only_cpu_by_its_number():
-    assert select_device("cpu:0").type == "cpu"
-
-
-def test_cuda_without_cuda(photos, tmp_path, run_train, error_line):
-    assert run_train("--data", photos, "--out", tmp_path, "--device", "cuda") == 2
-    assert "0 CUDA devices" in error_line()
-
-
-def test_width_that_memory_does_not_hold(photos, tmp_path, run_train, error_line):
-    assert run_train("--data", photos, "--out", tmp_path, "--width", 2**31 - 1) == 2
-    assert error_line().startswith("out of memory")
-
-
 def test_compiler_that_fails_is_one_line(photos, tmp_path, run_train, error_line, monkeypatch):
     from_compiler = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
 
@@ -399,7 +337,7 @@ def test_compiler_that_fails_is_one_line(photos, tmp_path, run_train, error_line
         raise from_compiler("no C++ compiler")
 
     monkeypatch.setattr(train, "train_step", fails)
-    assert run_train("--data", photos, "--out", tmp_path, "--quiet") == 2
+    assert run_train("--data", photos, "--out", tmp_path, *SMALL) == 2
     assert error_line().startswith("--compile: ")
 
 
@@ -409,13 +347,12 @@ def test_non_finite_loss_stops_and_keeps_the_best(photos, tmp_path, run_train, e
     def poisoned(self, images):
         steps.append(1)
         z = real(self, images)
-        return z * math.nan if len(steps) == 4 else z  # 1–3: epoch 1; 4: epoch 2
+        return z * math.nan if len(steps) == 5 else z  # 1: a crop's shape; 2–4: epoch 1; 5: epoch 2
 
     monkeypatch.setattr(Encoder, "forward", poisoned)
-    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 3, "--tracker", "none") == 2
+    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 3, *SMALL) == 2
     assert "not finite in epoch 2, step 1;" in error_line()
-    assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] == 1
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["epoch"] == 1
+    assert [load(tmp_path / name)["epoch"] for name in ("best.pt", "last.pt")] == [1, 1]
 
 
 def test_existing_run_is_not_overwritten(trained, run_train, error_line):
@@ -428,9 +365,8 @@ def test_existing_run_is_not_overwritten(trained, run_train, error_line):
 def test_results_of_a_best_that_is_no_more_are_removed(photos, tmp_path, monkeypatch, run_train):
     """Who evaluates while it trains has results that the next best epoch makes untrue."""
     losses = iter([3.0, 1.0, 2.0])
-    measured = {name: 1.0 for name in metrics.TERMS}
-    nothing = torch.empty(0, 3, 224, 224)
-    monkeypatch.setattr(train, "validate", lambda *_: (measured | {"loss": next(losses)}, nothing, nothing))
+    measured = dict.fromkeys([*metrics.TERMS, "seconds"], 1.0)
+    monkeypatch.setattr(train, "validate", lambda *_: (measured | {"loss": next(losses)}, None, None))
     there = []
 
     def evaluated(history, path):
@@ -438,6 +374,5 @@ def test_results_of_a_best_that_is_no_more_are_removed(photos, tmp_path, monkeyp
         (tmp_path / "metrics.json").write_text("{}")
 
     monkeypatch.setattr(train, "write_history", evaluated)
-    flags = ("--data", photos, "--out", tmp_path, "--epochs", 3, "--crop", 32, "--width", 8)
-    assert run_train(*flags, "--tracker", "none", "--quiet") == 0
+    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 3, *SMALL) == 0
     assert there == [False, False, True]  # after the third epoch best.pt is still the second's

@@ -31,9 +31,8 @@ def test_least_squares_are_scipys():
 def test_a_decoder_gets_what_it_was_trained_for(photos, run_train, tmp_path, monkeypatch, capsys):
     run = ["--data", photos, "--encoder", "alexnet", "--layer", "conv4", "--out", tmp_path, "--quiet"]
     assert run_train(*run, "--decoder", "residual", "--width", 8, "--epochs", 1, "--lr", 1e-3) == 0
-    monkeypatch.setattr(
-        sys, "argv", ["undone.py", str(tmp_path / "best.pt"), "--data", str(photos), "--steps", "600"]
-    )
+    flags = [str(tmp_path / "best.pt"), "--data", str(photos), "--steps", "600"]
+    monkeypatch.setattr(sys, "argv", ["undone.py", *flags])
     capsys.readouterr()
     assert status(undone.main) == 0
     images, error, own, found = re.search(
@@ -41,8 +40,7 @@ def test_a_decoder_gets_what_it_was_trained_for(photos, run_train, tmp_path, mon
         r"PSNR from features.9 (\S+) dB, from those found (\S+) dB\n",
         capsys.readouterr().out,
     ).groups()
-    assert int(images) == 3
-    assert float(error) < 0.02
+    assert int(images) == 3 and float(error) < 0.02
     assert abs(float(own) - float(found)) <= 0.02 and float(own) > 5
 
 

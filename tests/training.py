@@ -1,17 +1,11 @@
-"""The parts of a training, built as train.py builds them, for tests that look at one of them."""
+"""A Training, built as train.py builds it, for tests that look at one of its parts."""
 
-from types import SimpleNamespace
+import copy
 
 import torch
 
-import data
-import prepare
 import train
-from flags import config_of, parse_train
-from metrics import TERMS, Loss, Meter
-from models import inverter_of
-from signals import Signals
-from study import PROTOCOLS
+from flags import parse_train
 
 CPU = torch.device("cpu")
 
@@ -20,21 +14,9 @@ def parse(*flags):
     return parse_train([str(flag) for flag in flags])
 
 
-def parts_of(photos, *flags):
-    """Configuration, images, networks, loss and State of a training on `photos`."""
-    config = config_of(parse("--data", photos, *flags))
-    protocol = PROTOCOLS[config["protocol"]]
-    parts = SimpleNamespace(config=config, signals=Signals(CPU))
-    parts.train = data.load_split(str(photos), "train", protocol=protocol)
-    parts.val = data.load_split(str(photos), "val", protocol=protocol)
-    parts.inverter = inverter_of(config)
-    config["crop"] = config["crop"] or parts.inverter.size
-    parts.loss = Loss(config["mse_weight"], config["lpips_weight"], protocol)
-    parts.steps = prepare.steps_of_a_pass(len(parts.train), config["batch_size"], 1) * config["passes"]
-    optimizer = prepare.make_optimizer(parts.inverter, config["lr"], config["optimizer"])
-    scheduler = prepare.make_scheduler(optimizer, config, parts.steps, protocol.lowest_lr)
-    parts.state = train.State(parts.inverter.decoder, optimizer, scheduler, Meter(TERMS))
-    return parts
+def training_on(photos, *flags):
+    """The Training on `photos`, before its first step."""
+    return train.Training(parse("--data", photos, "--quiet", *flags))
 
 
 def wake(net, std=0.01):
@@ -44,20 +26,24 @@ def wake(net, std=0.01):
             torch.nn.init.normal_(parameter, std=std)
 
 
-def batches_of(parts, rank=0, world=1, kept=None):
-    """The (crops, features) of the rest of the epoch of parts.state, of one of `world` processes."""
-    steps = parts.steps // world
-    return train.epoch_batches(parts.train, kept, parts.config, parts.state, steps, rank, world, CPU)
+def batches_of(training, rank=0, world=1, kept=None):
+    """The (crops, features) of the rest of the epoch, of one of `world` processes."""
+    part = copy.copy(training)
+    part.rank, part.world, part.feature_cache = rank, world, kept
+    part.steps = training.steps // world
+    part.steps_per_pass = part.steps // training.config["passes"]
+    return train.epoch_batches(part)
 
 
-def train_epoch(parts, kept=None):
-    """The rest of the epoch of parts.state; averages of the loss's terms."""
-    options = (parts.state, parts.config, parts.steps, parts.signals, True)
-    return train.train_epoch(parts.inverter, batches_of(parts, kept=kept), parts.loss, *options)
+def train_epoch(training, kept=None):
+    """Train the rest of the epoch; the means of the loss's terms."""
+    training.feature_cache = kept
+    return train.train_epoch(training)
 
 
-def validate(parts, known=None):
-    """(averages, targets, outputs) of the validation images."""
-    known = {} if known is None else known
-    options = (1, parts.signals, True)
-    return train.validate(parts.inverter, parts.val, range(len(parts.val)), parts.loss, known, *options)
+def validate(training, known=None):
+    """(means, targets, outputs) of the validation images; known: {first image of a batch: features}."""
+    training.val_feature_cache = {} if known is None else known
+    means, *images = train.validate(training)
+    del means["seconds"]
+    return means, *images
