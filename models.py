@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import decoders
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, reading
 from decoders import FeedbackDecoder, Fused, upsamplings
 from encoders import build_encoder, encoder_sha256, layers_of, load_network, pretrained_input_config
 from utils import (
@@ -27,7 +27,6 @@ from utils import (
     cli_main,
     digest,
     encoders_of,
-    out_of_memory,
     user_files,
     weights_of_each,
 )
@@ -40,9 +39,9 @@ BUILDERS = {name: getattr(decoders, kind) for name, kind in DECODERS.items()}
 def build_decoder(decoder, shape, width=None, seed=42, **options):
     """Decoder `decoder` for features of `shape` (C, H, W), initialised from `seed`.
 
-    Kaiming initialisation (paper 3.3.4), uniform within ±1/√fan as in PyTorch's layers, but with a fan of 16 C
-    for transposed convolutions (docs/further.md). width: the decoder's main number of channels; options: of
-    FeedbackDecoder; None: the decoder's defaults. Raises UserError for an unknown name.
+    Kaiming initialisation (paper 3.3.4) as in PyTorch's layers, but of transposed convolutions with a fan of
+    16 C (docs/further.md). width: the decoder's main number of channels; options: of FeedbackDecoder; None:
+    the decoder's own. Raises UserError for an unknown name.
     """
     if decoder not in DECODERS:
         raise UserError(f"--decoder {decoder}: not a decoder; choose from {', '.join(DECODERS)}")
@@ -123,7 +122,9 @@ class Inverter(nn.Module):
 
     def shape_at(self, size):
         """(C, H, W) of the features of a size×size image."""
-        return self.shape if size == self.size else feature_shape(self.encoder, size)
+        if size == self.size:
+            return self.shape
+        return tuple(self.encode(torch.zeros(1, 3, size, size, device=self.device)).shape[1:])
 
     @property
     def stride(self):
@@ -183,7 +184,7 @@ def load_inverter(path, encoder=None, weights=None, trust_code=False):
     checkpoint = read_checkpoint(path)
     config, programs = checkpoint["config"], checkpoint["programs"]
     now = config | {"amp": False}
-    try:
+    with reading(f"{path}: not a best.pt of this program", "give another"):
         for flag, given in (("encoder", encoder), ("weights", weights)):
             now[flag] = given or config[flag]
             if without_folders(now)[flag] != without_folders(config)[flag]:
@@ -197,15 +198,11 @@ def load_inverter(path, encoder=None, weights=None, trust_code=False):
         wanted |= {} if encoder else programs
         changed = [file for file in wanted if not Path(file).is_file() or digest(file) != wanted[file]]
         if changed:
-            others = f"{', '.join(changed)}: not what it was trained with; it was not run"
-            raise UserError(f"{path}: {others} (--encoder says where it is now)")
+            what = f"{', '.join(changed)}: not what it was trained with; it was not run"
+            raise UserError(f"{path}: {what} (--encoder says where it is now)")
         inverter = inverter_of(now)
         inverter.decoder.load_state_dict(checkpoint["decoder"])
         known = [found for found in programs.values() if found in inverter.encoder.programs.values()]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise
-        raise UserError(f"{path}: not a best.pt of this program ({error})") from None
     if checkpoint["encoder_sha256"] != encoder_sha256(inverter.encoder, known):
         names = f"{now['encoder']}'s {now['weights']} weights up to its layer"
         raise UserError(f"{path}: was trained with other {names}, or another mean and std of its images")
@@ -234,14 +231,6 @@ def load_decoder(inverter, config):
     if checkpoint["encoder_sha256"] != encoder_sha256(inverter.encoder) or other["layer"] != config["layer"]:
         print(f"*** --init {path}: was trained on other features: {other['encoder']} {other['layer']} ***")
     return digest(path)
-
-
-def feature_shape(encoder, size=None):
-    """(C, H, W) of `encoder`'s features of a size×size image; None: of its own size."""
-    size = size or encoder.input_size
-    images = torch.zeros(1, 3, size, size, device=next(encoder.buffers()).device)
-    with torch.no_grad():
-        return tuple(encoder(images).shape[1:])
 
 
 def count_parameters(module):
