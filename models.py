@@ -1,4 +1,4 @@
-"""The Inverter, which joins a frozen encoder to a decoder: built, or loaded; and what every pair costs.
+"""The Inverter, a frozen encoder and a decoder: built or loaded; and a table of layers and costs.
 
 python models.py                                every layer and decoder of the study, with its cost
 python models.py --encoder timm/convnext_tiny   every layer of another
@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import decoders
-from checkpoint import read_checkpoint
+from checkpoint import read_checkpoint, reading
 from decoders import FeedbackDecoder, Fused, upsamplings
 from encoders import build_encoder, encoder_sha256, layers_of, load_network, pretrained_input_config
 from utils import (
@@ -27,7 +27,6 @@ from utils import (
     cli_main,
     digest,
     encoders_of,
-    out_of_memory,
     user_files,
     weights_of_each,
 )
@@ -40,10 +39,9 @@ BUILDERS = {name: getattr(decoders, kind) for name, kind in DECODERS.items()}
 def build_decoder(decoder, shape, width=None, seed=42, **options):
     """Decoder `decoder` for features of `shape` (C, H, W), initialised from `seed`.
 
-    Kaiming initialisation (paper 3.3.4) as PyTorch's own layers have it, uniform within ±1/√fan, but with a
-    fan of 16 C for transposed convolutions, where PyTorch counts 16 times the channels that come out and an
-    output pixel sees 4 C (docs/further.md). width: the decoder's main number of channels; options: those
-    of FeedbackDecoder; each the decoder's own where None. Raises UserError for an unknown name.
+    Kaiming initialisation (paper 3.3.4) as in PyTorch's layers, but of transposed convolutions with a fan of
+    16 C (docs/further.md). width: the decoder's main number of channels; options: of FeedbackDecoder; None:
+    the decoder's own. Raises UserError for an unknown name.
     """
     if decoder not in DECODERS:
         raise UserError(f"--decoder {decoder}: not a decoder; choose from {', '.join(DECODERS)}")
@@ -63,9 +61,8 @@ def build_decoder(decoder, shape, width=None, seed=42, **options):
 class Inverter(nn.Module):
     """A frozen encoder and a decoder: images (B, 3, size, size) in [0, 1] → features (B, C, H, W) → images.
 
-    Other sizes too, where the encoder takes them. shape: (C, H, W) of the features of a size×size image. amp:
-    compute both in bfloat16; what comes out is float32. normalized: images that come out are
-    ImageNet-normalised, as the published loss wants them.
+    shape: (C, H, W) of the features of a size×size image. amp: compute both in bfloat16; the images are
+    float32. normalized: the decoder's images are ImageNet-normalised, for the published loss.
     """
 
     def __init__(self, encoder, decoder, shape, amp=False, normalized=False):
@@ -78,7 +75,7 @@ class Inverter(nn.Module):
 
     @property
     def size(self):
-        """Side of the images of validation, test and pictures: 224, or what the encoder was trained with."""
+        """Side of images for validation and tests: 224, or the encoder's own."""
         return self.encoder.input_size
 
     @property
@@ -87,12 +84,12 @@ class Inverter(nn.Module):
 
     @property
     def base_decoder(self):
-        """The decoder, without the Fused around it where there are several encoders."""
+        """The decoder without its Fused, if any."""
         return self.decoder.decoder if isinstance(self.decoder, Fused) else self.decoder
 
     @property
     def reencode(self):
-        """What encodes the decoder's own images; normalised ones are not normalised again."""
+        """Encodes the decoder's images; does not normalise normalised ones again."""
         return self.encoder.trunk if self.normalized else self.encoder
 
     def autocast(self):
@@ -105,11 +102,11 @@ class Inverter(nn.Module):
             return self.encoder(images)
 
     def decode(self, features, size=None):
-        """Images from features, in float32 even with amp, as the losses want them; size: theirs, else own."""
+        """Images in float32 from features; size: (height, width) of the images, None for the own size."""
         return self.decode_all(features, size)[-1]
 
     def decode_all(self, features, size=None):
-        """The images after each iteration, of which `decode` gives the last; one where none iterates."""
+        """A list: the images after each iteration, or the only ones."""
         with self.autocast():
             if isinstance(self.base_decoder, FeedbackDecoder):
                 images = self.decoder(features, size, self.reencode)
@@ -119,18 +116,19 @@ class Inverter(nn.Module):
 
     def forward(self, images, features=None, each=False):
         """Reconstructions of images, from `features` if known; each: a list, as decode_all."""
-        if features is None:
-            features = self.encode(images)
+        features = self.encode(images) if features is None else features
         iterates = self.decode_all(features, images.shape[2:])
         return iterates if each else iterates[-1]
 
     def shape_at(self, size):
         """(C, H, W) of the features of a size×size image."""
-        return self.shape if size == self.size else feature_shape(self.encoder, size)
+        if size == self.size:
+            return self.shape
+        return tuple(self.encode(torch.zeros(1, 3, size, size, device=self.device)).shape[1:])
 
     @property
     def stride(self):
-        """Pixels of an image from one position of the features to the next; of several layers, the most."""
+        """Pixels between two positions of the features, of the coarsest layer."""
         return 2 ** upsamplings(min(height for _, height, _ in self.encoder.shapes), self.size)
 
     def compile(self):
@@ -155,10 +153,9 @@ def build_inverter(
     fusion=None,
     **options,
 ):
-    """An Inverter of these names, its decoder untrained, on the CPU. Raises UserError.
+    """An Inverter with an untrained decoder, on the CPU. Raises UserError.
 
-    input_size, mean, std: of the encoder's images, where not its own. fusion: of several encoders, `concat`
-    where None. options: build_decoder's.
+    The arguments are Encoder's, build_decoder's (also `options`), Inverter's and Fused's.
     """
     images = {"input_size": input_size, "mean": mean, "std": std}
     frozen = build_encoder(encoder, layer, weights, seed, protocol, **images)
@@ -171,26 +168,26 @@ def build_inverter(
 
 
 def inverter_of(config):
-    """The Inverter that a run's configuration, {flag: value}, asks for. Raises UserError, and KeyError."""
+    """The Inverter for a run's configuration {flag: value}. Raises UserError, and KeyError."""
     names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp", "iterations", "fusion")
     values = {name: config[name] for name in (*names, *INPUT_FLAGS)}
     return build_inverter(**values, protocol=PROTOCOLS[config["protocol"]])
 
 
 def load_inverter(path, encoder=None, weights=None, trust_code=False):
-    """(Inverter, checkpoint) of the best.pt at `path`, on the CPU, in eval mode, computing in float32.
+    """(Inverter, checkpoint) of the best.pt at `path`, on the CPU, in eval mode and float32.
 
-    encoder, weights: those of its configuration, where files that they name lie elsewhere now. A FILE.py is
-    run if `encoder` or trust_code says so, and it is what the decoder was trained with; nothing else of a
-    checkpoint is. Raises UserError for another file, and for other weights of the encoder.
+    encoder, weights: as in its configuration, if files lie elsewhere now. A FILE.py, and no other code, runs
+    if `encoder` or trust_code allows it and its hash is the checkpoint's. Raises UserError for another file,
+    and for other weights of the encoder.
     """
     checkpoint = read_checkpoint(path)
     config, programs = checkpoint["config"], checkpoint["programs"]
     now = config | {"amp": False}
-    try:
+    with reading(f"{path}: not a best.pt of this program", "give another"):
         for flag, given in (("encoder", encoder), ("weights", weights)):
             now[flag] = given or config[flag]
-            if without_places(now)[flag] != without_places(config)[flag]:
+            if without_folders(now)[flag] != without_folders(config)[flag]:
                 what = f"{path} was trained with {config[flag]}, of which a file alone may lie elsewhere"
                 raise UserError(f"--{flag} {now[flag]}: {what}")
         before, files = user_files(config["encoder"]), user_files(now["encoder"])
@@ -201,24 +198,19 @@ def load_inverter(path, encoder=None, weights=None, trust_code=False):
         wanted |= {} if encoder else programs
         changed = [file for file in wanted if not Path(file).is_file() or digest(file) != wanted[file]]
         if changed:
-            others = f"{', '.join(changed)}: not what it was trained with; it was not run"
-            raise UserError(f"{path}: {others} (--encoder says where it is now)")
+            what = f"{', '.join(changed)}: not what it was trained with; it was not run"
+            raise UserError(f"{path}: {what} (--encoder says where it is now)")
         inverter = inverter_of(now)
         inverter.decoder.load_state_dict(checkpoint["decoder"])
         known = [found for found in programs.values() if found in inverter.encoder.programs.values()]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if out_of_memory(error):
-            raise
-        raise UserError(f"{path}: not a best.pt of this program ({error})") from None
     if checkpoint["encoder_sha256"] != encoder_sha256(inverter.encoder, known):
         names = f"{now['encoder']}'s {now['weights']} weights up to its layer"
-        images = "another mean and std of its images, than those found here"
-        raise UserError(f"{path}: was trained with other {names}, or {images}")
+        raise UserError(f"{path}: was trained with other {names}, or another mean and std of its images")
     return inverter.eval(), checkpoint
 
 
-def without_places(config):
-    """`encoder` and `weights` of a configuration, but for where files lie."""
+def without_folders(config):
+    """--encoder and --weights of a configuration, without the paths of files."""
     names = encoders_of(config["encoder"])
     sources = weights_of_each(len(names), config["weights"])
     files = ["" if source not in ("imagenet", "random", "own") else source for source in sources]
@@ -226,9 +218,9 @@ def without_places(config):
 
 
 def load_decoder(inverter, config):
-    """Have training begin with the decoder of config["init"], another run's best.pt; that file's SHA-256.
+    """Load the decoder of config["init"], another run's best.pt, and return the file's SHA-256.
 
-    Nothing else of it is used, and no FILE.py run. Raises UserError for a decoder that does not fit.
+    Runs no FILE.py. Raises UserError for a decoder that does not fit.
     """
     path = config["init"]
     checkpoint = read_checkpoint(path)
@@ -241,14 +233,6 @@ def load_decoder(inverter, config):
     return digest(path)
 
 
-def feature_shape(encoder, size=None):
-    """(C, H, W) of `encoder`'s features of a size×size image, its own size where None."""
-    size = size or encoder.input_size
-    images = torch.zeros(1, 3, size, size, device=next(encoder.buffers()).device)
-    with torch.no_grad():
-        return tuple(encoder(images).shape[1:])
-
-
 def count_parameters(module):
     """Number of trainable parameters."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -258,17 +242,15 @@ def count_parameters(module):
 
 
 def describe(layers, size=IMAGE_SIZE, decoding=True):
-    """Print `layers`: features, multiply-adds up to there, each decoder's parameters, and an image's cost.
+    """Print a table of `layers`: features, multiply-adds up to there, and each decoder's parameters.
 
-    layers: {name: what layers_of says}, of size×size images. decoding: the cost, in multiply-adds of encoder
-    and decoder together, half of what torch.utils.flop_counter counts. On the meta device: nothing is
-    computed, but counting takes a second for three shapes of features.
+    layers: layers_of's, for size×size images. decoding: print multiply-adds of encoder and decoder, too.
     """
     longest = max(map(len, layers))
     of_decoder = f"{'parameters':>13}" + f"{'GMAC':>7}" * decoding
     print(f"{'':<{longest + 17}}{'encoder':>9}" + "".join(f"{name:>{len(of_decoder)}}" for name in BUILDERS))
     print(f"{'layer':<{longest}} {'features':<16}{'GMAC':>9}" + of_decoder * len(BUILDERS))
-    built = {}  # for a shape, which layers share: each decoder's parameters and cost
+    built = {}  # {shape: each decoder's parameters and cost}
     for name, (shape, encoding) in layers.items():
         if shape not in built:
             with torch.device("meta"):
@@ -278,22 +260,17 @@ def describe(layers, size=IMAGE_SIZE, decoding=True):
         for parameters, cost in built[shape]:
             line += f"{parameters:>13,}"
             if cost:
-                own, passes = cost
-                line += f"{(passes * encoding + own) / 1e9:>7.2f}"
+                line += f"{(cost[0] + cost[1] * encoding) / 1e9:>7.2f}"
         print(line)
 
 
 def decoder_cost(decoder, shape):
-    """Multiply-adds of a decoder on the meta device, and passes of the encoder, the first included."""
+    """(multiply-adds of a decoder on the meta device, passes of the encoder with the first)."""
+    features = torch.empty(1, *shape, device="meta")
+    feedback = isinstance(decoder, FeedbackDecoder)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        features = torch.empty(1, *shape)
-        if isinstance(decoder, FeedbackDecoder):
-            decoder(features, None, lambda images: features)
-            passes = 1 + decoder.iterations
-        else:
-            decoder(features)
-            passes = 1
-    return counter.get_total_flops() / 2, passes
+        decoder(features, None, *[lambda images: features] * feedback)
+    return counter.get_total_flops() / 2, 1 + (decoder.iterations if feedback else 0)
 
 
 def main():

@@ -1,4 +1,4 @@
-"""On CUDA: a convolution and the ReLU behind it by one kernel of cuDNN, in the frozen encoder."""
+"""On CUDA: a convolution and its ReLU in one cuDNN kernel, in the frozen encoder."""
 
 from itertools import pairwise
 
@@ -8,17 +8,13 @@ from torch import nn
 
 
 class ConvReLU(nn.Conv2d):
-    """A convolution and the ReLU behind it, by one kernel of cuDNN where no gradient is wanted.
-
-    It spares two passes over the largest maps of a training step, bias and ReLU.
-    """
+    """A convolution and a ReLU; one kernel saves two passes over the map, for the bias and the ReLU."""
 
     def forward(self, x):
-        here = x.is_cuda and torch.version.cuda  # AMD's GPUs call themselves CUDA, too
-        if not here or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return F.relu(super().forward(x), inplace=True)
         amp = torch.is_autocast_enabled("cuda")
-        if amp and torch.cuda.get_device_capability(x.device) < (8, 0):  # without cuDNN's bfloat16
+        fused = x.is_cuda and torch.version.cuda  # not AMD's GPUs
+        fused = fused and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not fused or amp and torch.cuda.get_device_capability(x.device) < (8, 0):  # no bfloat16
             return F.relu(super().forward(x), inplace=True)
         tensors = x, self.weight, self.bias
         if amp:
@@ -27,7 +23,7 @@ class ConvReLU(nn.Conv2d):
 
 
 def fuse(net, wanted):
-    """Make one module of each convolution and ReLU in a row of `net`, but of a convolution at these paths."""
+    """Make each convolution of `net` that a ReLU follows a ConvReLU, except at the paths `wanted`."""
     for around, row in net.named_modules():
         children = list(row.named_children()) if type(row) is nn.Sequential else []
         for (name, conv), (behind, relu) in pairwise(children):
@@ -35,4 +31,4 @@ def fuse(net, wanted):
             path = f"{around}.{name}".removeprefix(".")
             if plain and type(relu) is nn.ReLU and type(conv.padding) is tuple and path not in wanted:
                 conv.__class__ = ConvReLU
-                setattr(row, behind, nn.Sequential())  # passes on what it is given
+                setattr(row, behind, nn.Sequential())  # the identity

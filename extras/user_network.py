@@ -14,17 +14,16 @@ from utils import UserError, digest, user_files
 
 INSTALLED = re.compile(rf"{re.escape(sysconfig.get_path('stdlib'))}|.*(site|dist)-packages")
 HERE = Path(__file__).resolve().parent.parent
-OURS = {HERE / name for name in ("", "extras", "report", "bench")}
-NEIGHBOURS = {}  # {FILE.py: {path: SHA-256}} of users' modules that it imported
-BEFORE = set()  # names of the modules that were there when the first FILE.py ran
+PACKAGES = [HERE / name for name in ("extras", "report", "bench")]
+NEIGHBOURS = {}  # {FILE.py: {path: SHA-256}} of the user's modules that it imports
+BEFORE = set()  # the modules before the first FILE.py ran
 
 
 def user_network(file, function):
-    """What `function` of the Python file returns, a user's own nn.Module. Raises UserError."""
+    """The nn.Module that `function` of the Python file returns. Raises UserError."""
     name = f"--encoder {file}:{function}"
-    spec = importlib.util.spec_from_file_location(f"own_{digest(file)}", file)  # no name that is taken
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look
+    spec = importlib.util.spec_from_file_location(f"own_{digest(file)}", file)  # a name of its own
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
         with neighbours_first(file):
             spec.loader.exec_module(module)
@@ -38,9 +37,9 @@ def user_network(file, function):
 
 @contextmanager
 def neighbours_first(file):
-    """Within `with`, imports find what lies beside `file` first, and this project's modules last.
+    """Within `with`, imports look beside `file` first and in this project last.
 
-    What is imported is in NEIGHBOURS then, and out of the way: other modules may have the same names.
+    Then NEIGHBOURS has what was imported, and sys.modules has not: other modules may have the same names.
     """
     folder, path = Path(file).resolve().parent, sys.path[:]
     BEFORE.update(() if BEFORE else sys.modules)
@@ -54,12 +53,12 @@ def neighbours_first(file):
         for name in sorted(filter(place_of, sys.modules)):
             place = place_of(name)
             shown = Path(file).parent / place.relative_to(folder) if folder in place.parents else place
-            if place.is_file() and (name not in hidden or place.parent not in OURS):
+            ours = [*PACKAGES, HERE] if name in hidden else PACKAGES  # FILE.py may lie in HERE
+            if place.is_file() and place.parent not in ours:
                 found[str(shown)] = digest(place)
             del sys.modules[name]
         sys.modules.update(hidden)
-        ours = (*path, str(folder), str(HERE))
-        sys.path[:] = [*path, *(place for place in sys.path if place not in ours)]
+        sys.path[:] = [*path, *(place for place in sys.path if place not in (*path, str(folder), str(HERE)))]
 
 
 def place_of(name):
@@ -71,11 +70,11 @@ def place_of(name):
 
 
 def user_code_sha256(encoder):
-    """{file: its SHA-256} of `own_files` and, once these have run, of the users' modules that they import."""
+    """{file: SHA-256} of each FILE.py, which has run, and of the user's modules that it imports."""
     found = {}
     for file in user_files(encoder):
         found |= {file: digest(file)} | NEIGHBOURS[file]
-        for name in sorted(sys.modules.keys() - BEFORE):  # that `forward` imports
-            if (place := place_of(name)) and place.is_file() and place.parent not in OURS:
+        for name in sorted(sys.modules.keys() - BEFORE):  # `forward` imports them
+            if (place := place_of(name)) and place.is_file() and place.parent not in (*PACKAGES, HERE):
                 found[str(place)] = digest(place)
     return found

