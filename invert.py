@@ -233,7 +233,7 @@ def invert_images(encoder, decode, pixels, scale, *, steps, batch_size=4, bars=N
             bar.update(len(batch))
     pictures = {kind: torch.cat(parts) for kind, parts in pictures.items()}
     for kind, metrics in values.items():
-        values[kind] = {name: np.array(value) for name, value in metrics.items()}
+        values[kind] = {name: np.array(value, float) for name, value in metrics.items()}
     course = {"step": moments, "seconds": list(seconds / len(pixels)), "psnr": list(decibels / len(pixels))}
     return pictures, values, course
 
