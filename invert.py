@@ -77,8 +77,9 @@ def main(args):
         images = data.load_split(about["data"], args.split, args.cache, bars=bars, size=size)
     chosen = evenly_spaced(len(images), args.count)
     divisor, scale = feature_scale(encoder, images)
-    prior = prior_weight(encoder, decode) if args.tv_weight is None else args.tv_weight
-    options = {"steps": args.steps, "lr": args.lr or learning_rate(encoder, decode), "tv_weight": prior}
+    lr, tv_weight = default_options(encoder, decode)
+    tv_weight = tv_weight if args.tv_weight is None else args.tv_weight
+    options = {"steps": args.steps, "lr": args.lr or lr, "tv_weight": tv_weight}
     about |= options | {"images": len(chosen), divisor: scale}
     print(
         f"{about['encoder']} {about['layer']} ({about['weights']} weights), {args.steps} steps from "
@@ -125,29 +126,18 @@ def total_variation(images):
     return sum(images.diff(dim=dim).square().mean((1, 2, 3)) for dim in (3, 2))
 
 
-def stride_of(encoder):
-    """Pixels from one position of the features to the next; of several layers the smallest."""
-    return encoder.input_size / max(height for _, height, _ in encoder.shapes)
+def default_options(encoder, decode):
+    """(learning rate, weight of the total variation), chosen on validation images (docs/inversion.md).
 
-
-def learning_rate(encoder, decode):
-    """Adam's default, chosen on validation images at strides from 2 to 37 (docs/inversion.md).
-
-    Deep features do not restore what a large rate destroys of a decoder's output.
+    Deep features do not restore what a large rate destroys of a decoder's output; the coarser the features,
+    the less detail they determine.
     """
-    stride = stride_of(encoder)
-    if decode is None:
-        return 0.1 if stride < 4 else 0.03
-    return 0.02 if stride < 8 else 0.002 if stride < 16 else 0.001
-
-
-def prior_weight(encoder, decode):
-    """The default weight of the total variation, chosen on validation images (docs/inversion.md).
-
-    The coarser the features, the less detail they determine.
-    """
-    weight = min((stride_of(encoder) / 2) ** 2, 256.0)
-    return 0.3 * weight if decode else weight
+    # pixels from one position of the features to the next, of several layers the smallest
+    stride = encoder.input_size / max(height for _, height, _ in encoder.shapes)
+    tv_weight = min((stride / 2) ** 2, 256.0)
+    if decode:
+        return 0.02 if stride < 8 else 0.002 if stride < 16 else 0.001, 0.3 * tv_weight
+    return 0.1 if stride < 4 else 0.03, tv_weight
 
 
 def invert(encoder, features, start, *, steps=300, lr=0.1, tv_weight=1.0, bars=None, watch=None):
