@@ -7,12 +7,10 @@
   python evaluate.py --report runs                                           the experiments, side by side
   python evaluate.py --compare runs/a runs/b                                 whether b is better
 
-The checkpoint knows its encoder, layer, decoder and data. Writes metrics.json, per_image.csv,
-reconstructions.png, reconstructions.zip and histograms.png beside it (of other --data: to a folder of its
-name there), or to --out; --images writes to images/ there, --baselines writes baselines.json, and a folder of
-each one's results, to runs, or to --out, and --report writes report.html, a page to open in a browser,
-results.md, .csv and .png and grid.png to the folder of the experiments. What optimisation finds in the
-features: python invert.py --help
+The checkpoint knows its encoder, layer, decoder and data. Its folder (for other --data a subfolder of that
+name) or --out gets metrics.json, per_image.csv, reconstructions.png and .zip and histograms.png, or with
+--images images/. --baselines writes baselines.json and baselines/ to runs or --out, --report writes
+report.html, results.md, .csv and .png and grid.png to RUNS. For optimisation: python invert.py --help
 """
 
 from flags import parse_evaluate
@@ -59,71 +57,71 @@ class Evaluation(NamedTuple):
     """What evaluate_model measured, image by image."""
 
     values: dict  # {"psnr" (dB), "ssim", "lpips": (N,)}
-    iterates: list  # the same and "feature_error", of what was there after each iteration; empty without any
-    pictures: dict  # {number of an image: [what the metrics saw, its reconstruction], uint8 (H, W, 3)}
+    iterates: list  # the same with "feature_error" after each iteration; empty without iterations
+    pictures: dict  # {number of an image: [target, reconstruction], uint8 (H, W, 3)}
     names: list = ()  # of the images
 
 
 def evaluate(args):
-    """Do what `args` (a Namespace of the flags) ask for."""
+    """Do what `args` (a Namespace of the flags) ask for. Raises UserError."""
     if args.report:
         from report.page import write_report
 
-        write_report(args.report)
-        return
+        return write_report(args.report)
     if args.compare:
         from report.compare import compare
 
-        compare(args.compare, args.out or "runs")
-        return
+        return compare(args.compare, args.out or "runs")
     keep_freed_memory()
-    with processes(select_device(args.device)) as started:
-        evaluate_checkpoint(args, *started)
+    with processes(select_device(args.device)) as (rank, world, device):
+        bars = disable_bars(args, rank)
+        if not (args.baselines or args.images):
+            evaluate_checkpoint(args, rank, world, device)
+        elif args.baselines and rank == 0:
+            from report.baselines import write_baselines
+
+            write_baselines(args, device, bars)
+        elif rank == 0:
+            from extras.own_pictures import reconstruct_pictures
+
+            inverter, checkpoint, _ = open_checkpoint(args, device)
+            reconstruct_pictures(args, inverter, checkpoint["config"], bars)
+
+
+def open_checkpoint(args, device):
+    """The inverter of --ckpt, with its --iterations, the checkpoint, and the SHA-256 of the file."""
+    sha256 = digest(args.ckpt)  # first: a training may replace it meanwhile
+    inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)
+    if args.iterations:
+        if not hasattr(inverter.base_decoder, "iterations"):
+            name = checkpoint["config"]["decoder"]
+            raise UserError(f"--iterations: the {name} decoder of {args.ckpt} does not iterate")
+        inverter.base_decoder.iterations = args.iterations
+    return inverter.to(device), checkpoint, sha256
 
 
 def evaluate_checkpoint(args, rank, world, device):
-    """Measure a checkpoint, take one's own pictures or measure baselines, in one of `world` processes."""
+    """Measure a checkpoint on the test images in `world` processes; the first writes the results."""
     bars = disable_bars(args, rank)
-    if args.baselines:
-        if rank == 0:
-            from report.baselines import write_baselines
-
-            source, out = data.resolve(args.data), Path(args.out or "runs")
-            options = {"batch_size": args.batch_size, "cache": args.cache, "bars": bars}
-            write_baselines(source, out, PROTOCOLS[args.protocol], device, **options)
-        return
-    sha256 = digest(args.ckpt)  # first: a training may replace it meanwhile
-    inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)
-    inverter.to(device)
+    inverter, checkpoint, sha256 = open_checkpoint(args, device)
     config = checkpoint["config"]
-    iterations = getattr(inverter.base_decoder, "iterations", 0)  # how often the decoder looks at the encoder
-    if args.iterations and not iterations:
-        raise UserError(f"--iterations: the {config['decoder']} decoder of {args.ckpt} does not iterate")
-    if args.iterations:
-        inverter.base_decoder.iterations = iterations = args.iterations
     protocol = PROTOCOLS[config["protocol"]]
-    if args.images:
-        if rank == 0:
-            from extras.own_pictures import reconstruct_pictures
-
-            reconstruct_pictures(args, inverter, config, bars)
-        return
     source, out = data.of_checkpoint(args.data, config["data"], args.ckpt)
+    out = Path(args.out or (out / f"iterations-{args.iterations}" if args.iterations else out))
     images = data.load_split(source, "test", args.cache, protocol, bars=bars, size=inverter.size)
-    if args.iterations:
-        out = out / f"iterations-{args.iterations}"
-    out = Path(args.out or out)
+    if len(images) < world:
+        raise UserError(f"{source}: {len(images)} test images for {world} processes; start no more than that")
     about = {"data": source, "config": config, "ckpt_sha256": sha256}
-    about |= {"iterations": iterations} if iterations else {}
+    iterations = getattr(inverter.base_decoder, "iterations", None)
+    if iterations:
+        about["iterations"] = iterations
     refuse_other_results(out, RESULTS, about)
+    if rank == 0:
+        make_folder(out)  # or an error, before anything is computed
     scale = None
     if iterations:
         divisor, scale = feature_scale(inverter.encoder, images)
         about[divisor] = scale
-    if len(images) < world:
-        raise UserError(f"{source}: {len(images)} test images for {world} processes; start no more than that")
-    if rank == 0:
-        make_folder(out)  # or an error, before anything is computed
     part = data.subset(images, np.array_split(np.arange(len(images)), world)[rank])
     options = {"bars": bars, "protocol": protocol, "scale": scale, "pictures": PICTURES // world}
     found = evaluate_model(inverter, part, args.batch_size, **options)
@@ -141,67 +139,52 @@ def evaluate_checkpoint(args, rank, world, device):
 def evaluate_model(
     inverter, images, batch_size=4, *, bars=None, protocol=DOCUMENTED, scale=None, pictures=PICTURES
 ):
-    """Reconstruct and measure the centres of `images`, of the inverter's size: an Evaluation.
+    """Reconstruct and measure the centres of `images`, at the inverter's size: an Evaluation.
 
     images: data.Images, read a batch at a time, or uint8 (N, 256, 256, 3).
-    protocol: that of the training. scale: divides feature errors; with it each iteration is measured.
-    pictures: keep the pixels of so many images, evenly spaced.
+    scale: divides feature errors; if given, each iteration is measured.
+    pictures: number of images whose pixels are kept, evenly spaced.
     """
     lpips = LPIPS().to(inverter.device)
-    parts = []  # of each batch, the values after each iteration
-    waiting = []  # of those, the ones whose SSIM the CPU may still compute
     most = 1 if inverter.device.type == "cpu" else SSIM_WAITS
-    drawn = set(evenly_spaced(len(images), pictures))
-    kept = {}
+    kept = dict.fromkeys(evenly_spaced(len(images), pictures))
+    measured = []  # the metrics of each batch after each iteration
     inverter.eval()
     with tqdm(None, "Evaluating", len(images), unit="image", disable=bars) as bar:
         for first in range(0, len(images), batch_size):
-            pixels = images[first : first + batch_size]
-            batch = data.center_crops(pixels, inverter.size).to(inverter.device)
+            batch = data.center_crops(images[first : first + batch_size], inverter.size).to(inverter.device)
             features = inverter.encode(batch)
             wanted = target(batch, protocol).clamp(0, 1)
-            parts.append([])
-            made = inverter.decode_all(features)
-            for image in made if scale else made[-1:]:
+            iterates = inverter.decode_all(features) if scale else [inverter.decode(features)]
+            for image in iterates:
                 output = image.clamp(0, 1)
                 values = measure(output, wanted, lpips, protocol)
                 if scale:
-                    values["feature_error"] = feature_error(
-                        inverter.reencode, image, features, scale
-                    ).tolist()
-                parts[-1].append(values)
-                waiting.append(values)
-                if len(waiting) >= most:
-                    finish_ssim(waiting)
+                    error = feature_error(inverter.reencode, image, features, scale)
+                    values["feature_error"] = error.tolist()
+                measured.append(values)
+                if len(measured) >= most:
+                    measured[-most]["ssim"] = list(measured[-most]["ssim"])  # waits for the CPU
             pairs = zip(data.to_pixels(wanted), data.to_pixels(output), strict=True)
             for number, pair in enumerate(pairs, first):
-                if number in drawn:
+                if number in kept:
                     kept[number] = [pixels.clone() for pixels in pair]  # without the rest of the batch
             bar.update(len(batch))
-    finish_ssim(waiting)
-    iterates = [concatenate(same) for same in zip(*parts, strict=True)]  # batches after as many iterations
+    iterates = [concatenate(measured[i :: len(iterates)]) for i in range(len(iterates))]
     values = {name: iterates[-1][name] for name in METRICS}
-    iterates = iterates if scale else []
-    return Evaluation(values, iterates, kept)
-
-
-def finish_ssim(waiting):
-    """Wait for the SSIM of each of these `measure` results, and forget them."""
-    for values in waiting:
-        values["ssim"] = list(values["ssim"])
-    waiting.clear()
+    return Evaluation(values, iterates if scale else [], kept)
 
 
 @torch.no_grad()
 def time_inference(inverter, pixels, repeats=5):
-    """Milliseconds for one image by itself: the median of `repeats`, after one that does not count."""
+    """Milliseconds for one image by itself: the median of `repeats`, after a warm-up."""
     image = data.center_crops(pixels[:1], inverter.size).to(inverter.device)
     inverter.eval()
     return 1000 * timed(inverter.device, lambda: inverter(image), repeats)
 
 
 def gather(found):
-    """Put together what each process measured of its part of the images."""
+    """The Evaluation of all images, from each process's `found` of its part."""
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, found)
     pictures, first = {}, 0
@@ -213,41 +196,35 @@ def gather(found):
 
 
 def concatenate(parts):
-    """{name: (N,)} of such parts, one after the other."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: np.concatenate([list(part[name]) for part in parts]) for name in parts[0]}
 
 
-# --- What it writes --------------------------------------------------------------------------------------
+# --- Results ---------------------------------------------------------------------------------------------
 
 
 def write_evaluation(found, inverter, checkpoint, about, out):
-    """Print the table of a measured checkpoint and write its files to the folder `out`.
+    """Print the table of an Evaluation and write its files to the folder `out`.
 
-    found: the Evaluation of the test images; about: more entries of metrics.json. Pictures need report/.
+    about: more entries of metrics.json. Pictures need report/.
     """
-    config = checkpoint["config"]
+    config, values = checkpoint["config"], found.values
     protocol = PROTOCOLS[config["protocol"]]
-    values = found.values
     metrics = {name: summary(values[name]) for name in METRICS}
-    about = about | {"images": len(found.names)}
-    about |= {name: config[name] for name in ("protocol", "weights")}
-    about |= {"parameters": count_parameters(inverter.decoder), "epoch": checkpoint["epoch"]}
+    about = metrics | about | {"images": len(found.names), "parameters": count_parameters(inverter.decoder)}
+    about |= {"protocol": protocol.name, "weights": config["weights"], "epoch": checkpoint["epoch"]}
     about |= {"shape": list(inverter.shape), "size": inverter.size}
-    label = "target, as measured" if protocol.normalized_target else "original"
+    if found.iterates:
+        labels = METRICS_AND_FEATURE_ERROR
+        about["iterates"] = [{name: summary(after[name]) for name in labels} for after in found.iterates]
     (out / "metrics.json").unlink(missing_ok=True)
     rows = zip(found.names, *(values[name].tolist() for name in METRICS), strict=True)
     write_csv(out / "per_image.csv", ("image", *METRICS), rows)
     if find_spec("report"):
         from report.pictures import draw_evaluation
 
-        trained = getattr(inverter.base_decoder, "iterations_per_round", None)
-        draw_evaluation(found, out, label, trained)
-    if found.iterates:
-        about["iterates"] = [
-            {name: summary(after[name]) for name in METRICS_AND_FEATURE_ERROR} for after in found.iterates
-        ]
-    # last: where it is, the others are
-    write_result(out / "metrics.json", metrics | about)
+        label = "target, as measured" if protocol.normalized_target else "original"
+        draw_evaluation(found, out, label, getattr(inverter.base_decoder, "iterations_per_round", None))
+    write_result(out / "metrics.json", about)  # last: where it is, the others are
     if find_spec("extras") and find_spec("report"):
         from extras.trackers import add_test_metrics
 
@@ -259,10 +236,8 @@ def write_evaluation(found, inverter, checkpoint, about, out):
     )
     print(summary_table(metrics))
     for number, after in enumerate(found.iterates):
-        means = ", ".join(
-            f"{label} {after[name].mean():.4f}" for name, label in METRICS_AND_FEATURE_ERROR.items()
-        )
-        print(f"after {number} iterations: {means}")
+        means = [f"{label} {after[name].mean():.4f}" for name, label in METRICS_AND_FEATURE_ERROR.items()]
+        print(f"after {number} iterations: {', '.join(means)}")
     print(f"{about['inference_ms']:.1f} ms for an image by itself on {inverter.device}; results in {out}")
 
 

@@ -1,23 +1,20 @@
 """Optimise pixels until their features are an image's own (Mahendran & Vedaldi 2015).
 
-  python invert.py --ckpt runs/best.pt                       from what a decoder made of test images
+  python invert.py --ckpt runs/best.pt                       from a decoder's reconstructions of test images
   python invert.py --encoder vgg16 --layer block3            from noise, without a decoder
   python invert.py --ckpt runs/best.pt --count 4 --steps 100
   python invert.py --ckpt runs/best.pt --images my.jpg       your own pictures, or folders
   python invert.py --course runs/a runs/b --out FOLDER       PSNR against time, of inversions done before
 
-What is recovered is a lower bound on what the features hold: at shallow layers above the decoder that it
-begins with, from noise often below one.
-Writes inversion.json, .csv and .png beside the checkpoint (of --images to own/ there), or to --out.
+What it recovers is a lower bound on what the features hold. Writes inversion.json, .csv and .png to the
+checkpoint's folder (with --images to own/ there), or to --out.
 """
 
 from flags import parse_invert
 from utils import cli_main
 
 if __name__ == "__main__":
-    ARGS = cli_main(
-        lambda: parse_invert(doc=__doc__)
-    )  # before torch is imported, so that --help answers at once
+    ARGS = cli_main(lambda: parse_invert(doc=__doc__))  # before torch is imported: --help answers at once
 
 import math
 import re
@@ -49,16 +46,15 @@ from utils import (
     select_device,
 )
 
-REDUCTIONS = (1, 2, 8, 32)  # of an image's height and width, from level to level
-WATCHED = 31  # moments of an inversion, at which its PSNR is measured
+REDUCTIONS = (1, 2, 8, 32)  # of the image's height and width at each level
+WATCHED = 31  # steps at which PSNR is measured
 
 
 def main(args):
     """Do what `args` (a Namespace of the flags) ask for. Raises UserError."""
     if args.course:
         courses = [read_course(folder) for folder in args.course]
-        draw_courses(courses, make_folder(args.out or "runs") / "course.png")
-        return
+        return draw_courses(courses, make_folder(args.out or "runs") / "course.png")
     keep_freed_memory()
     with processes(select_device(args.device)) as (_, world, device):
         if world > 1:
@@ -66,40 +62,38 @@ def main(args):
     bars = disable_bars(args)
     files = picture_files(args.images or [])
     encoder, decode, about, out = from_checkpoint(args, device) if args.ckpt else from_noise(args)
+    encoder.to(device)
+    size = encoder.input_size
+    if size < LPIPS_MIN_SIZE:
+        raise UserError(f"--input-size {size}: LPIPS needs at least {LPIPS_MIN_SIZE} pixels")
     about["split"] = args.split
     out = Path(args.out or (out if args.split == "test" else out / args.split))
-    if encoder.input_size < LPIPS_MIN_SIZE:
-        raise UserError(f"--input-size {encoder.input_size}: LPIPS needs at least {LPIPS_MIN_SIZE} pixels")
-    encoder.to(device)
     if files:
-        squares = [np.array(read_square(file, encoder.input_size)) for file in files]
-        images = data.squares(np.stack(squares), list(map(str, files)))
+        images = data.squares(np.stack([read_square(file, size) for file in files]), list(map(str, files)))
         about["pictures"] = images.key
     refuse_other_results(out, INVERSION, about)
     make_folder(out)  # or an error, before anything is computed
     if not files:
-        images = data.load_split(about["data"], args.split, args.cache, bars=bars, size=encoder.input_size)
+        images = data.load_split(about["data"], args.split, args.cache, bars=bars, size=size)
     chosen = evenly_spaced(len(images), args.count)
     divisor, scale = feature_scale(encoder, images)
-    prior = prior_weight(encoder, decode) if args.tv_weight is None else args.tv_weight
-    rate = args.lr or learning_rate(encoder, decode)
-    options = {"steps": args.steps, "lr": rate, "tv_weight": prior}
+    lr, tv_weight = default_options(encoder, decode)
+    tv_weight = tv_weight if args.tv_weight is None else args.tv_weight
+    options = {"steps": args.steps, "lr": args.lr or lr, "tv_weight": tv_weight}
     about |= options | {"images": len(chosen), divisor: scale}
     print(
         f"{about['encoder']} {about['layer']} ({about['weights']} weights), {args.steps} steps from "
         f"{about['start']}; {len(chosen)} {args.split} images of {about['data']}"
     )
-    pixels = images[chosen]
-    found = invert_images(encoder, decode, pixels, scale, args.batch_size, bars=bars, **options)
-    pictures, values, about["course"] = found
+    options |= {"batch_size": args.batch_size, "bars": bars}
+    pictures, values, about["course"] = invert_images(encoder, decode, images[chosen], scale, **options)
     write_inversion(pictures, values, [images.names[i] for i in chosen], about, out)
     print(f"results in {out}")
 
 
 def from_noise(args):
-    """(encoder, no decoder, what the results are of, folder for them) of --encoder, --layer and --weights."""
-    about = {"encoder": args.encoder, "layer": args.layer, "weights": args.weights}
-    about |= {name: getattr(args, name) for name in INPUT_FLAGS}
+    """The encoder of the flags, no decoder, what the results are of, and a folder for them."""
+    about = {name: getattr(args, name) for name in ("encoder", "layer", "weights", *INPUT_FLAGS)}
     encoder = build_encoder(**about)
     about |= {"start": "noise", "data": " ".join(args.images or [data.resolve(args.data)])}
     name = f"noise_{re.sub('[/:]', '_', args.encoder)}_{args.layer}"
@@ -109,8 +103,8 @@ def from_noise(args):
 
 
 def from_checkpoint(args, device):
-    """(encoder, what decodes its features, what the results are of, folder for them) of --ckpt."""
-    of = {"ckpt": args.ckpt, "ckpt_sha256": digest(args.ckpt)}  # first: a training may replace it
+    """The encoder of --ckpt, its inverter's `decode`, what the results are of, and a folder for them."""
+    sha256 = digest(args.ckpt)  # first: a training may replace it
     inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)
     inverter.to(device)
     config = checkpoint["config"]
@@ -120,8 +114,8 @@ def from_checkpoint(args, device):
     if not source:
         source, out = data.of_checkpoint(args.data, config["data"], args.ckpt)
     about = {name: config[name] for name in ("encoder", "layer", "weights")}
-    about |= {"start": config["decoder"], "data": source}
-    return inverter.encoder, inverter.decode, about | of, out
+    about |= {"start": config["decoder"], "data": source, "ckpt": args.ckpt, "ckpt_sha256": sha256}
+    return inverter.encoder, inverter.decode, about, out
 
 
 # --- The optimisation ------------------------------------------------------------------------------------
@@ -132,91 +126,76 @@ def total_variation(images):
     return sum(images.diff(dim=dim).square().mean((1, 2, 3)) for dim in (3, 2))
 
 
-def stride_of(encoder):
-    """Pixels from one position of the features to the next; of several layers, the least."""
-    return encoder.input_size / max(height for _, height, _ in encoder.shapes)
+def default_options(encoder, decode):
+    """(learning rate, weight of the total variation), chosen on validation images (docs/inversion.md).
 
-
-def learning_rate(encoder, decode):
-    """Adam's: from noise 0.1, from stride 4 on 0.03; from a decoder 0.02, from 8 on 0.002, from 16 on 0.001.
-
-    What a large rate undoes of a decoder's output, the features of deep layers do not bring back. Chosen on
-    validation images, at strides from 2 to 37 (docs/inversion.md).
+    Deep features do not restore what a large rate destroys of a decoder's output; the coarser the features,
+    the less detail they determine.
     """
-    stride = stride_of(encoder)
-    if decode is None:
-        return 0.1 if stride < 4 else 0.03
-    return 0.02 if stride < 8 else 0.002 if stride < 16 else 0.001
-
-
-def prior_weight(encoder, decode):
-    """The weight of the total variation, at first: (stride / 2)², at most 256; 0.3 of it behind a decoder.
-
-    The coarser the features, the less of the detail is theirs. Chosen on validation images, from noise at
-    strides from 2 to 37, from a decoder's output at 2 (docs/inversion.md).
-    """
-    weight = min((stride_of(encoder) / 2) ** 2, 256.0)
-    return 0.3 * weight if decode else weight
+    # pixels from one position of the features to the next, of several layers the smallest
+    stride = encoder.input_size / max(height for _, height, _ in encoder.shapes)
+    tv_weight = min((stride / 2) ** 2, 256.0)
+    if decode:
+        return 0.02 if stride < 8 else 0.002 if stride < 16 else 0.001, 0.3 * tv_weight
+    return 0.1 if stride < 4 else 0.03, tv_weight
 
 
 def invert(encoder, features, start, *, steps=300, lr=0.1, tv_weight=1.0, bars=None, watch=None):
-    """Images (B, 3, H, W) in [0, 1], found from `start`, whose features are those given (B, C, H, W).
+    """Images (B, 3, H, W) in [0, 1], found from `start`, whose features are near `features` (B, C, H, W).
 
-    Minimises ‖φ(x) − φ‖² / ‖φ‖² + tv_weight · total variation by Adam. Its rate falls to 0 as a cosine, and
-    so does the weight of the prior, which helps on the way and keeps fine detail away in the end. Each image
-    is by itself, whatever the batch. What is added to `start` is a sum of levels, each enlarged to the image:
-    low frequencies, which single pixels are slowest to agree on, are a few variables of their own. watch: is
-    called with the number of steps taken and the images, before each step and in the end.
+    Minimises ‖φ(x) − φ‖² / ‖φ‖² + tv_weight · total variation by Adam, for each image by itself. The learning
+    rate and the weight of the prior fall to 0 as a cosine: the prior helps early, but would blur fine detail.
+    Levels of several resolutions are enlarged and added to `start`, because single pixels are slow to agree
+    on low frequencies. watch: is called with (step, images) before each step and at the end.
     """
-    height, width = start.shape[2:]
+    size = start.shape[2:]
     levels = []
-    for reduction in (*REDUCTIONS, max(height, width)):  # the last has one value an image and channel
-        smaller = (math.ceil(height / reduction), math.ceil(width / reduction))
+    for reduction in (*REDUCTIONS, max(size)):  # the last has one value for each channel
+        smaller = [math.ceil(side / reduction) for side in size]
         levels.append(torch.zeros(*start.shape[:2], *smaller, device=start.device, requires_grad=True))
     optimizer = torch.optim.Adam(levels, lr=lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    size = features.square().sum((1, 2, 3)).clamp_min(1e-12)
+    norm = features.square().sum((1, 2, 3)).clamp_min(1e-12)
 
-    def changed():
-        return start + sum(resize(level, start.shape[2:]) for level in levels)
+    def current():
+        return start + sum(resize(level, size) for level in levels)
 
     for step in tqdm(range(steps), "Inverting", unit="step", leave=False, disable=bars):
-        images = changed()
+        images = current()
         if watch:
             watch(step, images.detach().clamp(0, 1))
-        distance = (encoder(images) - features).square().sum((1, 2, 3)) / size
+        distance = (encoder(images) - features).square().sum((1, 2, 3)) / norm
         prior = scheduler.get_last_lr()[0] / lr * tv_weight * total_variation(images)
         optimizer.zero_grad()
         (distance + prior).sum().backward()
         optimizer.step()
         scheduler.step()
-    with torch.no_grad():
-        images = changed().clamp(0, 1)
+    images = current().detach().clamp(0, 1)
     if watch:
         watch(steps, images)
     return images
 
 
 def noise(batch, first):
-    """Grey with a little noise, like `batch` (B, 3, H, W), whose first image is number `first` of all."""
+    """Grey with a little noise, like `batch` (B, 3, H, W); first: the number of its first image, the seed."""
     numbers, shape = range(first, first + len(batch)), batch.shape[1:]
     draws = [torch.randn(shape, generator=torch.Generator().manual_seed(number)) for number in numbers]
     return (0.5 + 0.05 * torch.stack(draws)).clamp(0, 1).to(batch.device)
 
 
-def invert_images(encoder, decode, pixels, scale, batch_size=4, *, bars=None, **options):
-    """Invert the features of uint8 `pixels` (N, H, W, 3), from what `decode` makes of them; None: noise.
+def invert_images(encoder, decode, pixels, scale, *, steps, batch_size=4, bars=None, **options):
+    """Invert the features of uint8 `pixels` (N, H, W, 3), from what `decode` makes of them; None: from noise.
 
-    scale: divides feature errors. Returns {"original", "start", "inversion": uint8 (N, size, size, 3)}; for
-    start and inversion {metric: (N,)}; and the course, {"step": [S], "seconds": an image takes until then,
-    "psnr": mean in dB}.
+    scale: divides feature errors. Returns {"original", "start", "inversion": uint8 (N, size, size, 3)};
+    {"start", "inversion": {metric: (N,)}}; and the course, {"step", "seconds" for each image until then,
+    "psnr" (mean in dB): a list}.
     """
-    moments = evenly_spaced(options["steps"] + 1, WATCHED)
+    moments = evenly_spaced(steps + 1, WATCHED)
     seconds, decibels = np.zeros((2, len(moments)))  # sums over the images
     device = next(encoder.buffers()).device
     lpips = LPIPS().to(device)
     pictures = {"original": [], "start": [], "inversion": []}
-    values = {"start": [], "inversion": []}  # of each image, in the order of METRICS_AND_FEATURE_ERROR
+    values = {kind: {name: [] for name in METRICS_AND_FEATURE_ERROR} for kind in ("start", "inversion")}
     with tqdm(None, "Images", len(pixels), unit="image", disable=bars) as bar:
         for number, part in enumerate(pixels.split(batch_size)):
             batch = data.center_crops(part, encoder.input_size).to(device)
@@ -231,20 +210,20 @@ def invert_images(encoder, decode, pixels, scale, batch_size=4, *, bars=None, **
                     decibels[place] += psnr(images, batch).sum().item()  # waits for a GPU
                     seconds[place] += time.perf_counter() - begun
 
-            inversion = invert(encoder, features, start, bars=bars, watch=watch, **options)
-            if not torch.isfinite(inversion).all():
+            images = invert(encoder, features, start, steps=steps, bars=bars, watch=watch, **options)
+            if not torch.isfinite(images).all():
                 raise UserError("the pixels are not finite any more; give a smaller --lr or --tv-weight")
-            found = {"original": batch, "start": start, "inversion": inversion}
-            for kind, images in found.items():
-                pictures[kind].append(data.to_pixels(images))
-            for kind in values:
-                figures = measure(found[kind], batch, lpips)
-                figures["feature_error"] = feature_error(encoder, found[kind], features, scale).tolist()
-                values[kind].append([list(figures[name]) for name in METRICS_AND_FEATURE_ERROR])
+            for kind, found in (("original", batch), ("start", start), ("inversion", images)):
+                pictures[kind].append(data.to_pixels(found))
+                if kind != "original":
+                    metrics = measure(found, batch, lpips)
+                    metrics["feature_error"] = feature_error(encoder, found, features, scale).tolist()
+                    for name, value in metrics.items():
+                        values[kind][name] += value
             bar.update(len(batch))
     pictures = {kind: torch.cat(parts) for kind, parts in pictures.items()}
-    for kind, parts in values.items():
-        values[kind] = dict(zip(METRICS_AND_FEATURE_ERROR, np.concatenate(parts, 1), strict=True))
+    for kind, metrics in values.items():
+        values[kind] = {name: np.array(value, float) for name, value in metrics.items()}
     course = {"step": moments, "seconds": list(seconds / len(pixels)), "psnr": list(decibels / len(pixels))}
     return pictures, values, course
 

@@ -1,4 +1,4 @@
-"""The study's loop, written plainly: `python -m bench` times ours against it, in a process of its own."""
+"""The study's loop, written plainly, that `python -m bench` times ours against."""
 
 import time
 import warnings
@@ -15,11 +15,11 @@ from torchvision import transforms as T
 
 from encoders import imagenet_weights
 from models import build_decoder
-from utils import IMAGENET_MEAN, IMAGENET_STD, UserError
+from utils import IMAGENET_MEAN, IMAGENET_STD, WANG_2004, UserError
 
 
 class PlainImages(torch.utils.data.Dataset):
-    """Image files, decoded, resized, cropped and flipped anew each time; not to train: cropped centrally."""
+    """Image files, decoded, resized, cropped and flipped anew each time; the centre unless training."""
 
     def __init__(self, files, training=True):
         self.files = files
@@ -35,34 +35,34 @@ class PlainImages(torch.utils.data.Dataset):
 
 
 class Plain:
-    """The study's loop, written as its text has it."""
+    """Encoder, decoder, loss and optimiser of experiment 1."""
 
     def __init__(self, device):
         self.device = device
         self.encoder = torchvision.models.vgg16().features[:5].eval().requires_grad_(False).to(device)
-        trunk = imagenet_weights("vgg16")
-        self.encoder.load_state_dict({key: trunk[f"features.{key}"] for key in self.encoder.state_dict()})
+        vgg16 = imagenet_weights("vgg16")
+        self.encoder.load_state_dict({key: vgg16[f"features.{key}"] for key in self.encoder.state_dict()})
         self.decoder = build_decoder("tconv", (64, 112, 112)).to(memory_format=torch.contiguous_format)
         self.decoder.to(device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torchvision's remarks on the lpips package's arguments
             self.lpips = lpips_package.LPIPS(net="alex", pnet_rand=True, verbose=False)
-        state = imagenet_weights("alexnet")
-        places = {key: f"features.{key.split('.', 1)[1]}" for key in self.lpips.net.state_dict()}
-        self.lpips.net.load_state_dict({key: state[place] for key, place in places.items()})
+        alexnet = imagenet_weights("alexnet")
+        keys = self.lpips.net.state_dict()  # such as slice1.0.weight
+        self.lpips.net.load_state_dict({key: alexnet[f"features.{key.split('.', 1)[1]}"] for key in keys})
         self.lpips.requires_grad_(False).to(device)
         self.optimizer = torch.optim.Adam(self.decoder.parameters(), lr=1e-4)
         self.normalize = T.Normalize(IMAGENET_MEAN, IMAGENET_STD)
 
     def keep(self, batch):
-        """Take this array as the batch of `step`s without one."""
+        """Use this array in each `step` without a batch."""
         self.batch = torch.from_numpy(batch)
 
     def loss(self, batch):
         with torch.no_grad():
             features = self.encoder(self.normalize(batch))
         output = self.decoder(features)
-        target = batch.clone().requires_grad_()  # what keeps its features under autograd
+        target = batch.clone().requires_grad_()  # its features are kept under autograd
         distance = self.lpips(output * 2 - 1, target * 2 - 1).mean()
         return 0.5 * torch.nn.functional.mse_loss(output, batch) + 0.5 * distance
 
@@ -75,7 +75,7 @@ class Plain:
         return loss.item()
 
     def epoch(self, files, epochs=2):
-        """Seconds a step of the last of so many epochs on `files`."""
+        """Seconds for a step of the last of `epochs` on `files`."""
         options = {"batch_size": 4, "shuffle": True, "num_workers": 4, "persistent_workers": True}
         loader = torch.utils.data.DataLoader(PlainImages(files), **options)
         for _ in range(epochs):
@@ -97,7 +97,7 @@ class Plain:
 
     @torch.no_grad()
     def evaluate(self, files):
-        """PSNR, SSIM and LPIPS of each file: one image at a time, metrics in sequence."""
+        """[(PSNR, SSIM, LPIPS)] of the files, one image at a time."""
         self.decoder.eval()
         values = []
         for image in PlainImages(files, training=False):
@@ -105,15 +105,14 @@ class Plain:
             output = self.decoder(self.encoder(self.normalize(image))).clamp(0, 1)
             x, y = (picture[0].permute(1, 2, 0).cpu().numpy() for picture in (output, image))
             psnr = peak_signal_noise_ratio(y, x, data_range=1)
-            window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-            ssim = structural_similarity(y, x, channel_axis=2, data_range=1, **window)
+            ssim = structural_similarity(y, x, channel_axis=2, data_range=1, **WANG_2004)
             values.append((psnr, ssim, self.lpips(output, image, normalize=True).item()))
         return values
 
 
 @contextmanager
 def elsewhere(device):
-    """A Plain in a process of its own, which ends with the `with`."""
+    """A Plain in its own process, which ends with the `with`. Raises UserError if it ends before."""
     BaseManager.register("Plain", Plain)
     with BaseManager(ctx=get_context("spawn")) as manager:
         try:

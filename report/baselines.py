@@ -1,6 +1,7 @@
-"""What needs no features: images as one colour, or as a few pixels. A decoder below that has failed."""
+"""Baselines that need no features: images as one colour, or as a few pixels. A good decoder beats them."""
 
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,17 +11,16 @@ from tqdm import tqdm
 import data
 from checkpoint import refuse_other_results, write_result
 from metrics import LPIPS, measure, summary, summary_table, target
-from utils import DOCUMENTED, IMAGE_SIZE, METRICS, make_folder, write_csv
+from utils import DOCUMENTED, IMAGE_SIZE, METRICS, PROTOCOLS, make_folder, write_csv
 
 
 def thumbnail(side, targets, mean):
-    """Each reduced to side×side pixels, the size of a layer's map, and enlarged again."""
     reduced = F.adaptive_avg_pool2d(targets, (side, side))
     return F.interpolate(reduced, targets.shape[2:], mode="bicubic").clamp(0, 1)
 
 
-SIDES = (6, 7, 13, 14, 27, 28, 56, 112)  # of the maps of the study's layers
-# By name, what makes images of targets, (B, 3, H, W) in [0, 1] both, and of all, their mean colour.
+SIDES = (6, 7, 13, 14, 27, 28, 56, 112)  # pixels, of the feature maps of the study's layers
+# {name: a function of targets (B, 3, H, W) in [0, 1] and the mean colour of all (3, 1, 1)}
 BASELINES = {
     "constant colour": lambda targets, mean: mean.expand_as(targets),  # one for all images
     "mean colour": lambda targets, mean: targets.mean((2, 3), keepdim=True).expand_as(targets),
@@ -29,7 +29,7 @@ BASELINES = {
 
 @torch.no_grad()
 def measure_baselines(images, device, batch_size=4, bars=None, protocol=DOCUMENTED):
-    """{baseline: {metric: (N,)}} of Images, measured as decoders are; bars: tqdm's `disable`."""
+    """{baseline: {metric: (N,)}} of Images, measured as decoders are."""
     lpips = LPIPS().to(device)
 
     def batches():
@@ -49,19 +49,20 @@ def measure_baselines(images, device, batch_size=4, bars=None, protocol=DOCUMENT
     return {name: {key: np.array(found[key]) for key in METRICS} for name, found in values.items()}
 
 
-def write_baselines(source, out, protocol, device, *, batch_size=4, cache=None, bars=None):
-    """Measure the baselines on the test images of `source`, print them, write baselines.json to folder `out`.
+def write_baselines(args, device, bars=None):
+    """Measure the baselines on the test images of args.data, print them and write baselines.json.
 
-    `evaluate.py --compare` reads the results of each, as a run's, in a folder in `out`/baselines.
+    Each one's results, which `evaluate.py --compare` reads like a run's, have a folder in baselines/.
     """
+    protocol, source, out = PROTOCOLS[args.protocol], data.resolve(args.data), Path(args.out or "runs")
     about = {"data": source, "protocol": protocol.name}
     refuse_other_results(out, ("baselines.json",), about)
     path = make_folder(out) / "baselines.json"
-    images = data.load_split(source, "test", cache, protocol, bars=bars)
+    images = data.load_split(source, "test", args.cache, protocol, bars=bars)
     about |= {"images": len(images), "size": IMAGE_SIZE}
     print(f"Baselines, protocol {protocol.name}; {len(images)} test images of {source}")
     summaries = {}
-    for name, values in measure_baselines(images, device, batch_size, bars, protocol).items():
+    for name, values in measure_baselines(images, device, args.batch_size, bars, protocol).items():
         summaries[name] = {metric: summary(value) for metric, value in values.items()}
         print(summary_table(summaries[name], name))
         folder = make_folder(out / "baselines" / name.replace(" × ", "x").replace(" ", "_"))

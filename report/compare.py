@@ -1,4 +1,4 @@
-"""Whether one run is better than another: paired differences over the same test images, with intervals."""
+"""Paired differences between runs over the same test images, with confidence intervals."""
 
 import csv
 import math
@@ -13,32 +13,29 @@ from checkpoint import read_result, reading, seed_folders
 from report.pictures import drawable, save_figure
 from utils import METRICS, UserError, make_folder, same_data, write_csv
 
-ALL = "over images and seeds"  # the interval that a difference can be told by
-SAME = ("data", "protocol", "images", "size")  # of two runs, or their difference says nothing
+ALL = "over images and seeds"  # only this interval can tell two runs apart
+SAME = ("data", "protocol", "images", "size")  # must be equal in metrics.json
 
 
 class Measured(NamedTuple):
-    """What the seeds of a run measured on the same images."""
+    """The metrics of a run's seeds on the same images."""
 
     name: str
-    about: dict  # SAME of metrics.json
-    images: list  # their names
+    about: dict  # the SAME entries of metrics.json
+    images: list  # names
     values: dict  # {metric: float64 (seeds, images)}
 
 
 def compare(folders, out):
-    """Print how each run differs from the first, and write the table and figure to the folder `out`.
-
-    folders: of runs, or of their seeds, FOLDER/seed1 and so on. Raises UserError.
-    """
+    """Print how each run differs from the first; write compare.csv and .png to `out`. Raises UserError."""
     first, *others = [read_runs(Path(folder)) for folder in folders]
     rows = []
     for run in others:
         refuse_other_images(first, run)
-        for metric in METRICS:
+        for metric, label in METRICS.items():
             a, b = first.values[metric], run.values[metric]
             row = {"run": run.name, "against": first.name, "metric": metric, "seeds": f"{len(b)}, {len(a)}"}
-            rows.append(row | difference(a, b, METRICS[metric].endswith("↓")))
+            rows.append(row | difference(a, b, lower=label.endswith("↓")))
     table = make_folder(out) / "compare.csv"
     write_csv(table, list(rows[0]), [row.values() for row in rows])
     draw(rows, table.with_suffix(".png"))
@@ -47,7 +44,7 @@ def compare(folders, out):
 
 
 def read_runs(folder):
-    """The Measured of a run, or of those in its seed folders. Raises UserError."""
+    """The Measured of a run, or of all its seeds in FOLDER/seed1 and so on. Raises UserError."""
     parts = [read_run(seed) for seed in seed_folders(folder)]
     for part in parts[1:]:
         refuse_other_images(parts[0], part)
@@ -62,9 +59,8 @@ def read_run(folder):
         with open(folder / "per_image.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
         values = {name: np.array([[float(row[name]) for row in rows]]) for name in METRICS}
-        return Measured(
-            str(folder), {key: found[key] for key in SAME}, [row["image"] for row in rows], values
-        )
+        about, images = {key: found[key] for key in SAME}, [row["image"] for row in rows]
+        return Measured(str(folder), about, images, values)
 
 
 def refuse_other_images(a, b):
@@ -78,10 +74,10 @@ def refuse_other_images(a, b):
 
 
 def difference(a, b, lower):
-    """b − a over images, (seeds, images) each: mean, 95 % interval, and the share of images that b won.
+    """b − a, (seeds, images) each: mean, 95 % interval, and the share of images that b won.
 
-    The variance of the mean is that of the images, paired, and of the seeds on either side; the interval is
-    Student's t, its degrees of freedom by Welch and Satterthwaite. lower: whether lower is better.
+    The variance of the mean adds the paired images' to each side's seeds'; the interval is Student's t with
+    Welch and Satterthwaite's degrees of freedom. lower: whether lower is better.
     """
     by_image = b.mean(0) - a.mean(0)
     mean, images = by_image.mean(), len(by_image)
@@ -121,6 +117,6 @@ def draw(rows, path):
         axis.axvline(0, color="grey", linewidth=1)
         axis.set_xlabel(f"difference of {label}")
         axis.set_yticks(range(len(names)), names)
-    panels[0].invert_yaxis()  # they share it
+    panels[0].invert_yaxis()  # shared
     figure.suptitle(drawable(f"against {rows[0]['against']}"))
     save_figure(figure, path)

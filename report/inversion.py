@@ -1,4 +1,4 @@
-"""The files of an inversion: table, picture and JSON; and PSNR against time of several."""
+"""The result files of inversions, and PSNR against time."""
 
 from pathlib import Path
 
@@ -11,31 +11,30 @@ from utils import METRICS_AND_FEATURE_ERROR, write_csv
 
 
 def write_inversion(pictures, values, names, about, out):
-    """Print the table and write the files to the folder `out`; about: what inversion.json also says."""
+    """Print the table of `invert_images` and write its files to the folder `out`.
+
+    about: more entries of inversion.json.
+    """
     labels = {"start": about["start"], "inversion": "inversion"}
+    metrics, columns = {}, {"image": names}
     print(f"{'':<16}" + "".join(f"{label:>20}" for label in METRICS_AND_FEATURE_ERROR.values()))
-    for kind, columns in values.items():
-        cells = [
-            f"{columns[name].mean():.4f} ± {columns[name].std():.4f}" for name in METRICS_AND_FEATURE_ERROR
-        ]
-        print(f"{labels[kind]:<16}" + "".join(f"{cell:>20}" for cell in cells))
+    for kind, label in labels.items():
+        metrics[kind] = {name: summary(values[kind][name]) for name in METRICS_AND_FEATURE_ERROR}
+        cells = [f"{value['mean']:.4f} ± {value['std']:.4f}" for value in metrics[kind].values()]
+        print(f"{label:<16}" + "".join(f"{cell:>20}" for cell in cells))
+        columns |= {f"{kind}_{name}": values[kind][name].tolist() for name in metrics[kind]}
     (out / "inversion.json").unlink(missing_ok=True)
-    header = ["image", *(f"{kind}_{name}" for kind in values for name in METRICS_AND_FEATURE_ERROR)]
-    columns = [values[kind][name].tolist() for kind in values for name in METRICS_AND_FEATURE_ERROR]
-    write_csv(out / "inversion.csv", header, zip(names, *columns, strict=True))
+    write_csv(out / "inversion.csv", columns, zip(*columns.values(), strict=True))
     chosen = from_worst_to_best(values["inversion"]["psnr"])
     rows = {"original": [(pictures["original"][i], names[i]) for i in chosen]}
     for kind, label in labels.items():
         rows[label] = [(pictures[kind][i], f"{values[kind]['psnr'][i]:.2f} dB") for i in chosen]
     draw_grid(rows, out / "inversion.png")
-    means = {
-        kind: {name: summary(values[kind][name]) for name in METRICS_AND_FEATURE_ERROR} for kind in values
-    }
-    write_result(out / "inversion.json", about | {"metrics": means})
+    write_result(out / "inversion.json", about | {"metrics": metrics})
 
 
 def read_course(folder):
-    """(label, {"step", "seconds", "psnr"}) of the inversion whose results are in `folder`."""
+    """(label, {"step", "seconds", "psnr"}) of the inversion in `folder`. Raises UserError."""
     file = Path(folder, "inversion.json")
     with reading(f"{file}: not a result of this invert.py", "invert again"):
         content = read_result(file)
@@ -43,7 +42,7 @@ def read_course(folder):
 
 
 def draw_courses(courses, path):
-    """PSNR against the seconds that an image takes, of each (label, course)."""
+    """Draw PSNR against seconds for each (label, course)."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     for label, course in courses:

@@ -1,9 +1,8 @@
-"""The experiments of a folder side by side, published and measured: a table, charts and a page."""
+"""The experiments side by side, published and measured: a table, charts and a page."""
 
 import base64
 import io
 import json
-import math
 import re
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def write_report(runs):
 
 
 def test_images(rows):
-    """The test images of result_rows, each once, with its reconstruction by each experiment."""
+    """Each test image of result_rows once, with its reconstruction by each experiment."""
     found = {}
     for row in rows:
         for name, original, run in row.pop("images", []):
@@ -82,17 +81,17 @@ def results_table(rows):
 
 
 def draw_results(rows, path):
-    """Draw published and measured metrics of the experiments as bars, the baselines as dashed lines."""
+    """Draw the metrics, published and measured, as bars, and the baselines as dashed lines."""
     baselines = [row for row in rows if row["experiment"] in ("constant colour", "mean colour")]
     rows = [row for row in rows if "published_psnr" in row]
     marks = [" *" if row.get("weights", "imagenet") != "imagenet" else "" for row in rows]
     names = [drawable(row["experiment"]) + mark for row, mark in zip(rows, marks, strict=True)]
-    figure = Figure(figsize=(14, 0.3 * len(rows) + 0.5), layout="constrained")
     places = np.arange(len(rows))
+    figure = Figure(figsize=(14, 0.3 * len(rows) + 0.5), layout="constrained")
     panels = figure.subplots(1, len(METRICS), sharey=True)
     for axis, (metric, label) in zip(panels, METRICS.items(), strict=True):
         for shift, legend, key in ((-0.2, "published", f"published_{metric}"), (0.2, "measured", metric)):
-            values = [math.nan if row.get(key) is None else row[key] for row in rows]
+            values = np.array([row.get(key) for row in rows], float)  # None: NaN
             axis.barh(places + shift, values, 0.4, label=legend)
         for number, row in enumerate(baselines, 4):  # the bars are C0 and C1
             axis.axvline(row[metric], color=f"C{number}", linestyle="--", label=row["experiment"])
@@ -100,14 +99,14 @@ def draw_results(rows, path):
         axis.set_yticks(places, names)
         axis.invert_yaxis()
     title = "* not ImageNet's weights" if any(marks) else None
-    handles = axis.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=2 + len(baselines), title=title)
+    legend = axis.get_legend_handles_labels()
+    figure.legend(*legend, loc="outside upper center", ncols=2 + len(baselines), title=title)
     save_figure(figure, path)
     return figure
 
 
 def draw_curves(histories):
-    """A figure of the CURVES; histories: {experiment: {column: a number for each epoch}}."""
+    """A figure of the CURVES; histories: {experiment: {column: [a number for each epoch]}}."""
     histories = {name: history for name, history in histories.items() if CURVES.keys() <= history.keys()}
     figure = Figure(figsize=(14, 4 + 0.1 * len(histories)), layout="constrained")
     for axis, (column, label) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
@@ -121,15 +120,18 @@ def draw_curves(histories):
 
 
 def draw_images(images, path, count=6):
-    """Draw the originals of `count` of the test_images above their reconstructions."""
+    """Draw `count` of the test_images above their reconstructions."""
     chosen = [images[i] for i in evenly_spaced(len(images), count)]
-    grid = {"original": [(image["original"], image["name"]) for image in chosen]}
+    grid = {"original": [(decoded(image["original"]), image["name"]) for image in chosen]}
     for name in dict.fromkeys(name for image in chosen for name in image["runs"]):
-        runs = [image["runs"].get(name) for image in chosen]
-        grid[name] = [run and (run["picture"], f"{run['metrics'][METRICS['psnr']]} dB") for run in runs]
-    for line in grid.values():
-        line[:] = [cell and (Image.open(io.BytesIO(cell[0])), cell[1]) for cell in line]
+        grid[name] = []
+        for run in (image["runs"].get(name) for image in chosen):
+            grid[name].append(run and (decoded(run["picture"]), f"{run['metrics'][METRICS['psnr']]} dB"))
     draw_grid(grid, path)
+
+
+def decoded(jpeg):
+    return Image.open(io.BytesIO(jpeg))
 
 
 def page(rows, images, bars, curves):
@@ -137,6 +139,6 @@ def page(rows, images, bars, curves):
     rows = sorted(rows, key=lambda row: ("psnr" not in row) + (row["note"] == "not run"))  # these last
     content = {"rows": [cells(row) for row in rows], "images": images}
     content = json.dumps(content, default=lambda jpeg: base64.b64encode(jpeg).decode())
-    # With every < escaped, no name of a file can end the script element around the JSON.
+    # With < escaped, no file name can end the script element around the JSON.
     parts = {"ABOUT": ABOUT, "BARS": bars, "CURVES": curves, "CONTENT": content.replace("<", "\\u003c")}
     return re.sub(r"{{(\w+)}}", lambda found: parts[found[1]], PAGE.read_text(encoding="utf-8"))

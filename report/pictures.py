@@ -1,4 +1,4 @@
-"""What a person looks at: pictures beside each other, and figures of the metrics."""
+"""Grids of pictures, and figures of the metrics."""
 
 import io
 import zipfile
@@ -39,7 +39,7 @@ def svg(figure):
 
 
 def drawable(text, most=60):
-    """`text` for a figure: what the font lacks as its code, U+4E2D; if too long, without its middle."""
+    """`text` for a figure: characters that the font lacks as U+4E2D; the middle of a long text left out."""
     known = get_font(findfont(FontProperties())).get_charmap()
     parts = [char if char.isprintable() and ord(char) in known else f"U+{ord(char):04X}" for char in text]
     while sum(map(len, parts)) > most:
@@ -49,7 +49,7 @@ def drawable(text, most=60):
 
 
 def draw_grid(rows, path):
-    """A figure of `rows`: {label: [(uint8 image, what stands above it) or None, …]}, all equally long."""
+    """Draw `rows`: {label: [(uint8 image, title) or None, …]}, all equally long."""
     columns = len(next(iter(rows.values())))
     figure = Figure(figsize=(2.2 * columns + 0.4, 2.4 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -64,10 +64,7 @@ def draw_grid(rows, path):
 
 
 def draw_evaluation(found, out, label, trained=None):
-    """Draw an Evaluation into the folder `out`.
-
-    label: of the row of targets. trained: iterations of the training, of a decoder that iterates.
-    """
+    """Draw an Evaluation to the folder `out`; label: of the targets; trained: iterations in training."""
     draw_reconstructions(found, out / "reconstructions.png", label)
     draw_histograms(found.values, out / "histograms.png")
     write_samples(found.pictures, out / "reconstructions.zip")
@@ -87,7 +84,7 @@ def draw_reconstructions(found, path, label="original"):
 
 
 def draw_histograms(values, path):
-    """How the metrics, {metric: (N,)}, are distributed over the test images."""
+    """Draw histograms of {metric: (N,)}."""
     figure = Figure(figsize=(10, 3), layout="constrained")
     for axis, (name, label) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
         axis.hist(values[name], bins=20)
@@ -99,7 +96,7 @@ def draw_histograms(values, path):
 
 
 def draw_iterations(iterates, path, trained):
-    """Means after each iteration; iterates: {metric: (N,)} of each; trained: iterations of the training."""
+    """Draw means after each iteration; iterates: [{metric: (N,)}]; trained: iterations in training."""
     labels = METRICS_AND_FEATURE_ERROR
     figure = Figure(figsize=(12, 3), layout="constrained")
     for axis, (name, label) in zip(figure.subplots(1, len(labels)), labels.items(), strict=True):
@@ -112,13 +109,13 @@ def draw_iterations(iterates, path, trained):
 
 
 def write_samples(pictures, path, count=24):
-    """A zip of `count` of the `pictures`, {number: (target, reconstruction)}, which results.py reads.
+    """Write `count` of the `pictures`, {number: (target, reconstruction)}, to a zip for results.py.
 
     It holds N-original.jpg and N-reconstruction.jpg; N is the image's row in per_image.csv, from 0.
     """
-    numbers = np.array(list(pictures))
+    numbers = list(pictures)
     with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for number in numbers[evenly_spaced(len(numbers), count)]:
+        for number in (numbers[i] for i in evenly_spaced(len(numbers), count)):
             for kind, pixels in zip(("original", "reconstruction"), pictures[number], strict=True):
                 with archive.open(f"{number:05}-{kind}.jpg", "w") as file:  # with full colour
                     Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=90, subsampling=0)

@@ -14,13 +14,12 @@ from flags import MAY_DIFFER, parse_train, with_defaults
 from utils import IMAGE_SIZE, METRICS, UserError, same_data
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# The flags that make an experiment what it is.
-EXPERIMENT_KEYS = ("encoder", "layer", "decoder", "width", "mse_weight", "lpips_weight")
+EXPERIMENT_KEYS = ("encoder", "layer", "decoder", "width", "mse_weight", "lpips_weight")  # define one
 DIGITS = {name: 2 if "dB" in label else 3 for name, label in METRICS.items()}
 
 
 class PublishedResult(NamedTuple):
-    """What the study published of an experiment; None: nothing."""
+    """The study's numbers for an experiment; None: not published."""
 
     psnr: float
     ssim: float
@@ -50,7 +49,7 @@ PUBLISHED_RESULTS = {
 }
 PROTOCOL = {"documented": "", "published": "protocol published"}  # in a note
 COPIED = ("parameters", "inference_ms", "epoch", "data", "protocol", "weights", "size")
-# Flags that have a column or a note of their own, or move no number.
+# Flags that are in a column or note of their own, or change no number.
 ELSEWHERE = (*EXPERIMENT_KEYS, *MAY_DIFFER, "weights", "data", "protocol", "seed", "deterministic", "compile")
 NOTHING = PublishedResult(*[None] * len(PublishedResult._fields))
 
@@ -66,13 +65,13 @@ def result_rows(runs):
     found = [path.parent for path in (*runs.glob("metrics.json"), *runs.glob("*/metrics.json"))]
     found += [path.parent.parent for path in runs.glob("*/seed[0-9]*/metrics.json")]
     names = {str(folder.relative_to(runs)) for folder in found}  # `.` is `runs` itself
-    others = names - PUBLISHED_RESULTS.keys()
-    rows = [run_row(runs, name, experiments) for name in [*PUBLISHED_RESULTS, *sorted(others)]]
+    others = sorted(names - PUBLISHED_RESULTS.keys())
+    rows = [run_row(runs, name, experiments) for name in [*PUBLISHED_RESULTS, *others]]
     baselines = baseline_rows(runs)
     note_below(rows, baselines)
     rows += baselines
     names = {row["data"]: Path(row["data"]).name or row["data"] for row in rows if "data" in row}
-    if len(set(names.values())) == len({Path(data).resolve() for data in names}):  # one for each folder
+    if len(set(names.values())) == len({Path(data).resolve() for data in names}):  # no two folders share one
         for row in (row for row in rows if "data" in row):
             row["data"] = names[row["data"]]
     return rows
@@ -80,8 +79,7 @@ def result_rows(runs):
 
 def run_row(runs, name, experiments):
     """The row of a folder with a run or its seeds; experiments: {name: its `defining` flags}."""
-    experiment, history = name, {}
-    folders = seed_folders(runs / name)
+    experiment, history, folders = name, {}, seed_folders(runs / name)
     try:
         history = read_history(folders[0])
         found = [read_results(folder) for folder in folders]
@@ -106,20 +104,20 @@ def run_row(runs, name, experiments):
 
 
 def defining(config):
-    """What makes an experiment, of a configuration: a text for each flag."""
+    """The flags that define an experiment, each as text."""
     return [f"{key} {config[key]}" for key in EXPERIMENT_KEYS]
 
 
 def not_measured(folder):
     """Why a run has no metrics.json."""
     if (folder / "error.txt").exists():
-        text = (folder / "error.txt").read_text(errors="replace").strip()
-        return f"failed: {text.rpartition(chr(10))[2]}"
+        last = (folder / "error.txt").read_text(errors="replace").strip().split("\n")[-1]
+        return f"failed: {last}"
     return "not finished" if (folder / "last.pt").exists() else "not run"
 
 
 def refuse_another(first, results, folder):
-    """Raise UserError unless the results in `folder` are those of another seed of the `first`."""
+    """Raise UserError unless the results in `folder` are of another seed of the `first`."""
     a, b = (it["config"] | {key: it.get(key) for key in ("data", "iterations")} for it in (first, results))
     for key in (key for key in a if key not in ("seed", *MAY_DIFFER)):
         if a[key] != b.get(key) and not (key == "data" and same_data(a[key], b[key])):
@@ -138,19 +136,18 @@ def read_results(folder):
 
 
 def measured(found):
-    """The part of a row that metrics.json gives; found: the contents of this file for each seed."""
+    """The part of a row that comes from metrics.json; found: its content for each seed."""
     first, config = found[0], found[0]["config"]
     row = means(found) | {key: first[key] for key in COPIED}
-    row |= {key: config[key] for key in ("encoder", "decoder")} | {"resolution": first["shape"][1]}
+    row |= {"encoder": config["encoder"], "decoder": config["decoder"], "resolution": first["shape"][1]}
     row["seed"] = ", ".join(str(results["config"]["seed"]) for results in found)
     weights, study = first["weights"], with_defaults({"crop": IMAGE_SIZE})
-    notes = [{"imagenet": "", "random": "random weights (control)"}.get(weights, f"weights {weights}")]
     others = [key for key in study if key not in ELSEWHERE and config[key] != study[key]]
+    notes = [{"imagenet": "", "random": "random weights (control)"}.get(weights, f"weights {weights}")]
     notes += [PROTOCOL[first["protocol"]], ", ".join(f"{key} {config[key]}" for key in others)]
     if len(found) > 1:
-        stds = {label.split()[0]: row[f"{key}_seeds"] for key, label in METRICS.items()}
-        spread = [f"± {std:.{2 if name == 'PSNR' else 4}f} {name}" for name, std in stds.items()]
-        notes.append(f"{len(found)} seeds: {', '.join(spread)}")
+        psnr, ssim, lpips = (row[f"{name}_seeds"] for name in METRICS)
+        notes.append(f"{len(found)} seeds: ± {psnr:.2f} PSNR, ± {ssim:.4f} SSIM, ± {lpips:.4f} LPIPS")
     return row | {"note": joined(*notes)}
 
 
@@ -167,12 +164,11 @@ def means(found):
 
 
 def joined(*notes):
-    """One note of several, of which some may be empty."""
     return "; ".join(filter(None, notes))
 
 
 def inversion(folder, results):
-    """What inversion.json in `folder` says of the networks and data in `results`, or ""."""
+    """A note on inversion.json in `folder`, if it is of the networks and data in `results`, or ""."""
     if not (folder / "inversion.json").exists():
         return ""
     try:
@@ -180,7 +176,7 @@ def inversion(folder, results):
             found, config = read_result(folder / "inversion.json"), results["config"]
             same = {name: config[name] for name in ("encoder", "layer", "weights")}
             same |= {"start": config["decoder"], "data": results["data"]}
-            if any(found.get(name) != value for name, value in same.items()):
+            if not same.items() <= found.items():
                 return ""
             start, end = (found["metrics"][name]["psnr"]["mean"] for name in ("start", "inversion"))
             return f"inverted: {end:.2f} dB from {start:.2f} ({found['images']} images)"
@@ -188,13 +184,17 @@ def inversion(folder, results):
         return str(error).removeprefix(f"{folder}/")
 
 
+def read_rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def read_history(folder):
     """{column: a number or NaN for each epoch} of history.csv in `folder`. Raises UserError."""
     if not (folder / "history.csv").exists():
         return {}
     with reading("history.csv is not that of train.py", "train again"):
-        with open(folder / "history.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(folder / "history.csv")
         return {key: [float(row[key] or "nan") for row in rows] for key in rows[0]}
 
 
@@ -204,15 +204,13 @@ def read_images(folder):
         return []
     images = []
     with reading("reconstructions.zip: damaged, or not per_image.csv's", "evaluate again"):
-        with open(folder / "per_image.csv", newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(folder / "per_image.csv")
         with zipfile.ZipFile(folder / "reconstructions.zip") as archive:
-            jpegs = {name: archive.read(name) for name in archive.namelist()}
-        for number in sorted({name.split("-")[0] for name in jpegs}):
-            row = rows[int(number)]
-            metrics = {label: f"{float(row[key]):.{DIGITS[key]}f}" for key, label in METRICS.items()}
-            run = {"picture": jpegs[f"{number}-reconstruction.jpg"], "metrics": metrics}
-            images.append((row["image"], jpegs[f"{number}-original.jpg"], run))
+            for number in sorted({name.split("-")[0] for name in archive.namelist()}):
+                row = rows[int(number)]
+                metrics = {label: f"{float(row[key]):.{DIGITS[key]}f}" for key, label in METRICS.items()}
+                run = {"picture": archive.read(f"{number}-reconstruction.jpg"), "metrics": metrics}
+                images.append((row["image"], archive.read(f"{number}-original.jpg"), run))
     return images
 
 
