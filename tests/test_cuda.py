@@ -48,12 +48,13 @@ def gradients_on(device, photos, *flags, steps=1, wrap=lambda gradients: gradien
     select_device(device)  # float32 is float32
     if training.config["compile"]:
         training.inverter.compile()
-    optimizer = train.make_optimizer(training.inverter, 1e-3)
+    training.device = torch.device(device)
+    training.optimizer = train.make_optimizer(training.inverter, 1e-3)
     compute = wrap(train.forward_backward)
     images, features = next(batches_of(training))
     with tf32(fast):
         for _ in range(steps):
-            terms = compute(training.inverter, images.to(device), features, training.loss, optimizer, 0)
+            terms = compute(training, images.to(device), features)
     found = [p.grad.flatten() for p in training.inverter.decoder.parameters() if p.grad is not None]
     return {name: value.double().cpu() for name, value in terms.items()}, torch.cat(found).double().cpu()
 
@@ -239,10 +240,11 @@ def test_nccl(photos):
         training = training_on(photos, *SHORT)
         inverter = training.inverter.cuda().train()
         inverter.decoder = torch.nn.SyncBatchNorm.convert_sync_batchnorm(inverter.decoder)
-        model = torch.nn.parallel.DistributedDataParallel(inverter)
-        optimizer = train.make_optimizer(inverter, 1e-3)
+        training.model = torch.nn.parallel.DistributedDataParallel(inverter)
+        training.loss.cuda()
+        training.optimizer = train.make_optimizer(inverter, 1e-3)
         images, _ = next(batches_of(training))
-        again = train.train_step(model, images.cuda(), None, training.loss.cuda(), optimizer)
+        again = train.train_step(training, images.cuda())
         meter = train.Meter(train.TERMS, "cuda")
         meter.add(again)
         meter.add(again)

@@ -136,7 +136,7 @@ try:
 except SystemExit as stopped:
     status = stopped.code
 state = train.train(parse_train([*flags, "--resume"]))
-torch.save([state.decoder.state_dict(), state.history, status], f"{folder}/{os.environ['RANK']}.pt")
+torch.save([state.inverter.decoder.state_dict(), state.history, status], f"{folder}/{os.environ['RANK']}.pt")
 ckpt = ["--ckpt", f"{folder}/run/best.pt", "--device", "cpu"]
 evaluate.evaluate(parse_evaluate([*ckpt, "--out", f"{folder}/two"]))
 """
