@@ -45,6 +45,8 @@ PROGRESS = ("epoch", "step", "seconds", "bad_epochs", "best_epoch", "best_loss",
 # Flags whose text may differ between a run and its resumption where these entries are equal.
 PROOFS = {"encoder": "encoder_sha256", "weights": "encoder_sha256", "init": "init_sha256"}
 PROOFS |= {"data": "hash of the training images"}
+# What a file with other content leads to; a full disk or a lost network is no such error.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RuntimeError)
 
 
 def begin_or_resume(training, resuming):
@@ -87,7 +89,7 @@ def resume(training):
     content = contents[0]
     if content is None:
         return False
-    with reading(f"{path}: not the last.pt of such a run", "give another --out, or --overwrite"):
+    with reading(f"{path}: not the last.pt of such a run", "give another --out, or --overwrite", MALFORMED):
         check_same_run(with_defaults(content["about"]), training.resume_guard, training.out)
         training.inverter.decoder.load_state_dict(content["decoder"])
         for name in ("optimizer", "scheduler"):
@@ -132,8 +134,8 @@ def read_checkpoint(path):
     checkpoint = load(path)
     wanted = {"decoder", "config", "shape", "encoder_sha256", "programs", "epoch", "val_loss"}
     with reading(f"{path}: not a best.pt of this train.py", "give another"):
-        if missing := wanted - checkpoint.keys():
-            raise KeyError(*sorted(missing))
+        if missing := ", ".join(sorted(wanted - checkpoint.keys())):
+            raise UserError(f"{path}: not a best.pt of this train.py (it has no {missing}); give another")
         return checkpoint | {"config": with_defaults(checkpoint["config"], path)}
 
 
@@ -204,11 +206,14 @@ def write_result(path, content):
 
 
 @contextmanager
-def reading(what, advice):
-    """Raise UserError of `what`, the reason and `advice`, where the block cannot read a file."""
+def reading(what, advice, errors=Exception):
+    """Raise UserError of `what`, the reason and `advice`, where the block cannot read a file.
+
+    errors: what the file can lead to; each format has many.
+    """
     try:
         yield
-    except Exception as error:  # each format has many types
+    except errors as error:
         if isinstance(error, UserError) or out_of_memory(error):
             raise
         raise UserError(f"{what} ({error!r}); {advice}") from None

@@ -199,10 +199,7 @@ def pretrained_input_config(name):
             return {"input_size": own.input_size[1], "mean": own.mean, "std": own.std}
     if source == "torchvision":
         own, half = official(rest).transforms(), (0.5, 0.5, 0.5)
-        rescales = rest in (
-            "googlenet",
-            "inception_v3",
-        )  # with pretrained weights, from ImageNet's mean and std
+        rescales = rest in ("googlenet", "inception_v3")  # their weights come with a transform of the input
         mean, std = (half, half) if rescales else (tuple(own.mean), tuple(own.std))
         return {"input_size": own.crop_size[0], "mean": mean, "std": std}
     return {"input_size": IMAGE_SIZE, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
@@ -214,10 +211,8 @@ class NoInitialisation(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensor = args[0] if args else kwargs.get("tensor")
-        name = getattr(function, "__name__", "")
-        if name in ("uniform_", "normal_", "erfinv_", "kaiming_uniform_") and isinstance(
-            tensor, nn.Parameter
-        ):
+        fills = getattr(function, "__name__", "") in ("uniform_", "normal_", "erfinv_", "kaiming_uniform_")
+        if fills and isinstance(tensor, nn.Parameter):
             return tensor
         return function(*args, **kwargs)
 

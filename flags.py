@@ -326,13 +326,9 @@ def parse_invert(argv=None, doc=None):
     add = parser.add_argument_group("how").add_argument
     add("--course", nargs="+", metavar="FOLDER", help="instead: draw PSNR against time of these inversions")
     add("--steps", **N, default=300, help="steps of Adam; more come closer")
-    rate = (
-        "learning rate (default: 0.1, from stride 4 on 0.03; with --ckpt 0.02, from 8 on 0.002, 16 on 0.001)"
-    )
+    rate = "learning rate (default: 0.1, from stride 4 on 0.03; --ckpt: 0.02, from 8 on 0.002, 16 on 0.001)"
     add("--lr", type=positive_float, help=rate)
-    prior = (
-        "of total variation, for smooth images (default: (stride / 2)², at most 256; with --ckpt 0.3 of it)"
-    )
+    prior = "of total variation, for smooth images (default: (stride / 2)² up to 256; --ckpt: 0.3 of it)"
     add("--tv-weight", type=non_negative_float, help=prior)
     add("--batch-size", **N, default=4, help="images at a time, which changes only speed and memory")
     add("--out", help="folder for the results (default: the checkpoint's; from noise: runs/noise_…)")

@@ -137,7 +137,8 @@ def not_started(net, started, finished):
 def prune_modules(net, unused):
     """Replace the modules of `net` at these paths, so that they take neither memory nor weights."""
     for path in unused:
-        net.set_submodule(path, nn.Identity())
+        parent, _, child = path.rpartition(".")
+        setattr(net.get_submodule(parent), child, nn.Identity())
 
 
 # --- From outputs to feature maps ------------------------------------------------------------------------

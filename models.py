@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import decoders
-from checkpoint import read_checkpoint, reading
+from checkpoint import MALFORMED, read_checkpoint, reading
 from decoders import FeedbackDecoder, Fused, upsamplings
 from encoders import build_encoder, encoder_sha256, layers_of, load_network, pretrained_input_config
 from utils import (
@@ -184,7 +184,7 @@ def load_inverter(path, encoder=None, weights=None, trust_code=False):
     checkpoint = read_checkpoint(path)
     config, programs = checkpoint["config"], checkpoint["programs"]
     now = config | {"amp": False}
-    with reading(f"{path}: not a best.pt of this program", "give another"):
+    with reading(f"{path}: not a best.pt of this program", "give another", MALFORMED):
         for flag, given in (("encoder", encoder), ("weights", weights)):
             now[flag] = given or config[flag]
             if without_folders(now)[flag] != without_folders(config)[flag]:

@@ -97,7 +97,7 @@ def draw_results(rows, path):
             axis.axvline(row[metric], color=f"C{number}", linestyle="--", label=row["experiment"])
         axis.set_xlabel(label)
         axis.set_yticks(places, names)
-        axis.invert_yaxis()
+    axis.invert_yaxis()  # shared
     title = "* not ImageNet's weights" if any(marks) else None
     legend = axis.get_legend_handles_labels()
     figure.legend(*legend, loc="outside upper center", ncols=2 + len(baselines), title=title)

@@ -54,7 +54,9 @@ def networks(tmp_path_factory):
         found[name] = net.eval(), str(file)
     with torch.device("meta"):
         net = torchvision.models.vgg16()
-    net.load_state_dict(encoders.imagenet_weights("vgg16"), strict=False, assign=True)
+    state = encoders.imagenet_weights("vgg16")
+    features = {key.removeprefix("features."): state[key] for key in state if key.startswith("features.")}
+    net.features.load_state_dict(features, assign=True)
     return found | {"vgg16": (net.eval(), "imagenet")}
 
 
