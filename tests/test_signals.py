@@ -139,7 +139,7 @@ def test_process_group_of_a_training_that_failed(tmp_path, monkeypatch, rank, ca
     real, group = dist.init_process_group, {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: real("gloo", **group))
     monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(group["store"], rank, 2)]))
-    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "get_rank", lambda *_: rank)
     try:
         with pytest.raises(utils.UserError, match="nowhere"):
             train.train(parse("--data", tmp_path / "nowhere", "--out", tmp_path, "--device", "cpu"))
