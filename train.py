@@ -446,10 +446,10 @@ def epoch_line(row, epochs, better):
     for split in ("train", "val"):
         terms = [f"{name} {row[f'{split}_{name}']:.{2 if name == 'psnr' else 4}f}" for name in TERMS]
         parts.append(f"{split} {' '.join(terms)}".replace("nan", "–"))
-    left = (row["seconds"] + row["val_seconds"]) * (epochs - row["epoch"])
-    left = f"{left:.0f} s left" if left < 100 else f"{left / 60:.0f} min left"
     parts.append(f"lr {row['lr']:.1e}")
-    parts.append(f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s, {left}")
+    parts.append(f"{row['seconds']:.0f} s, {row['images_per_second']:.1f} images/s")
+    if left := (row["seconds"] + row["val_seconds"]) * (epochs - row["epoch"]):
+        parts[-1] += f", {left:.0f} s left" if left < 100 else f", {left / 60:.0f} min left"
     return " | ".join(parts) + ("  best" if better else "")
 
 

@@ -117,6 +117,7 @@ def test_windows_lie_side_by_side():
     images = layers.moving_spot(84).permute(0, 2, 3, 1)
     for windows in (window_partition(images, (7, 7)), window_partition(images, (7, 7)).flatten(1, 2)):
         assert torch.equal(layers.as_map(windows, layout_in(windows)), images.permute(0, 3, 1, 2))
+        assert layers.find_layout(windows, 84, any_size=True) is None  # as many as an image of this size has
     assert layout_in(grid_partition(images, (7, 7)).flatten(1, 2)) is None  # every twelfth pixel
 
 
