@@ -496,6 +496,19 @@ def test_first_of_several_frames(tmp_path):
         assert np.abs(found - [255, 0, 0]).max() <= 2, suffix
 
 
+def test_sent_in_files():
+    """What users sent: 12 bits, turned 16 bits, transparency, a profile."""
+    folder = NATURAL.resolve().parent / "inputs"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not here")
+    means = {"grey12.tif": 140, "grey16_exif6.png": 140, "alpha_rgba.png": 165}
+    for path in folder.iterdir():
+        if path.suffix in data.EXTENSIONS:
+            found = np.asarray(data.read_image(path))
+            assert found.mean() == pytest.approx(means.get(path.name, found.mean()), abs=1), path
+            assert path.name != "grey16_exif6.png" or found.shape[0] > found.shape[1]
+
+
 WHOLE = saved(Image.linear_gradient("L"), "png")
 HUGE = chunk(b"IHDR", struct.pack(">II", 60_000, 60_000) + WHOLE[24:29])  # 60,000 × 60,000 pixels
 SHADED = png(16, 2, struct.pack(">12H", *[256, 512, 768] * 4), [256, 512, 768])
