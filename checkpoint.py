@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import socket
 import sys
-import threading
 import time
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -286,27 +284,23 @@ class Signals:
     """
 
     def __init__(self, device):
-        self.received, self.device = 0, device
+        self.received, self.since, self.device = 0, 0.0, device
 
     def __enter__(self):
         self.before = {}
-        self.waker, woken = socket.socketpair()
         with suppress(ValueError):  # not the main thread
             self.before = {number: signal.signal(number, self.handle) for number in STOPPING}
-            self.waker.setblocking(False)
-            self.waker_before = signal.set_wakeup_fd(self.waker.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=end_at_another, args=(woken,), daemon=True).start()
         return self
 
     def __exit__(self, *exception):
-        if self.before:
-            signal.set_wakeup_fd(self.waker_before)
         for number, handler in self.before.items():
             signal.signal(number, handler)
-        self.waker.close()
 
     def handle(self, number, frame):
-        self.received = self.received or number
+        now = time.monotonic()
+        if self.received and (number == signal.SIGINT or now - self.since > COPY_SECONDS):
+            os._exit(128 + number)
+        self.received, self.since = self.received or number, self.since or now
 
     def check(self):
         """Raise Interrupted if any process has received a signal."""
@@ -318,18 +312,3 @@ class Signals:
         if received:
             self.received = received
             raise Interrupted
-
-
-def end_at_another(woken):
-    """End the process at a second stopping signal, even in the middle of a backward pass.
-
-    woken: a socket that receives the number of each signal. `handle` has to wait for PyTorch.
-    """
-    first = None
-    while number := woken.recv(1):
-        if number[0] not in STOPPING:
-            continue
-        now = time.monotonic()
-        first = first or now
-        if now - first > COPY_SECONDS or now > first and number[0] == signal.SIGINT:
-            os._exit(128 + number[0])

@@ -215,50 +215,41 @@ def read_config(path, parser, fast=False):
     actions = {action.dest: action for action in parser._actions if action.dest not in NO_KEYS}
     try:
         with open(path, encoding="utf-8") as file:
-            nodes = nodes_of(yaml.compose(file, yaml.SafeLoader))
-        tuned = nodes_of(nodes.pop("fast"), "fast: ") if "fast" in nodes else {}
+            values = yaml.load(file, yaml.BaseLoader)  # all values stay text: a layer 0.10 is not 0.1
+        tuned = values.pop("fast", {}) if isinstance(values, dict) else None
+        if not (isinstance(values, dict) and isinstance(tuned, dict)):
+            raise UserError("should have lines of `key: value`, and such lines under `fast:`, if any")
         if fast and not tuned:
             raise UserError("has no lines of `key: value` under `fast:`, which --fast uses")
-        flags = {name: as_flags(name, node, actions) for name, node in nodes.items()}
-        tuned = {name: as_flags(name, node, actions) for name, node in tuned.items()}
+        flags, tuned = (
+            {key: as_flags(key, found[key], actions) for key in found} for found in (values, tuned)
+        )
         parser.parse_args([*sum(flags.values(), []), *sum(tuned.values(), [])])
-    except (yaml.YAMLError, OSError, RecursionError, ValueError, UserError) as error:
+    except (yaml.YAMLError, OSError, RecursionError, ValueError, TypeError, UserError) as error:
         raise UserError(f"--config {path}: {error}") from None
     return sum((flags | tuned if fast else flags).values(), [])
 
 
-def nodes_of(node, where=""):
-    """{key: node of its value} of a YAML mapping. Raises UserError."""
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{where}should have lines of `key: value`")
-    nodes = {}
-    for key, value in node.value:
-        if str(key.value) in nodes:
-            raise UserError(f"{where}has the key {key.value} twice")
-        nodes[str(key.value)] = value
-    return nodes
-
-
-def as_flags(name, node, actions):
-    """A key and the YAML node of its value as command-line flags. Raises UserError."""
-    text, null = node.value, node.tag.endswith(":null")  # as in the file: a layer 0.10 is not 0.1
-    if name in GONE and text in ("null", "false", "residual"):
+def as_flags(name, value, actions):
+    """A key of a YAML file and its value as command-line flags. Raises UserError."""
+    if name in GONE and value in ("null", "false", "residual"):
         return []
     if name not in actions:
         raise UserError(f"unknown key {reprlib.repr(name)}; the keys are {', '.join(actions)}, fast")
     action, flag = actions[name], name.replace("_", "-")
-    if isinstance(node, yaml.SequenceNode) and action.type is three_numbers:
-        text = ",".join(str(part.value) for part in text)
-    elif not isinstance(node, yaml.ScalarNode):
-        raise UserError(f"{name}: a {node.id} should be a number or a word")
+    if isinstance(value, list) and action.type is three_numbers:
+        value = ",".join(map(str, value))
+    if not isinstance(value, str):
+        raise UserError(f"{name}: {reprlib.repr(value)} should be a number or a word")
     if isinstance(action, argparse.BooleanOptionalAction):
-        value = yaml.SafeLoader.bool_values.get(text.lower())
-        if value is None:
-            raise UserError(f"{name}: {reprlib.repr(text)} should be true or false")
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    if null and action.default is not None:
+        if value.lower() not in yaml.SafeLoader.bool_values:
+            raise UserError(f"{name}: {reprlib.repr(value)} should be true or false")
+        return [f"--{flag}" if yaml.SafeLoader.bool_values[value.lower()] else f"--no-{flag}"]
+    if value not in ("null", "~", ""):
+        return [f"--{flag}={value}"]
+    if action.default is not None:
         raise UserError(f"{name}: null should be a number or a word")
-    return [] if null else [f"--{flag}={text}"]
+    return []
 
 
 # --- evaluate.py and invert.py -------------------------------------------------------------------------

@@ -78,27 +78,14 @@ def is_encoder(name):
     return name in LAYERS or ".py:" in name or name.startswith(("timm/", "torchvision/"))
 
 
-def split_names(text, is_name):
-    """The names that + joins in `text`, each as short as `is_name` allows, since a name may contain +."""
-    names = []
-    for part in text.split("+"):
-        if names and not is_name(names[-1]):
-            names[-1] += f"+{part}"
-        else:
-            names.append(part)
-    return names if is_name(names[-1]) else text.split("+")
-
-
 def encoders_of(encoder):
     """The encoders in --encoder A+B."""
-    return split_names(encoder, is_encoder)
+    return encoder.split("+")
 
 
 def weights_of_each(count, weights):
     """The --weights of each of `count` encoders: one for all, or as many joined with +."""
-    words, sources = ("imagenet", "random", "own"), [weights]
-    if not Path(weights).is_file():
-        sources = split_names(weights, lambda name: name in words or Path(name).is_file())
+    sources = weights.split("+")
     return sources if len(sources) == count else [weights] * count
 
 

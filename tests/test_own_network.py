@@ -4,13 +4,11 @@ import hashlib
 import json
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from conftest import REPOSITORY
 from torch import nn
 
@@ -19,7 +17,7 @@ import encoders
 from encoders import Encoder, build_encoder
 from extras import user_network
 from models import load_inverter
-from utils import UserError, weights_of_each
+from utils import UserError
 
 
 def test_the_readmes_own_network(photos, tmp_path, monkeypatch, run_train, run_evaluate, run_invert):
@@ -99,32 +97,6 @@ def test_another_file_is_another_encoder(own, tmp_path):
     other = tmp_path / "net.py"
     other.write_text(own.read_text() + "\n")
     assert encoders.encoder_sha256(Encoder(f"{other}:build", "first.1", "own")) != before
-
-
-def test_plus_in_a_path(own, photos, tmp_path, monkeypatch, run_train, run_evaluate, image):
-    """A + joins encoders, and their weights, but where the name of a file has it."""
-    monkeypatch.chdir(tmp_path)
-    Path("my+nets").mkdir()
-    shutil.copy(own, "my+nets/net.py")
-    name, options = "my+nets/net.py:build", ("first.1", "own")
-    wanted = Encoder(f"{own}:build", *options)(image)
-    assert torch.equal(encoders.build_encoder(name, *options)(image), wanted)
-    for both in (f"{name}+{own}:build", f"{own}:build+{name}"):
-        found = encoders.build_encoder(both, "first.1+first.1", "own")(image)
-        assert torch.equal(found, torch.cat([wanted, wanted], 1))
-
-    torch.save(user_network.user_network(own, "build").state_dict(), "a+b.pth")
-    torch.save(torchvision.models.alexnet().state_dict(), "c+d+e.pth")
-    flags = ("--data", photos, "--epochs", 1, "--crop", 32, "--width", 8, "--val-images", 1, "--quiet")
-    flags += ("--lpips-weight", 0, "--tracker", "none")
-    one = ("--encoder", name, "--layer", "first.1", "--weights", "a+b.pth", "--out", "one")
-    two = ("--encoder", f"{name}+alexnet", "--layer", "first.1+conv1", "--out", "two", "--fusion", "weighted")
-    for more in (one, (*two, "--weights", "a+b.pth+c+d+e.pth")):
-        assert run_train(*flags, *more) == 0
-        ckpt = f"{more[-1] if more is one else 'two'}/best.pt"
-        assert run_evaluate("--ckpt", ckpt, "--quiet", "--trust-code") == 0
-    for weights, files in (("a+b.pth", ["a+b.pth"] * 2), ("own+c+d+e.pth", ["own", "c+d+e.pth"])):
-        assert weights_of_each(2, weights) == files
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("vgg17+alexnet", "vgg17"), ("alexnet+my+net.py", "my")])

@@ -22,33 +22,6 @@ import utils
 SHORT = ("--epochs", 1, "--width", 8, "--crop", 32, "--mse-weight", 1, "--lpips-weight", 0, "--quiet")
 
 
-def test_second_sigterm_ends_a_step_that_takes_long(photos, tmp_path):
-    """In one operation of a minute, during which Python calls no handler; what was saved before stays."""
-    code = (
-        "import sys, torch, train\n"
-        "def step(*_):\n"
-        "    print('begun', flush=True)\n"
-        "    torch.linalg.matrix_power(torch.eye(4096), 2**12 - 1)\n"
-        "train.train_step = step\n"
-        "train.cli_main(lambda: train.train(train.parse_train(sys.argv[1:])))\n"
-    )
-    flags = ("--data", photos, "--out", tmp_path, *SHORT, "--tracker", "none")
-    command = [sys.executable, "-c", code, *map(str, flags)]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    try:
-        assert "begun\n" in iter(process.stdout.readline, "")
-        process.send_signal(signal.SIGTERM)
-        with pytest.raises(subprocess.TimeoutExpired):  # it goes on
-            process.wait(1.2)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == 128 + signal.SIGTERM
-    finally:
-        process.kill()
-        process.communicate()
-    assert utils.load(tmp_path / "last.pt")["epoch"] == 0
-    train.train(parse(*flags, "--resume"))
-
-
 def test_a_second_signal_ends_at_once_but_not_the_copy_of_the_first():
     """Without SIGUSR1, too, as on Windows."""
     code = (
