@@ -26,9 +26,7 @@ from utils import (
     UserError,
     cli_main,
     digest,
-    encoders_of,
     user_files,
-    weights_of_each,
 )
 
 # --- Decoders ------------------------------------------------------------------------------------------
@@ -144,24 +142,21 @@ def build_inverter(
     weights="imagenet",
     *,
     width=None,
+    iterations=None,
     seed=42,
     protocol=DOCUMENTED,
     amp=False,
-    input_size=None,
-    mean=None,
-    std=None,
     fusion=None,
-    **options,
+    **images,
 ):
-    """An Inverter with an untrained decoder, on the CPU. Raises UserError.
+    """An Inverter with an untrained decoder, on the CPU; images: input_size, mean and std. Raises UserError.
 
-    The arguments are Encoder's, build_decoder's (also `options`), Inverter's and Fused's.
+    The arguments are Encoder's, build_decoder's, Inverter's and Fused's.
     """
-    images = {"input_size": input_size, "mean": mean, "std": std}
     frozen = build_encoder(encoder, layer, weights, seed, protocol, **images)
     channels, heights, widths = zip(*frozen.shapes, strict=True)
     shape = (sum(channels), max(heights), max(widths))
-    net = build_decoder(decoder, shape, width, seed, size=frozen.input_size, **options)
+    net = build_decoder(decoder, shape, width, seed, size=frozen.input_size, iterations=iterations)
     if len(channels) > 1:
         net = Fused(net, channels, fusion or "concat")
     return Inverter(frozen, net, shape, amp, protocol.normalized_target)
@@ -185,12 +180,11 @@ def load_inverter(path, encoder=None, weights=None, trust_code=False):
     config, programs = checkpoint["config"], checkpoint["programs"]
     now = config | {"amp": False}
     with reading(f"{path}: not a best.pt of this program", "give another", MALFORMED):
-        for flag, given in (("encoder", encoder), ("weights", weights)):
-            now[flag] = given or config[flag]
-            if without_folders(now)[flag] != without_folders(config)[flag]:
-                what = f"{path} was trained with {config[flag]}, of which a file alone may lie elsewhere"
-                raise UserError(f"--{flag} {now[flag]}: {what}")
+        now |= {"encoder": encoder or config["encoder"], "weights": weights or config["weights"]}
         before, files = user_files(config["encoder"]), user_files(now["encoder"])
+        if len(before) != len(files):
+            what = f"{path} was trained with {config['encoder']}, of which a file alone may lie elsewhere"
+            raise UserError(f"--encoder {encoder}: {what}")
         if files and not encoder and not trust_code:
             trust = f"if you trust it, give --trust-code, or --encoder {config['encoder']}"
             raise UserError(f"{path}: names a program that would be run, {', '.join(files)}; {trust}")
@@ -207,14 +201,6 @@ def load_inverter(path, encoder=None, weights=None, trust_code=False):
         names = f"{now['encoder']}'s {now['weights']} weights up to its layer"
         raise UserError(f"{path}: was trained with other {names}, or another mean and std of its images")
     return inverter.eval(), checkpoint
-
-
-def without_folders(config):
-    """--encoder and --weights of a configuration, without the paths of files."""
-    names = encoders_of(config["encoder"])
-    sources = weights_of_each(len(names), config["weights"])
-    files = ["" if source not in ("imagenet", "random", "own") else source for source in sources]
-    return {"encoder": [name.rpartition(".py:")[2] for name in names], "weights": files}
 
 
 def load_decoder(inverter, config):

@@ -241,14 +241,17 @@ def measure_features(inverter, images, config):
     decoder = inverter.decoder
     if isinstance(decoder, Fused):
         std = torch.stack([source.std() for source in features.split(decoder.channels, 1)])
-        decoder.deviation.copy_(std.clamp_min(0.01 * std.mean()).clamp_min(1e-12))
-        features = decoder.fuse(features)
-        decoder = decoder.decoder
+        decoder.deviation.copy_(positive(std))
+        features, decoder = decoder.fuse(features), decoder.decoder
     if hasattr(decoder, "deviation"):
         std, mean = torch.std_mean(features, (0, 2, 3), keepdim=True)
         decoder.mean.copy_(mean[0])
-        # some channels are hardly ever active
-        decoder.deviation.copy_(std[0].clamp_min(0.01 * std.mean()).clamp_min(1e-12))
+        decoder.deviation.copy_(positive(std[0]))
+
+
+def positive(std):
+    """`std` where it is not much smaller than the others, as of channels that are hardly ever active."""
+    return std.clamp_min(0.01 * std.mean()).clamp_min(1e-12)
 
 
 def make_optimizer(inverter, lr, optimizer="adam"):
