@@ -54,9 +54,9 @@ def three_of(layers):
     return [layers[int(part * len(layers))] for part in (0.1, 0.5, 0.9)]
 
 
-def picture_of(encoder, layer):
+def picture_of(encoder, layer, size=None):
     """The shape of an image's features at a layer, in which a square moves as in the image."""
-    inverter = build_inverter(encoder, layer, "tconv", "random").eval()
+    inverter = build_inverter(encoder, layer, "tconv", "random", input_size=size).eval()
     with torch.no_grad():
         features = inverter.encode(torch.rand(1, 3, inverter.size, inverter.size))
         picture = inverter.decode(features)

@@ -1,6 +1,5 @@
 """Any network up to any layer: against torchvision's and timm's own features, and what cannot be one."""
 
-import hashlib
 import math
 
 import families
@@ -22,23 +21,32 @@ import train
 from decoders import Fused
 from encoders import Encoder, build_encoder
 from extras import conv_relu
-from utils import IMAGENET_MEAN, IMAGENET_STD, LAYERS, UserError
+from utils import IMAGENET_MEAN, IMAGENET_STD, LAYERS, UserError, weights_of_each
 
 
 def normalised(encoder, image):
     return (image - encoder.mean) / encoder.std
 
 
-@pytest.mark.parametrize("layer", ["layer1.0", "layer3", "avgpool", "fc"])
-def test_torchvision_features_are_its_own(layer, image):
-    encoder = Encoder("torchvision/resnet18", layer, "random", seed=5)
+@pytest.mark.parametrize(
+    ("name", "layer", "size"),
+    [
+        *[("resnet18", layer, 224) for layer in ("layer1.0", "layer3", "avgpool", "fc")],
+        ("swin_t", "features.1", 384),  # channels last, and as many as rows: 96 × 96 × 96
+    ],
+)
+def test_torchvision_features_are_its_own(name, layer, size, image):
+    encoder = Encoder(f"torchvision/{name}", layer, "random", seed=5, input_size=size)
     torch.manual_seed(5)
-    net = torchvision.models.resnet18().eval().to(memory_format=torch.channels_last)
-    own = create_feature_extractor(net, [layer])
+    own = create_feature_extractor(torchvision.models.get_model(name).eval(), [layer])
+    image = F.interpolate(image, size)
     with torch.no_grad():
         expected = own(normalised(encoder, image))[layer]
-        found = encoder(image)
-    assert torch.equal(found.flatten(), expected.flatten()) and found.dim() == 4
+    if name == "swin_t":
+        expected = expected.permute(0, 3, 1, 2)
+    found = encoder(image)
+    assert found.dim() == 4
+    torch.testing.assert_close(found.flatten(), expected.flatten(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -62,28 +70,37 @@ def test_timm_features_are_its_own(name, layer, index, image):
     assert encoder.mean.flatten().tolist() == pytest.approx(timm.get_pretrained_cfg(name).mean)
 
 
-KINDS = [
-    ("timm/swin_tiny_patch4_window7_224", "layers.1", (192, 28, 28)),  # channels last
-    ("timm/swin_tiny_patch4_window7_224", "layers.0.blocks.0.attn", (96, 56, 56)),  # windows
-    ("timm/deit_tiny_distilled_patch16_224", "blocks.0", (192, 14, 14)),  # two tokens more
-    ("timm/vit_small_patch14_reg4_dinov2", "blocks.0", (384, 37, 37)),  # five more, and 518 pixels
-    ("torchvision/vit_b_16", "encoder.layers.encoder_layer_0", (768, 14, 14)),
-    ("torchvision/swin_t", "features.1", (96, 56, 56)),
-    ("torchvision/inception_v3", "Mixed_5b", (256, 35, 35)),  # of 299 pixels
-]
-
-
-@pytest.mark.parametrize(("name", "layer", "shape"), KINDS)
+@pytest.mark.parametrize(
+    ("name", "layer", "shape"),
+    [
+        ("timm/swin_tiny_patch4_window7_224", "layers.0.blocks.0.attn", (96, 56, 56)),  # windows
+        ("timm/vit_small_patch14_reg4_dinov2", "blocks.0", (384, 37, 37)),  # five tokens more; 518 pixels
+        ("torchvision/vit_b_16", "encoder.layers.encoder_layer_0", (768, 14, 14)),
+        ("torchvision/inception_v3", "Mixed_5b", (256, 35, 35)),  # of 299 pixels
+    ],
+)
 def test_every_kind_becomes_a_map(name, layer, shape):
     encoder = Encoder(name, layer, "random")
     x = encoder(torch.rand(1, 3, encoder.input_size, encoder.input_size))
     assert x.shape[1:] == encoder.shapes[0] == shape and x.std() > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "layer", "shape"), KINDS)
-def test_every_kind_is_listed(name, layer, shape):
-    assert encoders.layers_of(name)[layer][0] == shape
+@pytest.mark.parametrize(
+    ("name", "layer", "size"),
+    [
+        ("timm/convit_tiny", "blocks.5", 112),
+        ("timm/gmlp_ti16_224", "blocks.15.norm", 224),
+        ("timm/swin_tiny_patch4_window7_224", "layers.0.blocks.0.attn", 112),
+        ("timm/test_byobnet", "stages.2.0.attn", 160),
+        ("timm/test_coatnet", "stages.2.blocks.0.norm1.norm", 160),
+        ("timm/test_convnext", "stages.2.blocks.1.mlp", 160),
+        ("timm/vit_small_patch14_reg4_dinov2", "blocks.1.attn.qkv", 112),
+        ("torchvision/squeezenet1_1", "features.9.squeeze", 96),
+    ],
+)
+def test_families_are_listed_and_have_a_picture(name, layer, size):
+    """Some, small; `python tests/families.py` asks all, at three layers."""
+    assert families.picture_of(name, layer, size) == encoders.layers_of(name, size)[layer][0]
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
@@ -138,17 +155,6 @@ def test_blocks_of_tokens_lie_side_by_side():
         torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_channels_may_be_as_many_as_rows():
-    """torchvision's Swin, whose features are channels last, at 384 pixels: 96 × 96 × 96."""
-    encoder = Encoder("torchvision/swin_t", "features.1", "random", seed=5, input_size=384)
-    torch.manual_seed(5)
-    net = torchvision.models.swin_t().eval()
-    image = torch.rand(1, 3, 384, 384)
-    with torch.no_grad():
-        expected = net.features[:2](normalised(encoder, image)).permute(0, 3, 1, 2)
-        torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
@@ -170,13 +176,11 @@ def test_tokens_of_other_sizes_are_positions_too():
 
 def test_timm_builds_a_vit_for_another_size(tmp_path):
     """Positions of 518 pixels, resampled to 224 as timm does it."""
-    whole = timm.create_model("vit_small_patch14_dinov2")
-    state = {key: value for key, value in whole.state_dict().items() if not key.startswith("blocks.")}
-    state |= {key: value for key, value in whole.state_dict().items() if key.startswith("blocks.0.")}
     from timm.layers import resample_abs_pos_embed
 
+    whole = timm.create_model("vit_small_patch14_dinov2")
     file = tmp_path / "weights.pth"
-    torch.save(state, file)
+    torch.save(whole.state_dict(), file)
     encoder = Encoder("timm/vit_small_patch14_dinov2", "blocks.0", file, input_size=224)
     assert encoder.input_size == 224 and encoder.shapes == [(384, 16, 16)]
     expected = resample_abs_pos_embed(whole.pos_embed, [16, 16], num_prefix_tokens=1)
@@ -205,11 +209,14 @@ def test_nothing_behind_the_layer_runs_or_changes_it(own, image):
         ("torchvision/resnet99", "layer1", "torchvision has no such model; near: resnet"),
         ("resnet99", "layer1", "not an encoder; choose from vgg16"),
         ("vgg16", "block6", "not a layer of vgg16"),
+        ("vgg16+alexnet", "block1", "2 encoders, 1 layers"),
+        ("vgg16+vgg16", "block1+block1", "a layer of vgg16 twice"),
+        ("vgg16+torchvision/inception_v3", "block1+Mixed_5b", "give an --input-size"),
     ],
 )
 def test_what_is_no_feature_is_one_line(own, name, layer, message):
     with pytest.raises(UserError) as error:
-        Encoder(name.replace("OWN", str(own)), layer)
+        build_encoder(name.replace("OWN", str(own)), layer, "random")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -225,23 +232,6 @@ def test_heads_become_channels_and_are_no_windows():
     assert x.shape == (6, 27, 12, 12) and torch.equal(x[1, 9:18, 2, 1], positions[1, 1, 25].expand(9))
     folded = heads[:, :, 1:].repeat(1, 3, 1, 1)[:, :4].flatten(0, 1)  # four heads of an image in the batch
     assert layout_in(folded) is None
-
-
-FAMILIES = """
-timm/cait_xxs24_224 timm/convit_tiny timm/convnext_atto timm/efficientnet_lite0 timm/gmlp_ti16_224
-timm/mobilenetv3_small_050 timm/poolformer_s12 timm/regnetx_002 timm/repghostnet_050
-timm/swin_tiny_patch4_window7_224 timm/xcit_nano_12_p8_224 torchvision/densenet121 torchvision/maxvit_t
-torchvision/shufflenet_v2_x0_5 torchvision/squeezenet1_1
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FAMILIES.split())
-def test_families_have_features_and_a_picture(name):
-    """The middle layer; `python tests/families.py` asks all families, at three."""
-    layers = encoders.layers_of(name)
-    layer = families.three_of(list(layers))[1]
-    assert families.picture_of(name, layer) == layers[layer][0]
 
 
 def test_table_lists_the_layers_of_a_network(capsys, monkeypatch):
@@ -275,10 +265,8 @@ def test_weights_are_read_as_others_write_them(wrapping, image, tmp_path):
     file = tmp_path / "x.pth"
     torch.save(state, file)
     encoder = Encoder("torchvision/resnet18", "layer1", str(file))
-    net.eval().to(memory_format=torch.channels_last)
-    expected = create_feature_extractor(net, ["layer1"])(normalised(encoder, image))["layer1"]
-    assert torch.equal(encoder(image), expected)
-    assert encoder.weights_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    expected = create_feature_extractor(net.eval(), ["layer1"])(normalised(encoder, image))["layer1"]
+    torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
 
 
 def resnet18_of(file, layer="layer1"):
@@ -297,90 +285,59 @@ def test_which_weights_of_several_are_meant(tmp_path):
     """Those that stand for themselves, then `state_dict`, then `model`; where nothing says so, none."""
     file = tmp_path / "x.pth"
     a, b = (torchvision.models.resnet18().state_dict() for _ in range(2))
-    for state, expected in (
-        ({"state_dict": a, "state_dict_ema": b}, a),
-        ({"model": a, "ema": b}, a),
-        (a | {f"model.{key}": value for key, value in b.items()}, a),
-        ({"student": a, "teacher": b}, None),
-        ({f"{name}.{key}": state[key] for name, state in (("q", a), ("k", b)) for key in a}, None),
+    for state in (
+        {"state_dict": a, "state_dict_ema": b},
+        {"model": a, "ema": b},
+        a | {f"model.{key}": value for key, value in b.items()},
     ):
         torch.save(state, file)
-        if expected:
-            assert torch.equal(resnet18_of(file).trunk.net.conv1.weight, expected["conv1.weight"])
-        else:
-            with pytest.raises(UserError, match="both fit; save one of them"):
-                resnet18_of(file)
-    del a["layer1.0.conv1.weight"]
-    torch.save({"model": a}, file)
-    with pytest.raises(UserError, match="has no layer1.0.conv1.weight"):
-        resnet18_of(file)
+        assert torch.equal(resnet18_of(file).trunk.net.conv1.weight, a["conv1.weight"])
+    lacking = {key: value for key, value in a.items() if key != "layer1.1.bn2.bias"}
+    for state, message in (
+        ({"student": a, "teacher": b}, "both fit; save one of them"),
+        ({f"{name}.{key}": state[key] for name, state in (("q", a), ("k", b)) for key in a}, "both fit"),
+        ({0: a["conv1.weight"]}, "not a state dict"),
+        ({"model": lacking}, "has no layer1.1.bn2.bias"),
+    ):
+        torch.save(state, file)
+        with pytest.raises(UserError, match=message):
+            resnet18_of(file)
+    resnet18_of(file, "layer1.0")  # needs none behind
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="not a safetensors file"):
+        resnet18_of(tmp_path / "x.safetensors")
 
 
 def test_a_convolution_and_its_relu_are_one_but_where_the_layer_lies_between(image, monkeypatch):
     """As for CUDA. features.10, before ReLU, has what features.11 sets to 0."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before, behind = (Encoder("torchvision/alexnet", f"features.{place}") for place in (10, 11))
-    kinds = [[type(module) for module in encoder.trunk.net.features] for encoder in (before, behind)]
-    assert [row.count(conv_relu.ConvReLU) for row in kinds] == [4, 5]
-    assert kinds[0][10] is nn.Conv2d and nn.ReLU not in kinds[0] + kinds[1]
+    kinds = [type(module) for module in before.trunk.net.features]
+    assert kinds.count(conv_relu.ConvReLU) == 4 and kinds[10] is nn.Conv2d
     assert before(image).min() < 0 and torch.equal(before(image).relu(), behind(image))
     net = torchvision.models.alexnet()
     net.features.load_state_dict(behind.trunk.net.features.state_dict())
-    x = normalised(behind, image).contiguous(memory_format=torch.channels_last)
-    expected = net.to(memory_format=torch.channels_last).features[:12](x)
-    assert torch.equal(behind(image), expected)
-
-
-def test_a_file_without_a_weight_or_of_no_weights_is_one_line(tmp_path):
-    state = torchvision.models.resnet18().state_dict()
-    del state["layer1.1.bn2.bias"]
-    torch.save(state, tmp_path / "x.pth")
-    resnet18_of(tmp_path / "x.pth", "layer1.0")  # needs none behind
-    torch.save({0: state["conv1.weight"]}, tmp_path / "numbers.pth")
-    (tmp_path / "x.safetensors").write_bytes(b"no")
-    for name, layer, message in (
-        ("x.pth", "layer2", "has no layer1.1.bn2.bias"),
-        ("numbers.pth", "layer1", "not a state dict"),
-        ("x.safetensors", "layer1", "not a safetensors file"),
-    ):
-        with pytest.raises(UserError, match=message):
-            resnet18_of(tmp_path / name, layer)
+    expected = net.features[:12](normalised(behind, image))
+    torch.testing.assert_close(behind(image), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- Several at once --------------------------------------------------------------------------------------
 
 
-def test_layers_are_joined_in_one_pass(image):
-    joint = build_encoder("vgg16+vgg16", "block2+block1", "random")
-    passes = []
-    joint.encoders[0].trunk.net.features[0].register_forward_pre_hook(lambda *_: passes.append(1))
-    z = joint(image)
-    deep, shallow = (Encoder("vgg16", layer, "random")(image) for layer in ("block2", "block1"))
-    assert len(passes) == 1 and joint.shapes == [(128, 56, 56), (64, 112, 112)]
-    assert torch.equal(z[:, 128:], shallow)
-    expected = torch.nn.functional.interpolate(deep, (112, 112), mode="bilinear")
-    torch.testing.assert_close(z[:, :128], expected)
-
-
-def test_encoders_may_have_weights_of_their_own(image):
-    joint = build_encoder("alexnet+vgg16+alexnet", "conv2+block2+conv2", "imagenet+random+random")
-    z = joint(image)
-    assert z.shape == (1, 192 + 128 + 192, 56, 56) and not torch.equal(z[:, :192], z[:, 320:])
-    alone = nn.functional.interpolate(Encoder("alexnet", "conv2")(image), (56, 56), mode="bilinear")
-    torch.testing.assert_close(z[:, :192], alone)
-
-
 @pytest.mark.parametrize(
-    ("encoder", "layer", "message"),
+    ("encoder", "layer", "weights", "side"),
     [
-        ("vgg16+alexnet", "block1", "2 encoders, 1 layers"),
-        ("vgg16+vgg16", "block1+block1", "a layer of vgg16 twice"),
-        ("vgg16+torchvision/inception_v3", "block1+Mixed_5b", "give an --input-size"),
+        ("vgg16+vgg16", "block2+block1", "random", 112),
+        ("alexnet+vgg16+alexnet", "conv2+block2+conv2", "imagenet+random+random", 56),
     ],
 )
-def test_what_cannot_be_joined_is_one_line(encoder, layer, message):
-    with pytest.raises(UserError, match=message):
-        build_encoder(encoder, layer, "random")
+def test_layers_are_joined(image, encoder, layer, weights, side):
+    """Resized to the largest; encoders may have weights of their own."""
+    names, layers = encoder.split("+"), layer.split("+")
+    parts = zip(names, layers, weights_of_each(len(names), weights), strict=True)
+    alone = [F.interpolate(Encoder(*part)(image), (side, side), mode="bilinear") for part in parts]
+    found = build_encoder(encoder, layer, weights)(image)
+    torch.testing.assert_close(found, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("fusion", ["concat", "weighted", "attention"])
@@ -435,18 +392,16 @@ def test_a_source_that_never_changes(photos, monkeypatch, dead):
     assert training.inverter.decoder.eval()(features).isfinite().all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["tconv", "residual", "feedback"])
+@pytest.mark.parametrize("decoder", ["tconv", "feedback"])
 def test_several_are_trained_resumed_and_measured(decoder, photos, tmp_path, run_train, run_evaluate):
     names = ("--encoder", "vgg16+vgg16", "--layer", "block3+block2", "--fusion", "weighted")
-    options = ["--data", photos, "--decoder", decoder, "--crop", 32, "--out", tmp_path, "--quiet"]
-    if decoder == "feedback":
-        options += ["--iterations", 1]
-    assert run_train(*names, *options, "--kept-crops", 1, "--epochs", 1) == 0
-    assert run_train(*names, *options, "--kept-crops", 1, "--epochs", 1, "--resume") == 0
+    flags = (*names, "--data", photos, "--decoder", decoder, "--width", 16, "--input-size", 64, "--crop", 32)
+    flags += ("--kept-crops", 1, "--epochs", 1, "--out", tmp_path, "--quiet")
+    assert run_train(*flags) == 0
+    assert run_train(*flags, "--resume") == 0
     assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
     found = torch.load(tmp_path / "best.pt", weights_only=True)
-    assert found["shape"] == [384, 56, 56] and found["decoder"]["logits"].std() > 0
+    assert found["shape"] == [384, 16, 16] and found["decoder"]["logits"].std() > 0
 
 
 def test_joined_maps_have_the_stride_of_the_coarsest(photos, tmp_path, run_train, error_line):
