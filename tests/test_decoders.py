@@ -62,9 +62,7 @@ def test_parameter_counts(decoder, shape, width, published, tolerance):
     assert count == pytest.approx(published, rel=tolerance, abs=0)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [((56, 56), (112, 112)), ((27, 27), (224, 224)), ((13, 9), (31, 14)), ((30, 20), (13, 7))]
-)
+@pytest.mark.parametrize(("old", "new"), [((56, 56), (112, 112)), ((13, 9), (31, 14)), ((30, 20), (13, 7))])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_resizing_by_products_is_bilinear(old, new, memory_format):
     """What a GPU does in place of F.interpolate, and its gradient."""
