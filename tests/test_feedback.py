@@ -68,16 +68,13 @@ def test_metrics_of_each_iteration(feedback, run_evaluate, figures_of):
     found = json.loads((feedback / "metrics.json").read_text())
     assert found["iterations"] == 2 and len(found["iterates"]) == 3
     assert all(found["iterates"][2][name] == found[name] for name in ("psnr", "ssim", "lpips"))
-    errors = [after["feature_error"]["mean"] for after in found["iterates"]]
-    assert errors[2] < errors[0] and (feedback / "iterations.png").exists()
+    assert (feedback / "iterations.png").exists()
     figures = figures_of(pictures)
     assert run_evaluate("--ckpt", feedback / "best.pt", "--iterations", 1, "--quiet") == 0
-    fewer = json.loads((feedback / "iterations-1" / "metrics.json").read_text())
-    assert fewer["iterates"] == found["iterates"][:2] and fewer["psnr"] == found["iterates"][1]["psnr"]
+    fewer = json.loads((feedback / "iterations-1" / "metrics.json").read_text())["iterates"]
+    assert fewer == found["iterates"][:2]
     drawn = [list(axis.lines[0].get_ydata()) for axis in figures[-1].axes]
-    assert drawn == [
-        [after[name]["mean"] for after in fewer["iterates"]] for name in METRICS_AND_FEATURE_ERROR
-    ]
+    assert drawn == [[after[name]["mean"] for after in fewer] for name in METRICS_AND_FEATURE_ERROR]
 
 
 def test_more_iterations_are_another_round(feedback, tested, run_evaluate):
@@ -102,9 +99,9 @@ def test_feature_error_by_hand(feedback, tested):
     with torch.no_grad():
         made = inverter.encoder(inverter.decode(features)).flatten(1)
     wanted = features.flatten(1)
-    distances = [(wanted[a] - wanted[b]).norm() for a, b in ((0, 1), (0, 2), (1, 2))]
-    expected = (made - wanted).norm(dim=1).mean() / torch.stack(distances).mean()
+    expected = (made - wanted).norm(dim=1).mean() / torch.pdist(wanted).mean()
     assert metrics["iterates"][2]["feature_error"]["mean"] == pytest.approx(expected.item(), rel=1e-3)
+    assert expected < metrics["iterates"][0]["feature_error"]["mean"]
 
 
 def test_a_step_trains_all_weights(photos):
@@ -157,9 +154,7 @@ def test_published_images_are_shown_to_the_encoder_as_they_are_normalised(photos
     assert len(seen) == 3 and all(map(torch.equal, seen, images))
 
 
-def test_iterations_want_a_decoder_that_iterates(
-    trained, run_train, run_evaluate, error_line, photos, tmp_path
-):
+def test_other_decoders_do_not_iterate(trained, run_train, run_evaluate, error_line, photos, tmp_path):
     assert run_train("--iterations", 2, "--data", photos, "--out", tmp_path) == 2
     assert "--iterations: only with --decoder feedback" in error_line()
     assert run_evaluate("--ckpt", trained / "best.pt", "--iterations", 2) == 2
