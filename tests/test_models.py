@@ -1,4 +1,4 @@
-"""Encoders and LPIPS against torchvision, timm and the lpips package; weights; and checkpoints."""
+"""LPIPS against its package; where weights come from; the inverter; checkpoints of other versions."""
 
 import argparse
 import io
@@ -12,11 +12,9 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torchvision
 from conftest import REPOSITORY
-from torchvision.models.feature_extraction import create_feature_extractor
 
 import encoders
 import flags
@@ -27,69 +25,7 @@ from extras import weights
 from metrics import LPIPS
 from models import build_decoder, build_inverter, load_inverter
 from report import results
-from utils import DOCUMENTED, LAYERS, PUBLISHED, UserError
-
-
-def parameters(net):
-    return sum(parameter.numel() for parameter in net.parameters())
-
-
-def normalized(image, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
-    return (image - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-
-
-@pytest.fixture(scope="module")
-def networks(tmp_path_factory):
-    """torchvision's and timm's own networks, and --weights: files of random ones; ImageNet's for VGG16."""
-    torch.manual_seed(0)
-    found = {"resnet34": torchvision.models.resnet34(), "alexnet": torchvision.models.alexnet()}
-    found["vit_small"] = timm.create_model("vit_small_patch16_224")
-    for name, buffer in found["resnet34"].named_buffers():  # batch norm's statistics must be loaded too
-        if buffer.is_floating_point():
-            buffer.uniform_(-0.1, 0.1) if name.endswith("mean") else buffer.uniform_(0.5, 1.5)
-    for name, net in found.items():  # as in old files: not zipped, and without num_batches_tracked
-        state = {key: value for key, value in net.state_dict().items() if "num_batches" not in key}
-        file = tmp_path_factory.mktemp("weights") / f"{name}.pth"
-        torch.save(state, file, _use_new_zipfile_serialization=False)
-        found[name] = net.eval(), str(file)
-    with torch.device("meta"):
-        net = torchvision.models.vgg16()
-    state = encoders.imagenet_weights("vgg16")
-    features = {key.removeprefix("features."): state[key] for key in state if key.startswith("features.")}
-    net.features.load_state_dict(features, assign=True)
-    return found | {"vgg16": (net.eval(), "imagenet")}
-
-
-@pytest.mark.parametrize(
-    ("name", "layer"), [(name, layer) for name in ("vgg16", "resnet34", "alexnet") for layer in LAYERS[name]]
-)
-def test_features_are_torchvisions(networks, image, name, layer):
-    net, source = networks[name]
-    path = LAYERS[name][layer]
-    theirs = create_feature_extractor(net, [path])
-    expected = theirs(normalized(image))[path].detach()
-    encoder = Encoder(name, layer, source)
-    features = encoder(image)
-    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
-    assert parameters(encoder) == parameters(theirs)  # nothing behind the layer takes memory
-    assert not features.requires_grad and not any(p.requires_grad for p in encoder.parameters())
-
-
-@pytest.mark.parametrize(
-    ("layer", "index", "protocol"),
-    [
-        *[(f"block{index}", index, DOCUMENTED) for index in (0, 6, 11)],
-        *[("block1", 0, PUBLISHED), ("block0", 11, PUBLISHED)],  # one block off; block0 never stops
-    ],
-)
-def test_vit_features_are_timms(networks, image, layer, index, protocol):
-    net, file = networks["vit_small"]
-    x = normalized(image) if protocol is PUBLISHED else normalized(image, (0.5,) * 3, (0.5,) * 3)
-    with torch.no_grad():
-        (expected,) = net.get_intermediate_layers(x, n=[index], reshape=True)
-    encoder = Encoder("vit_small", layer, file, protocol=protocol)
-    torch.testing.assert_close(encoder(image), expected, rtol=1e-4, atol=1e-4)
-    assert parameters(encoder) <= parameters(net) - (11 - index) * parameters(net.blocks[0])
+from utils import LAYERS, UserError
 
 
 def test_encoder_stays_in_eval_mode():
@@ -144,6 +80,22 @@ def test_lpips_gradient_is_finite_where_features_are_zero():
 
 
 # --- weights -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("vgg16", (-0.5537, 0.1427, 0.5290)), ("alexnet", (0.1186, 0.0941, 0.0954))]
+)
+def test_weights_are_imagenets(name, first):
+    """Where torchvision's network has them."""
+    encoder = Encoder(name, list(LAYERS[name])[-1])
+    state = encoders.imagenet_weights(name)
+    net = torchvision.models.get_model(name)
+    net.features.load_state_dict(
+        {key.removeprefix("features."): state[key] for key in state if key.startswith("features.")}
+    )
+    assert net.features[0].weight[0, 0, 0, :3].tolist() == pytest.approx(first, abs=1e-4)
+    for key, tensor in encoder.trunk.net.features.state_dict().items():
+        assert torch.equal(tensor, net.features.state_dict()[key]), key
 
 
 @pytest.mark.parametrize("legacy", [False, True])
