@@ -63,10 +63,9 @@ def reference_lpips():
         warnings.simplefilter("ignore")
         net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     state = encoders.imagenet_weights("alexnet")
-    trunk = {key.split(".", 1)[1]: key for key in net.net.state_dict()}  # "0.weight" → "slice1.0.weight"
-    net.net.load_state_dict(
-        {trunk[key.removeprefix("features.")]: state[key] for key in state if "features" in key}
-    )
+    weights = [tensor for key, tensor in state.items() if key.startswith("features.")]
+    for parameter, weight in zip(net.net.parameters(), weights, strict=True):
+        parameter.data.copy_(weight)
     return net
 
 
@@ -100,42 +99,28 @@ def own():
     return REPOSITORY / "tests" / "own_network.py"
 
 
-@pytest.fixture
-def run_train():
-    """Run train.py with these flags, here: the exit status, 0 if it ended well."""
-
-    def call(*flags):
-        return status(lambda: train.train(parse_train([str(flag) for flag in flags])))
-
-    return call
-
-
-@pytest.fixture
-def run_evaluate():
-    """Run evaluate.py with these flags, here: the exit status, 0 if it ended well."""
-
-    def call(*flags):
-        return status(lambda: evaluate.evaluate(parse_evaluate([str(flag) for flag in flags])))
-
-    return call
-
-
-@pytest.fixture
-def run_invert():
-    """Run invert.py with these flags, here: the exit status, 0 if it ended well."""
-
-    def call(*flags):
-        return status(lambda: invert.main(parse_invert([str(flag) for flag in flags])))
-
-    return call
-
-
 def status(main):
+    """The exit status of a script's main, 0 if it ended well."""
     try:
         utils.cli_main(main)
     except SystemExit as exit:
         return exit.code
     return 0
+
+
+def runner(main, parse):
+    """A fixture: run a script with these flags, here; its exit status."""
+
+    @pytest.fixture
+    def run():
+        return lambda *flags: status(lambda: main(parse([str(flag) for flag in flags])))
+
+    return run
+
+
+run_train = runner(train.train, parse_train)
+run_evaluate = runner(evaluate.evaluate, parse_evaluate)
+run_invert = runner(invert.main, parse_invert)
 
 
 @pytest.fixture

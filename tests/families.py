@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 import torchvision
 from tqdm import tqdm
 
@@ -32,8 +33,9 @@ from utils import UserError
 def families_of_both(count):
     """{family: its networks} of `count` families of timm, drawn with a seed, and all of torchvision."""
     known = {family: timm.list_models(module=family) for family in timm.list_modules()}
-    known = {family: [f"timm/{name}" for name in names] for family, names in known.items() if names}
-    found = {family: known[family] for family in sorted(random.Random(0).sample(sorted(known), count))}
+    known = sorted(family for family in known if known[family])
+    drawn = sorted(random.Random(0).sample(known, count))
+    found = {family: [f"timm/{name}" for name in timm.list_models(module=family)] for family in drawn}
     for name in torchvision.models.list_models(module=torchvision.models):
         family = torchvision.models.get_model_builder(name).__module__
         found.setdefault(family, []).append(f"torchvision/{name}")
@@ -54,44 +56,42 @@ def three_of(layers):
     return [layers[int(part * len(layers))] for part in (0.1, 0.5, 0.9)]
 
 
-def picture_of(encoder, layer):
+def picture_of(encoder, layer, size=None):
     """The shape of an image's features at a layer, in which a square moves as in the image."""
-    inverter = build_inverter(encoder, layer, "tconv", "random").eval()
+    inverter = build_inverter(encoder, layer, "tconv", "random", input_size=size).eval()
+    size = inverter.size
+    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        features = inverter.encode(torch.rand(1, 3, inverter.size, inverter.size))
+        features = inverter.encode(image)
         picture = inverter.decode(features)
-    assert picture.shape == (1, 3, inverter.size, inverter.size) and picture.std() > 0
+    assert picture.shape == image.shape and picture.std() > 0
     if features.shape[2] > 2:
-        found = square_follows(inverter, inverter.size)
+        found = square_follows(inverter, image)
+        if found < 0.85:  # where all positions see the whole image, one twice as large may show it
+            with suppress(Exception):  # it takes no other size
+                found = square_follows(inverter, F.interpolate(image, 2 * size))
         assert found > 0.85, f"a square moves otherwise ({found:.2f})"
     return tuple(features.shape[1:])
 
 
-def square_follows(inverter, size):
+def square_follows(inverter, image):
     """The lesser of two correlations, of rows and of columns, of a square's place and the features' change.
 
-    Half of the positions, those that change least, do not count. Where all see the whole image, an image
-    twice as large is looked at, if the network takes it.
+    Half of the positions, those that change least, do not count.
     """
     places = [(row, column) for row in (0.1, 0.5, 0.9) for column in (0.1, 0.5, 0.9)]
-    image = torch.rand(3, size, size, generator=torch.Generator().manual_seed(1))
+    size = image.shape[2]
     images = image.repeat(1 + len(places), 1, 1, 1)
     for other, (row, column) in zip(images[1:], places, strict=True):
         top, left = (int(place * size - size / 10) for place in (row, column))
         other[:, top : top + size // 5, left : left + size // 5] = 0
-    with torch.no_grad():
-        features = inverter.encode(images).double().numpy()
+    features = inverter.encode(images).double().numpy()
     change = np.abs(features[1:] - features[:1]).sum(1)  # (9, H, W)
     change = np.maximum(change - np.median(change, (1, 2), keepdims=True), 0)
     rows, columns = (np.arange(side) for side in change.shape[1:])
     centres = np.array([change.sum(2) @ rows, change.sum(1) @ columns]) / change.sum((1, 2))
-    found = min(
-        np.corrcoef(centre, place)[0, 1] for centre, place in zip(centres, np.transpose(places), strict=True)
-    )
-    if found < 0.85 and size == inverter.size:
-        with suppress(Exception):  # it takes no other size
-            return square_follows(inverter, 2 * size)
-    return found
+    pairs = zip(centres, np.transpose(places), strict=True)
+    return min(np.corrcoef(centre, place)[0, 1] for centre, place in pairs)
 
 
 def outcome(call, *args):
@@ -110,18 +110,19 @@ def main():
     families = families_of_both(parser.parse_args().count)
     warnings.simplefilter("ignore")
     print("| family | network | layer | what it gives |\n| --- | --- | --- | --- |")
-    good, lines, tracebacks = 0, 0, 0
+    results = []
     for family, names in tqdm(families.items(), unit="family", disable=None):
         network = smallest(names)
         listed, layers = outcome(lambda name: three_of(list(layers_of(name))), network)
-        for layer in layers if listed else ["none"]:
+        for layer in layers if listed else 3 * ["none"]:
             done, result = outcome(picture_of, network, layer) if listed else (False, layers)
-            good += done
-            lines += 1 if listed else 3
-            tracebacks += not done and result.startswith("TRACEBACK")
-            shown = " × ".join(map(str, result)) if done else result
-            print(f"| {family.rsplit('.', 1)[-1]} | {network} | {layer} | {shown} |", flush=True)
-    print(f"\n{good} of {lines} layers give features, a decoder and a picture; {tracebacks} tracebacks")
+            results.append((done, str(result)))
+            print(f"| {family.rsplit('.', 1)[-1]} | {network} | {layer} | {result} |", flush=True)
+    good = sum(done for done, _ in results)
+    tracebacks = sum(result.startswith("TRACEBACK") for _, result in results)
+    print(
+        f"\n{good} of {len(results)} layers give features, a decoder and a picture; {tracebacks} tracebacks"
+    )
 
 
 if __name__ == "__main__":

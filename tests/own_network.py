@@ -25,9 +25,9 @@ class Both(nn.Module):
 
 class Raising(nn.Module):
     def forward(self, x):
-        if not x.is_meta:
-            raise ValueError("ran")
-        return x
+        if x.is_meta:
+            return x
+        raise ValueError("ran")
 
 
 def build():

@@ -29,14 +29,13 @@ def photographs(*names, size):
 
 
 def iterates(decoder, features, encoder=None):
-    """Images; a decoder that looks at the encoder looks, without one, at the images themselves, reduced."""
+    """Images; without an encoder, feedback looks at the images themselves, reduced."""
     if not isinstance(decoder, FeedbackDecoder):
         return [decoder(features)]
     channels, *size = features.shape[1:]
 
     def reduced(images):
-        maps = F.adaptive_avg_pool2d(images, size)
-        return maps.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
+        return F.adaptive_avg_pool2d(images, size).repeat(1, channels, 1, 1)[:, :channels]
 
     return decoder(features, None, encoder or reduced)
 
@@ -62,9 +61,7 @@ def test_parameter_counts(decoder, shape, width, published, tolerance):
     assert count == pytest.approx(published, rel=tolerance, abs=0)
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [((56, 56), (112, 112)), ((27, 27), (224, 224)), ((13, 9), (31, 14)), ((30, 20), (13, 7))]
-)
+@pytest.mark.parametrize(("old", "new"), [((56, 56), (112, 112)), ((13, 9), (31, 14)), ((30, 20), (13, 7))])
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_resizing_by_products_is_bilinear(old, new, memory_format):
     """What a GPU does in place of F.interpolate, and its gradient."""
@@ -78,21 +75,15 @@ def test_resizing_by_products_is_bilinear(old, new, memory_format):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_images_from_every_shape(decoder):
-    for shape in SHAPES:
-        net = build_decoder(decoder, shape, width=8)
+@pytest.mark.parametrize("width", [1, 7, 8])
+def test_images_from_every_shape(decoder, width):
+    for shape in SHAPES if width == 8 else SHAPES[-1:]:
+        net = build_decoder(decoder, shape, width)
         with torch.no_grad():
             images = iterates(net, 10 * torch.rand(1, *shape))[-1]
         assert images.shape == (1, 3, 224, 224), shape
         assert images.isfinite().all() and images.min() < images.max(), shape
         assert decoder in ("residual", "feedback") or 0 <= images.min() and images.max() <= 1
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-@pytest.mark.parametrize("width", [1, 7, 50, 200])
-def test_any_width_works(decoder, width):
-    net = BUILDERS[decoder]((64, 14, 14), width, size=28)
-    assert iterates(net, torch.rand(2, 64, 14, 14))[-1].shape == (2, 3, 28, 28)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -137,25 +128,23 @@ def test_decoder_overfits_four_photographs(decoder):
     images = photographs("astronaut", "chelsea", "coffee", "rocket", size=32)
     encoder = Encoder("vgg16", "block1")
     features = encoder(images)  # (4, 64, 16, 16)
-    torch.manual_seed(0)
-    net = BUILDERS[decoder](tuple(features.shape[1:]), 32, size=32)
-    if hasattr(net, "deviation"):
+    net = build_decoder(decoder, (64, 16, 16), 32, size=32)
+    if normalises := hasattr(net, "deviation"):
         net.mean.copy_(features.mean((0, 2, 3))[:, None, None])
         net.deviation.copy_(features.std((0, 2, 3)).clamp_min(0.01)[:, None, None])
     optimiser = torch.optim.Adam(net.parameters(), 1e-3 if decoder == "feedback" else 3e-3)
     for step in range(1, 151):
-        optimiser.zero_grad()
         *earlier, last = iterates(net, features, encoder)
         loss = F.mse_loss(last, images) + 0.3 * sum(F.mse_loss(image, images) for image in earlier)
+        optimiser.zero_grad()
         loss.backward()
-        if hasattr(net, "deviation"):  # no batch norm
+        if normalises:  # no batch norm
             torch.nn.utils.clip_grad_norm_(net.parameters(), 0.3)
         optimiser.step()
         if step % 25 == 0:
             with torch.no_grad():
                 error = (iterates(net.eval(), features, encoder)[-1] - images).square().mean((1, 2, 3))
             net.train()
-            psnr = -10 * error.log10().mean().item()
-            if psnr >= 25:
+            if (psnr := -10 * error.log10().mean()) >= 25:
                 return
     pytest.fail(f"{psnr:.2f} dB after {step} steps")

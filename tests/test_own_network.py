@@ -13,7 +13,6 @@ from conftest import REPOSITORY
 from torch import nn
 
 import data
-import encoders
 from encoders import Encoder, build_encoder
 from extras import user_network
 from models import load_inverter
@@ -21,19 +20,13 @@ from utils import UserError
 
 
 def test_the_readmes_own_network(photos, tmp_path, monkeypatch, run_train, run_evaluate, run_invert):
-    """As written there: the file, a short training of it as one's own, and the commands."""
+    """As written there: the file, weights of one's own, and the commands."""
     section = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("#### Your own network")[1]
     program, commands = (part.split("```")[0] for part in re.split("```python\n|```bash\n", section)[1:3])
     monkeypatch.chdir(tmp_path)
     Path("mynet.py").write_text(program)
     net = user_network.user_network("mynet.py", "build")
-    optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    for _ in range(3):  # which of ten shades is the picture?
-        shade = torch.arange(10)
-        loss = nn.functional.cross_entropy(net(shade.view(10, 1, 1, 1).expand(10, 3, 96, 96) / 10), shade)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    net(torch.rand(10, 3, 96, 96))  # batch norm sees some images
     torch.save(net.state_dict(), "mynet.pth")
     calls = {"train.py": (run_train, "--epochs", 1), "evaluate.py": (run_evaluate,)}
     calls["invert.py"] = (run_invert, "--steps", 2, "--count", 2)
@@ -42,67 +35,38 @@ def test_the_readmes_own_network(photos, tmp_path, monkeypatch, run_train, run_e
         python, name, *flags = shlex.split(line)
         assert (python, name) == ("python", script) and call(*flags, *more, "--quiet") == 0
     found = torch.load("runs/mynet/best.pt", weights_only=True)
-    assert found["config"]["input_size"] == 96 and found["weights_sha256"]
-
-
-def test_flags_of_ones_own_network(own, photos, tmp_path, run_train, run_invert, error_line):
-    flags = ("--encoder", f"{own}:build", "--layer", "first.0", "--data", photos)
-    for more, message in (
-        (("--weights", "random"), "a FILE.py's function decides that"),
-        (("--weights", "imagenet", "--std", "1,0,1"), "give three numbers above 0"),
-        (
-            ("--weights", "own", "--encoder", "vgg16", "--layer", "block1"),
-            "own: only for a FILE.py",
-        ),
-        (
-            ("--weights", "own", "--encoder", f"{own}:build+vgg16", "--layer", "first.0+block1"),
-            "--weights own",
-        ),
-        (("--mean", "0.5,0.5"), "is not three numbers"),
-        (("--mean", "0,0,0", "--protocol", "published"), "--protocol published uses ImageNet's"),
-        (("--input-size", 16), "LPIPS needs at least"),
-    ):
-        assert run_train(*flags, *more, "--out", tmp_path / "a") == 2
-        assert message in error_line()
-    mean = ("--mean", "0.5,0.5,0.5", "--std", "1,1,1", "--input-size", 64)
-    assert run_train(*flags, *mean, "--epochs", 1, "--out", tmp_path / "a", "--quiet") == 0
-    found = torch.load(tmp_path / "a" / "best.pt", weights_only=True)
     config = found["config"]
-    assert (found["shape"], config["crop"], config["mean"]) == ([8, 32, 32], 64, [0.5, 0.5, 0.5])
-    assert run_invert("--ckpt", "best.pt", "--mean", "0,0,0") == 2
-    assert error_line() == "--mean: only with --encoder and without --ckpt"
-    flags = (*flags, "--steps", 1, "--count", 2, "--out", tmp_path / "b")
+    assert (found["shape"], config["crop"], config["std"]) == ([32, 24, 24], 96, [1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--weights random", "a FILE.py's function decides that"),
+        ("--weights imagenet --std 1,0,1", "give three numbers above 0"),
+        ("--weights own --encoder vgg16 --layer block1", "own: only for a FILE.py"),
+        ("--weights own --encoder OWN:build+vgg16 --layer first.0+block1", "--weights own"),
+        ("--mean 0,0,0 --protocol published", "--protocol published uses ImageNet's"),
+        ("--encoder vgg17+alexnet --layer a+b", "--encoder vgg17: not an encoder"),
+        ("--encoder alexnet+my+net.py --layer a+b", "--encoder my: not an encoder"),
+    ],
+)
+def test_flags_that_cannot_be(own, photos, tmp_path, run_train, error_line, more, message):
+    flags = ("--encoder", f"{own}:build", "--layer", "first.0", "--data", photos, "--out", tmp_path)
+    assert run_train(*flags, *more.replace("OWN", str(own)).split()) == 2
+    assert message in error_line()
+
+
+def test_inversion_of_ones_own_network(own, photos, tmp_path, run_invert, error_line):
+    flags = ("--encoder", f"{own}:build", "--layer", "first.0", "--data", photos, "--out", tmp_path)
+    flags += ("--steps", 1, "--count", 2)
     assert run_invert(*flags, "--input-size", 64) == 0
-    about = json.loads((tmp_path / "b" / "inversion.json").read_text())
+    about = json.loads((tmp_path / "inversion.json").read_text())
     assert (about["weights"], about["input_size"]) == ("own", 64)
     assert run_invert(*flags) == 2
     assert "is the result of another input_size" in error_line()
-
-
-def test_a_file_with_a_dataclass(tmp_path):
-    """Which looks for its module by name, where its annotations are strings."""
-    path = tmp_path / "data.py"  # a name that is taken
-    path.write_text(
-        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
-        "@dataclass\nclass Config:\n    width: int = 4\n"
-        "build = lambda: nn.Conv2d(3, Config().width, 3)\n"
-    )
-    assert user_network.user_network(path, "build").out_channels == 4
-    assert sys.modules["data"] is data
-
-
-def test_another_file_is_another_encoder(own, tmp_path):
-    """Whose weights are the same."""
-    before = encoders.encoder_sha256(Encoder(f"{own}:build", "first.1", "own"))
-    other = tmp_path / "net.py"
-    other.write_text(own.read_text() + "\n")
-    assert encoders.encoder_sha256(Encoder(f"{other}:build", "first.1", "own")) != before
-
-
-@pytest.mark.parametrize(("name", "wrong"), [("vgg17+alexnet", "vgg17"), ("alexnet+my+net.py", "my")])
-def test_the_encoder_that_is_wrong_is_named(tmp_path, run_train, error_line, name, wrong):
-    assert run_train("--encoder", name, "--layer", "a+b", "--out", tmp_path) == 2
-    assert error_line().startswith(f"--encoder {wrong}: not an encoder")
+    assert run_invert("--ckpt", "best.pt", "--mean", "0,0,0") == 2
+    assert error_line() == "--mean: only with --encoder and without --ckpt"
 
 
 # --- What it imports ------------------------------------------------------------------------------------
@@ -168,7 +132,8 @@ def test_a_changed_neighbour_is_refused(tmp_path, common, photos, run_train, run
     (net.parent / "models.py").write_text(models)
     flags = ("--encoder", f"{net}:build", "--layer", "1", "--input-size", 64, "--lpips-weight", 0)
     out = tmp_path / "run"
-    assert run_train(*flags, "--data", photos, "--epochs", 1, "--out", out, "--quiet") == 0
+    flags += ("--data", photos, "--epochs", 1, "--out", out, "--quiet")
+    assert run_train(*flags) == 0
     ckpt = ("--ckpt", out / "best.pt", "--quiet", "--trust-code")
     assert run_evaluate(*ckpt) == 0
     for file in (net.parent / "models.py", net.parent / "layers.py", common, tmp_path / "lib" / "lazy.py"):
@@ -179,54 +144,60 @@ def test_a_changed_neighbour_is_refused(tmp_path, common, photos, run_train, run
         file.write_text(before)
     assert not (tmp_path / "ran").exists()
     assert run_evaluate(*ckpt) == 0
-    assert run_train(*flags, "--data", photos, "--epochs", 1, "--out", out, "--quiet", "--resume") == 0
+    assert run_train(*flags, "--resume") == 0
     (net.parent / "models.py").write_text(models + "\n")
-    assert run_train(*flags, "--data", photos, "--epochs", 1, "--out", out, "--quiet", "--resume") == 2
+    assert run_train(*flags, "--resume") == 2
     assert "--resume: encoder_sha256 is" in error_line()
 
 
-def test_a_file_that_imports_this_projects_modules(tmp_path):
-    """Which get no part in its hash: their own version is not the network's."""
-    (tmp_path / "net.py").write_text(
-        "from extras.weights import Path\nfrom torch import nn\nbuild = lambda: nn.Conv2d(3, 4, 3)"
+def test_a_file_with_the_name_of_a_module_here(tmp_path):
+    """It imports another of them, which gets no part in its hash, and its dataclass looks for its module."""
+    (tmp_path / "data.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\nfrom torch import nn\n"
+        "from extras.weights import Path\n"
+        "@dataclass\nclass Config:\n    width: int = 4\n"
+        "build = lambda: nn.Conv2d(3, Config().width, 3)\n"
     )
-    assert user_network.user_network(f"{tmp_path}/net.py", "build").out_channels == 4
-    programs = user_network.user_code_sha256(f"{tmp_path}/net.py:build")
-    assert f"{tmp_path}/net.py" in programs and not any(str(REPOSITORY) in file for file in programs)
+    file = f"{tmp_path}/data.py"
+    assert user_network.user_network(file, "build").out_channels == 4 and sys.modules["data"] is data
+    programs = user_network.user_code_sha256(f"{file}:build")
+    assert file in programs and not any(str(REPOSITORY) in name for name in programs)
+
+
+LATE = """
+from torch import nn
+class Net(nn.Conv2d):
+    def forward(self, x):
+        import beside
+        return super().forward(x)
+build = lambda: nn.Sequential(Net(3, 4, 1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [(LATE, "No module named 'beside'"), ("from .layers import WIDTH\n", "attempted relative import")],
+)
+def test_imports_that_fail_are_one_line(tmp_path, program, message):
+    """A neighbour that only `forward` imports; and a relative import."""
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "net.py").write_text(program)
+    with pytest.raises(UserError, match=message):
+        Encoder(f"{tmp_path}/net.py:build", "0", "own", input_size=8)
 
 
 def test_what_its_own_path_brings(tmp_path):
     """As a file that is used to being run from elsewhere sets it; for `forward`, too."""
     (tmp_path / "src").mkdir()
-    (tmp_path / "src" / "models.py").write_text("WIDTH = 4\n")
-    (tmp_path / "src" / "only_in_forward.py").write_text("SCALE = 3\n")
-    (tmp_path / "net.py").write_text(
-        f"import sys\nsys.path.insert(0, '{tmp_path}/src')\nfrom models import WIDTH\nfrom torch import nn\n"
-        "class Net(nn.Conv2d):\n    def forward(self, x):\n        import only_in_forward\n"
-        "        return only_in_forward.SCALE * super().forward(x)\n"
-        "build = lambda: nn.Sequential(Net(3, WIDTH, 1))\n"
-    )
-    encoder = Encoder(f"{tmp_path}/net.py:build", "0", "own", input_size=8)
+    files = [f"{tmp_path}/{name}" for name in ("net.py", "src/models.py", "src/late.py")]
+    late = LATE.replace("beside", "late")
+    programs = (f"import sys\nsys.path.insert(0, '{tmp_path}/src')\nimport models\n{late}", "", "")
+    for file, program in zip(files, programs, strict=True):
+        Path(file).write_text(program)
+    encoder = Encoder(f"{files[0]}:build", "0", "own", input_size=8)
     sys.path.remove(f"{tmp_path}/src")
-    files = [f"{tmp_path}/net.py", f"{tmp_path}/src/models.py", f"{tmp_path}/src/only_in_forward.py"]
     assert [file for file in encoder.programs if str(tmp_path) in file] == files
     assert encoder(torch.rand(1, 3, 8, 8)).shape == (1, 4, 8, 8)
-
-
-def test_a_neighbour_that_forward_imports_is_one_line(tmp_path):
-    (tmp_path / "beside.py").write_text("")
-    (tmp_path / "net.py").write_text(
-        "from torch import nn\nclass Net(nn.Conv2d):\n    def forward(self, x):\n        import beside\n"
-        "build = lambda: nn.Sequential(Net(3, 4, 1))\n"
-    )
-    with pytest.raises(UserError, match="No module named 'beside'"):
-        Encoder(f"{tmp_path}/net.py:build", "0", "own", input_size=8)
-
-
-def test_relative_imports_are_one_line(tmp_path):
-    (tmp_path / "net.py").write_text("from .layers import WIDTH\n")
-    with pytest.raises(UserError, match="net.py:build: ImportError: attempted relative import"):
-        user_network.user_network(f"{tmp_path}/net.py", "build")
 
 
 # --- Checkpoints that name a program ------------------------------------------------------------------------
@@ -237,9 +208,7 @@ def of_mynet(own, photos, tmp_path, run_train):
     """The folder of a run of net.py and net.pth, which lie in it."""
     (tmp_path / "net.py").write_text(own.read_text().replace("Raising()", "nn.Identity()"))
     net = user_network.user_network(tmp_path / "net.py", "build")
-    for buffer in net.buffers():
-        if buffer.is_floating_point():
-            buffer.uniform_(0.5, 1.5)
+    net.first[1].running_var.fill_(2)
     torch.save(net.state_dict(), tmp_path / "net.pth")
     flags = ("--encoder", f"{tmp_path}/net.py:build", "--weights", tmp_path / "net.pth", "--layer", "first.1")
     flags += ("--data", photos, "--input-size", 64, "--epochs", 1, "--quiet")
@@ -265,47 +234,48 @@ def test_a_program_is_run_if_the_user_says_so(of_mynet, run_evaluate, run_invert
 def test_files_of_a_checkpoint_may_move(of_mynet, run_train, run_evaluate, run_invert, error_line, capsys):
     flags, folder = of_mynet
     ckpt = ("--ckpt", folder / "run" / "best.pt", "--quiet")
+    resume = (*flags, "--out", folder / "run", "--resume")
     assert run_evaluate(*ckpt, "--trust-code") == 0
     before = json.loads((folder / "run" / "metrics.json").read_text())
     (moved := folder / "moved").mkdir()
     for name in ("net.py", "net.pth"):
         (folder / name).rename(moved / name)
-    places = ("--encoder", f"{moved}/net.py:build", "--weights", moved / "net.pth")
-    capsys.readouterr()
-    assert run_evaluate(*ckpt, "--trust-code") == 2
-    assert "net.py: not what it was trained with" in (line := error_line()) and "--encoder" in line
+    network = ("--encoder", f"{moved}/net.py:build")
+    places = (*network, "--weights", moved / "net.pth")
     assert run_evaluate(*ckpt, *places) == 0
     after = json.loads((folder / "run" / "metrics.json").read_text())
     assert (after["psnr"], after["config"]) == (before["psnr"], before["config"])
     assert run_invert(*ckpt, *places, "--steps", 1, "--count", 2) == 0
-    assert run_train(*flags, *places, "--out", folder / "run", "--resume") == 0
+    assert run_train(*resume, *places) == 0
     capsys.readouterr()
-    for wrong in (("--encoder", "vgg16"), (*places[:2], "--weights", "imagenet")):
-        assert run_evaluate(*ckpt, *wrong) == 2
-        assert "was trained with" in error_line()
+
+    def refused(message, *flags, call=run_evaluate):
+        assert call(*flags) == 2
+        assert message in error_line()
+
+    refused("net.py: not what it was trained with", *ckpt, "--trust-code")
+    for wrong in (("--encoder", "vgg16"), (*network, "--weights", "own")):
+        refused("was trained with", *ckpt, *wrong)
     torch.save(user_network.user_network(moved / "net.py", "build").state_dict(), moved / "net.pth")
-    assert run_evaluate(*ckpt, *places) == 2
-    assert "was trained with other" in error_line()
-    assert run_train(*flags, *places, "--out", folder / "run", "--resume") == 2
-    assert "--resume: encoder is" in (line := error_line()) and "not the same content" in line
+    refused("was trained with other", *ckpt, *places)
+    refused("not the same content", *resume, *places, call=run_train)
     (moved / "net.py").write_text((moved / "net.py").read_text() + "\n")
-    assert run_evaluate(*ckpt, *places) == 2
-    assert "net.py: not what it was trained with; it was not run" in error_line()
+    refused("net.py: not what it was trained with; it was not run", *ckpt, *places)
 
 
 def test_checkpoints_of_one_file_are_read(of_mynet):
     """As earlier versions wrote them: the hash of the encoder is of the file alone."""
     _, folder = of_mynet
-    (folder / "net.py").write_text("import beside\n" + (folder / "net.py").read_text())
+    net = folder / "net.py"
+    net.write_text("import beside\n" + net.read_text())
     (folder / "beside.py").write_text("")
-    sha = hashlib.sha256((folder / "net.py").read_bytes()).hexdigest()
-    checkpoint = torch.load(folder / "run" / "best.pt", weights_only=True)
+    sha = hashlib.sha256(net.read_bytes()).hexdigest()
+    encoder = Encoder(f"{net}:build", "first.1", str(folder / "net.pth"), input_size=64)
     key = hashlib.sha256(sha.encode())
-    encoder = Encoder(f"{folder}/net.py:build", "first.1", str(folder / "net.pth"), input_size=64)
     for tensor in encoder.state_dict().values():
         key.update(tensor.contiguous().numpy())
-    for name in ("format", "init_sha256"):
-        del checkpoint[name]
-    old = checkpoint | {"programs": {f"{folder}/net.py": sha}, "encoder_sha256": key.hexdigest()}
+    checkpoint = torch.load(folder / "run" / "best.pt", weights_only=True)
+    old = {name: value for name, value in checkpoint.items() if name not in ("format", "init_sha256")}
+    old |= {"programs": {str(net): sha}, "encoder_sha256": key.hexdigest()}
     torch.save(old, folder / "old.pt")
     load_inverter(folder / "old.pt", trust_code=True)

@@ -35,10 +35,7 @@ def batches_of(training, rank=0, world=1, kept=None):
     return train.epoch_batches(part)
 
 
-def train_epoch(training, kept=None):
-    """Train the rest of the epoch; the means of the loss's terms."""
-    training.feature_cache = kept
-    return train.train_epoch(training)
+train_epoch = train.train_epoch  # trains the rest of the epoch; the means of the loss's terms
 
 
 def validate(training, known=None):
