@@ -1,4 +1,4 @@
-"""run_all.sh and what it reports; reconstructing one's own pictures."""
+"""run_all.sh: what it starts, what it leaves out, and what it says."""
 
 import csv
 import hashlib
@@ -10,10 +10,8 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 from conftest import REPOSITORY
-from PIL import Image
 
 from flags import parse_train
 from report.baselines import BASELINES
@@ -251,71 +249,3 @@ def test_help_is_help(finish, tmp_path):
     status, shown, _ = finish("--help")
     assert status == 0 and 'SEEDS="1 2 3" bash run_all.sh' in shown
     assert not shown.count("#") and not (tmp_path / "runs").exists()
-
-
-# --- one's own pictures ----------------------------------------------------------------------------------
-
-
-def test_own_pictures(trained, tmp_path, run_evaluate, capsys):
-    (tmp_path / "dir").mkdir()
-    wide = Image.effect_mandelbrot((500, 90), (-2, -1, 1, 1), 20).convert("CMYK")
-    wide.save(tmp_path / "wide.jpg")
-    Image.new("LA", (7, 300), (128, 40)).save(tmp_path / "dir" / "thin.png")
-    Image.new("RGB", (20, 20), "red").save(tmp_path / "dir" / "wide.png")
-    images = (tmp_path / "wide.jpg", tmp_path / "dir")
-    flags = ("--ckpt", trained / "best.pt", "--out", tmp_path / "out", "--images", *images)
-    assert run_evaluate(*flags) == 0
-    assert capsys.readouterr().out.count(" dB, ") == 3
-    sizes = {"thin.png": (7, 300), "wide-1.png": (500, 90), "wide-3.png": (20, 20)}
-    files = {file: file.read_bytes() for file in (tmp_path / "out" / "images").iterdir()}
-    assert {file.name for file in files} == set(sizes)
-    for file in files:
-        with Image.open(file) as picture:
-            original, output, difference = np.split(np.asarray(picture).astype(int), 3, axis=1)
-        assert original.shape[1::-1] == sizes[file.name]
-        assert np.array_equal(difference, (5 * np.abs(original - output)).clip(0, 255))
-    assert run_evaluate(*flags) == 0  # its own pictures it may write again
-    assert {file: file.read_bytes() for file in files} == files
-
-
-def test_unrelated_picture_is_never_replaced(trained, tmp_path, run_evaluate, error_line):
-    """Neither a person's own images/cat.png, nor one that is damaged, nor the strip of another cat.jpg."""
-    Image.new("RGB", (20, 20), "blue").save(tmp_path / "cat.jpg")
-    flags = ("--ckpt", trained / "best.pt", "--out", tmp_path, "--images", tmp_path / "cat.jpg", "--quiet")
-    assert run_evaluate(*flags) == 0
-    strip = tmp_path / "images" / "cat.png"
-    whole = strip.read_bytes()
-    Image.new("RGB", (20, 20), "red").save(strip)
-    own = strip.read_bytes()
-    for content in (own, b"no picture", whole[:20], whole[:30] + bytes(12) + whole[42:], whole):
-        strip.write_bytes(content)
-        if content == whole:
-            Image.new("RGB", (20, 20), "green").save(tmp_path / "cat.jpg")
-        assert run_evaluate(*flags) == 2
-        assert "cat.png: would be overwritten" in error_line() and strip.read_bytes() == content
-
-
-def test_own_pictures_are_never_overwritten(trained, tmp_path, run_evaluate, error_line):
-    names = ["wide.jpg", "wide.png", "wide-1.jpg"]
-    paths = [tmp_path / "images" / name for name in names]
-    paths[0].parent.mkdir()
-    for path in paths:
-        Image.new("RGB", (20, 20), "red").save(path)
-    before = [path.read_bytes() for path in paths]
-    flags = ("--ckpt", trained / "best.pt", "--out", tmp_path, "--quiet", "--images")
-    assert run_evaluate(*flags, paths[1]) == 2  # the picture itself
-    assert "would be overwritten" in error_line()
-    assert run_evaluate(*flags, *paths) == 0  # two of one name
-    assert [path.read_bytes() for path in paths] == before
-
-
-@pytest.mark.parametrize("message", ["no such file or folder", "not an image", "no images of yours"])
-def test_bad_picture_is_named(trained, tmp_path, run_evaluate, error_line, message):
-    path = tmp_path / "picture.png"
-    if message == "not an image":
-        path.write_text("no picture")
-    elif message == "no images of yours":
-        path.mkdir()
-    assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path / "out", "--images", path) == 2
-    assert path.name in (line := error_line()) and message in line
-    assert not list(tmp_path.glob("out/images/*"))
