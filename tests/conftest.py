@@ -1,5 +1,7 @@
 """Small real photographs and networks, and ways to run a script in this process as its command line would."""
 
+import csv
+import json
 import os
 import shutil
 import warnings
@@ -148,3 +150,12 @@ def trained(photos, tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(trained):
     return torch.load(trained / "best.pt", weights_only=True)
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))

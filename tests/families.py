@@ -33,9 +33,8 @@ from utils import UserError
 def families_of_both(count):
     """{family: its networks} of `count` families of timm, drawn with a seed, and all of torchvision."""
     known = {family: timm.list_models(module=family) for family in timm.list_modules()}
-    known = sorted(family for family in known if known[family])
-    drawn = sorted(random.Random(0).sample(known, count))
-    found = {family: [f"timm/{name}" for name in timm.list_models(module=family)] for family in drawn}
+    known = {family: [f"timm/{name}" for name in names] for family, names in known.items() if names}
+    found = {family: known[family] for family in sorted(random.Random(0).sample(sorted(known), count))}
     for name in torchvision.models.list_models(module=torchvision.models):
         family = torchvision.models.get_model_builder(name).__module__
         found.setdefault(family, []).append(f"torchvision/{name}")
@@ -49,11 +48,6 @@ def smallest(names):
         with suppress(RuntimeError), torch.device("meta"):  # a tensor without values was asked for one
             sizes[name] = count_parameters(build_network(name))
     return min(sizes, key=sizes.get) if sizes else names[0]
-
-
-def three_of(layers):
-    """A shallow, a middle and a deep one of a list."""
-    return [layers[int(part * len(layers))] for part in (0.1, 0.5, 0.9)]
 
 
 def picture_of(encoder, layer, size=None):
@@ -94,6 +88,11 @@ def square_follows(inverter, image):
     return min(np.corrcoef(centre, place)[0, 1] for centre, place in pairs)
 
 
+def three_layers(network):
+    layers = list(layers_of(network))
+    return [layers[int(part * len(layers))] for part in (0.1, 0.5, 0.9)]
+
+
 def outcome(call, *args):
     """(whether it did what it should, what it gave or the line that it ended in)"""
     try:
@@ -113,7 +112,7 @@ def main():
     results = []
     for family, names in tqdm(families.items(), unit="family", disable=None):
         network = smallest(names)
-        listed, layers = outcome(lambda name: three_of(list(layers_of(name))), network)
+        listed, layers = outcome(three_layers, network)
         for layer in layers if listed else 3 * ["none"]:
             done, result = outcome(picture_of, network, layer) if listed else (False, layers)
             results.append((done, str(result)))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from skimage.metrics import peak_signal_noise_ratio
 
 from flags import parse_evaluate, parse_invert, parse_train
 
@@ -50,11 +51,17 @@ def test_files_of_the_readme_are_there():
     assert named == {Path(path).name for path in REPOSITORY.glob("*.py")}
 
 
-def test_features_that_were_kept_are_decoded(tmp_path, monkeypatch):
-    """As the README does it."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("Encode once, decode later")[1]
+def test_python_of_the_readme(tmp_path, monkeypatch):
+    """The lines under "Use from Python" run as they stand, on the sample."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrained").symlink_to(REPOSITORY / "pretrained")
-    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], found := {})
+    measure, keep = re.findall(r"```python\n(.*?)```", readme.split("### Use from Python")[1], re.S)
+    exec(measure, found := {})
+    assert found["features"].shape == (4, 64, 112, 112)
+    pairs = zip(found["batch"].numpy(), found["output"].clamp(0, 1).detach().numpy(), strict=True)
+    expected = [peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]
+    assert found["values"]["psnr"] == pytest.approx(expected, abs=1e-3)
+    exec(keep, found := {})
     images = found["images"]
     assert images.shape == (4, 3, 224, 224) and 0 <= images.min() < images.max() <= 1

@@ -1,13 +1,12 @@
 """Inversion by optimisation: that it finds the picture, what it reports, and its mistakes."""
 
-import csv
-import json
 import shutil
 
 import numpy as np
 import pytest
 import skimage.data
 import torch
+from conftest import read_csv, read_json
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
@@ -39,12 +38,11 @@ def optimise(run_invert, tmp_path):
 
 
 def content_of(folder):
-    return json.loads((folder / "inversion.json").read_text())
+    return read_json(folder / "inversion.json")
 
 
 def rows_of(folder):
-    with open(folder / "inversion.csv", newline="") as file:
-        return {row["image"]: row for row in csv.DictReader(file)}
+    return {row["image"]: row for row in read_csv(folder / "inversion.csv")}
 
 
 def test_finds_the_picture_from_a_blurred_one_and_from_noise(encoder, pixels):
@@ -111,29 +109,27 @@ def test_from_a_checkpoint(trained, checkpoint, photos, tmp_path, run_invert, en
     assert float(rows_of(tmp_path)["00.jpg"]["inversion_psnr"]) == inversion["psnr"]["mean"]
     with Image.open(tmp_path / "inversion.png") as picture:
         assert picture.height > 500
-    for text, note in (("{}", ""), ("[", "invert again")):
-        (tmp_path / "inversion.json").write_text(text)
-        assert note in results.inversion(tmp_path, metrics)
+    (tmp_path / "inversion.json").write_text("[")
+    assert "invert again" in results.inversion(tmp_path, metrics)
 
 
 def test_results_are_of_a_checkpoint_wherever_it_lies(
     trained, checkpoint, tmp_path, monkeypatch, run_invert, error_line
 ):
-    """By another name, or moved with its folder, it is the same; what is not is refused, and old results."""
+    """Moved with its folder it is the same; another's results are not replaced, old ones not drawn."""
     run = shutil.copytree(trained, tmp_path / "run")
     assert run_invert("--ckpt", run / "best.pt", *FEW) == 0
     moved = run.rename(tmp_path / "moved")
     monkeypatch.chdir(moved)
     assert run_invert("--ckpt", "best.pt", *FEW) == 0
+    assert run_invert("--course", moved, "--out", tmp_path) == 0
     torch.save(checkpoint | {"epoch": 9}, tmp_path / "best.pt")
     shutil.copytree(moved, tmp_path / "results").joinpath("best.pt").unlink()
     assert run_invert("--ckpt", tmp_path / "best.pt", "--out", tmp_path / "results", *FEW) == 2
     assert "is the result of another ckpt" in error_line()
-    assert run_invert("--course", moved, "--out", tmp_path) == 0
     shutil.copy(tmp_path / "best.pt", moved)
     assert run_invert("--course", moved, "--out", tmp_path) == 2
     assert error_line() == f"{moved / 'inversion.json'} is of an earlier best.pt; invert again"
-    assert run_invert("--ckpt", "best.pt", *FEW) == 0
 
 
 def test_courses_are_drawn(trained, tmp_path, run_invert, error_line, figures_of):
@@ -155,7 +151,7 @@ def test_what_has_no_course(tmp_path, run_invert, error_line):
     for message in ("has no inversion.json; invert it first", "not a result of this invert.py"):
         assert run_invert("--course", tmp_path) == 2
         assert message in error_line()
-        (tmp_path / "inversion.json").write_text("[" * 100_000)
+        (tmp_path / "inversion.json").write_text("[")
 
 
 def test_validation_images_to_choose_by(photos, tmp_path, run_invert, monkeypatch):
@@ -183,18 +179,14 @@ def test_from_noise_and_random_weights(photos, tmp_path, optimise, error_line):
     ("flags", "message"),
     [
         (["--layer", "block2", "--ckpt", "best.pt"], "--layer: only with --encoder and without --ckpt"),
-        (["--layer", "block2"], "--layer: only with --encoder"),
         (["--encoder", "vgg16", "--layer", "conv1"], "not a layer of vgg16"),
         (["--encoder", "vgg19"], "--encoder vgg19: not an encoder"),
         (["--encoder", "torchvision/vgg19"], "give a --layer"),
         (["--steps", "0"], "--steps: 0 is not positive"),
         (["--images", "a.jpg"], "--images a.jpg: no such file or folder"),
         (["--images", "a.jpg", "--data", "sample"], "--data: not with --images"),
-        (["--images", "a.jpg", "--split", "test"], "--split: not with --images"),
         (["--images", "a.jpg", "--count", "2"], "--count: not with --images"),
         (["--course", "a", "--images", "a.jpg"], "--images: not with --course"),
-        (["--course", "a", "--encoder", "vgg16"], "--encoder: not with --course"),
-        (["--course", "a", "--tv-weight", "0.1"], "--tv-weight: not with --course"),
     ],
 )
 def test_mistakes(flags, message, run_invert, error_line):
@@ -206,19 +198,16 @@ def test_mistakes(flags, message, run_invert, error_line):
 def test_feature_error_of_one_image_is_relative_to_its_features(own_photos, tmp_path, optimise, kind, capsys):
     first, *others = sorted((own_photos / "test").iterdir())
     for file in others:
-        if kind == "one":
-            file.unlink()
-        else:
-            file.write_bytes(first.read_bytes())
+        file.unlink()
+        if kind != "one":
+            shutil.copy(first, file)
     assert optimise("--data", own_photos) == 0
     assert "relative to ‖φ‖" in capsys.readouterr().out
-    found = content_of(tmp_path)
-    assert "mean_pairwise_distance" not in found
     image = data.center_crops(data.load_split(str(own_photos), "test")[:1])
     encoder = Encoder("alexnet", "conv1")
     features, grey = (encoder(images).double().numpy() for images in (image, invert.noise(image, 0)))
     norm = np.linalg.norm(features.ravel())
-    assert found["feature_norm"] == pytest.approx(norm, rel=1e-5)
+    assert content_of(tmp_path)["feature_norm"] == pytest.approx(norm, rel=1e-5)
     error = np.linalg.norm((grey - features).ravel()) / norm
     assert float(rows_of(tmp_path)["00.jpg"]["start_feature_error"]) == pytest.approx(error, rel=1e-4)
 
@@ -257,9 +246,6 @@ def test_own_pictures(checkpoint, tmp_path, run_invert, error_line, capsys):
     assert float(rows[str(folder / "wide.png")]["start_psnr"]) == pytest.approx(expected, abs=1e-3)
     found = content_of(own)
     assert (found["images"], found["split"], found["start"]) == (2, "own", "tconv")
-    assert not (tmp_path / "inversion.json").exists()
-    assert run_invert(*flags, red) == 2
-    assert "is the result of another" in error_line()
     Image.new("RGB", (30, 50), "blue").save(red)
     assert run_invert(*flags, folder, red) == 2
     assert "is the result of another pictures" in error_line()

@@ -1,7 +1,6 @@
 """The tables, pictures and page that compare runs, made of results that evaluate.py wrote."""
 
 import base64
-import csv
 import hashlib
 import io
 import json
@@ -10,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import read_csv, read_json
 from PIL import Image
 
 import evaluate
@@ -36,41 +36,27 @@ def evaluated(trained, photos, tmp_path_factory):
 def copied(evaluated):
     """Copy the evaluated run to a folder, with changes in its metrics.json, and in `config` there."""
 
-    def copy(folder, config=None, **changes):
+    def copy(folder, config=None, psnr=None, **changes):
         shutil.copytree(evaluated, folder)
-        edit(folder / "metrics.json", config=measured(folder)["config"] | (config or {}), **changes)
+        content = measured(folder) | changes
+        content["config"] |= config or {}
+        if psnr:
+            content["psnr"] = {"mean": psnr, "std": 1.0}
+        (folder / "metrics.json").write_text(json.dumps(content))
 
     return copy
-
-
-@pytest.fixture
-def measured_baselines(evaluated):
-    """Copy baselines.json to a folder, with these means of PSNR and other changes."""
-
-    def copy(folder, psnr, **changes):
-        values = json.loads((evaluated.parent / "baselines.json").read_text())["baselines"]
-        for name, value in psnr.items():
-            values[name]["psnr"]["mean"] = value
-        shutil.copy(evaluated.parent / "baselines.json", folder)
-        edit(folder / "baselines.json", baselines=values, **changes)
-
-    return copy
-
-
-def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def measured(folder):
-    return json.loads((folder / "metrics.json").read_text())
+    return read_json(folder / "metrics.json")
 
 
-def psnr(mean):
-    return {"mean": mean, "std": 1.0}
+def rows_of(folder):
+    return {row["experiment"]: row for row in results.result_rows(folder)}
 
 
 def notes_of(folder):
-    return {row["experiment"]: row["note"] for row in results.result_rows(folder)}
+    return {name: row["note"] for name, row in rows_of(folder).items()}
 
 
 class Page(HTMLParser):
@@ -116,19 +102,17 @@ def reported(evaluated):
 
 def test_experiments_side_by_side(evaluated, reported, photos):
     found, page = measured(evaluated), Page(reported)
-    baselines = json.loads((reported / "baselines.json").read_text())["baselines"]
+    baselines = read_json(reported / "baselines.json")["baselines"]
 
-    with open(reported / "results.csv", newline="") as file:
-        rows = {row["experiment"]: row for row in csv.DictReader(file)}
+    rows = {row["experiment"]: row for row in read_csv(reported / "results.csv")}
     assert list(rows) == [*NAMES, EVIL, *baselines]
     first = rows[NAMES[0]]
-    assert (
-        float(first["psnr"]) == found["psnr"]["mean"] and float(first["lpips_std"]) == found["lpips"]["std"]
-    )
+    assert float(first["psnr"]) == found["psnr"]["mean"]
+    assert float(first["lpips_std"]) == found["lpips"]["std"]
     assert (first["published_psnr"], first["data"], first["seed"]) == ("17.35", photos.name, "42")
-    with open(evaluated / "history.csv", newline="") as file:
-        seconds = [float(row["seconds"]) + float(row["val_seconds"]) for row in csv.DictReader(file)]
-    assert float(first["minutes"]) == pytest.approx(sum(seconds) / 60)
+    epochs = read_csv(evaluated / "history.csv")
+    seconds = sum(float(epoch["seconds"]) + float(epoch["val_seconds"]) for epoch in epochs)
+    assert float(first["minutes"]) == pytest.approx(seconds / 60)
     assert list(first)[-1] == "note" and first["note"].startswith("epochs 2, lr 0.002")
     assert float(rows["mean colour"]["ssim"]) == baselines["mean colour"]["ssim"]["mean"]
     assert rows["mean colour"]["published_psnr"] == rows["mean colour"]["minutes"] == ""
@@ -146,8 +130,8 @@ def test_experiments_side_by_side(evaluated, reported, photos):
 
 def test_bars_and_dashed_lines(evaluated, reported, tmp_path):
     figure = page.draw_results(results.result_rows(reported), tmp_path / "results.png")
+    values = read_json(reported / "baselines.json")["baselines"]
     for axis, metric in zip(figure.axes, METRICS, strict=True):
-        values = json.loads((reported / "baselines.json").read_text())["baselines"]
         lines = [values[name][metric]["mean"] for name in ("constant colour", "mean colour")]
         assert [line.get_xdata()[0] for line in axis.lines] == lines
         found = measured(evaluated)[metric]["mean"]
@@ -170,9 +154,7 @@ def test_test_images_beside_every_reconstruction(photos, reported):
     images = Page(reported).data["images"][:3]  # the fourth is that of the other name
     assert [image["name"] for image in images] == ["00.jpg", "01.jpg", "02.jpg"]
     assert [list(image["runs"]) for image in images] == [[NAMES[0]], [NAMES[0], EVIL], [NAMES[0], EVIL]]
-    with open(reported / NAMES[0] / "per_image.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    for image, row in zip(images, rows, strict=True):
+    for image, row in zip(images, read_csv(reported / NAMES[0] / "per_image.csv"), strict=True):
         with Image.open(photos / "test" / image["name"]) as photo:
             expected = np.asarray(photo)[16:240, 16:240] / 255
         original = decoded(image["original"])
@@ -200,7 +182,7 @@ def test_published_numbers_are_of_the_configuration(copied, tmp_path):
     copied(tmp_path / NAMES[0], {"layer": "block2"})
     copied(tmp_path / "other", {"width": 8})
     shutil.copy(tmp_path / "mine" / "metrics.json", tmp_path)
-    rows = {row["experiment"]: row for row in results.result_rows(tmp_path)}
+    rows = rows_of(tmp_path)
     assert list(rows) == [*NAMES, ".", "mine", "other"]
     assert rows["mine"]["published_psnr"] == rows["."]["published_psnr"] == 17.35
     assert rows[NAMES[0]]["published_psnr"] == 16.89
@@ -219,40 +201,39 @@ def test_notes_say_how_a_run_differs_from_the_study(copied, tmp_path):
 
 
 def test_data_are_named_by_their_folder_if_that_tells_them_apart(copied, tmp_path):
-    for name, source in {"a": "/one/photos", "b": "/x/../one/photos", "c": "sample", "d": "."}.items():
+    def labels():
+        return [row["data"] for row in results.result_rows(tmp_path) if "data" in row]
+
+    for name, source in {"a": "/one/photos", "b": "/x/../one/photos", "c": "sample"}.items():
         copied(tmp_path / name, data=source)
-    labels = [row["data"] for row in results.result_rows(tmp_path) if "data" in row]
-    assert labels == ["photos", "photos", "sample", "."]
-    copied(tmp_path / "e", data="/two/photos")
-    labels = [row["data"] for row in results.result_rows(tmp_path) if "data" in row]
-    assert labels == ["/one/photos", "/x/../one/photos", "sample", ".", "/two/photos"]
+    assert labels() == ["photos", "photos", "sample"]
+    copied(tmp_path / "d", data="/two/photos")
+    assert labels() == ["/one/photos", "/x/../one/photos", "sample", "/two/photos"]
 
 
 @pytest.mark.parametrize("name", ["history.csv", "reconstructions.zip", "per_image.csv", "metrics.json"])
-@pytest.mark.parametrize("content", ["", "[]", "epoch,seconds\n1,soon\n"])
+@pytest.mark.parametrize("content", ["", "epoch,seconds\n1,soon\n"])
 def test_a_damaged_file_is_named_in_its_row(copied, tmp_path, name, content):
-    for run in (NAMES[0], "bad", "good"):
-        copied(tmp_path / run)
-    for run in (NAMES[0], "bad"):
-        (tmp_path / run / name).write_text(content)
-    rows = {row["experiment"]: row for row in results.result_rows(tmp_path)}
-    for run in (NAMES[0], "bad"):
-        assert name in rows[run]["note"] and "again" in rows[run]["note"] and "psnr" not in rows[run]
-    assert "psnr" in rows["good"] and "again" not in rows["good"]["note"]
+    copied(tmp_path / NAMES[0])
+    copied(tmp_path / "good")
+    (tmp_path / NAMES[0] / name).write_text(content)
+    rows = rows_of(tmp_path)
+    bad, good = rows[NAMES[0]], rows["good"]
+    assert name in bad["note"] and "again" in bad["note"] and "psnr" not in bad
+    assert "psnr" in good and "again" not in good["note"]
 
 
 def test_results_of_an_earlier_best_are_named_and_not_shown(copied, tmp_path):
     """In their row, or of an inversion in its note; what belongs to the best.pt there, or to none, stays."""
-    digest = hashlib.sha256(b"decoder").hexdigest()
-    of = {"ckpt": "best.pt", "ckpt_sha256": digest}
-    for name, content in (("old", "better"), ("same", "decoder"), ("gone", ""), ("seeds/seed1", "better")):
+    of = {"ckpt": "best.pt", "ckpt_sha256": hashlib.sha256(b"decoder").hexdigest()}
+    for name, content in (("old", "better"), ("same", "decoder"), ("seeds/seed1", "better")):
         copied(tmp_path / name, **of)
         (tmp_path / name / "best.pt").write_text(content)
-        if not content:
-            (tmp_path / name / "best.pt").unlink()
+    copied(tmp_path / "gone", **of)
+    (tmp_path / "gone" / "best.pt").unlink()
     copied(tmp_path / "inverted")
-    (tmp_path / "inverted" / "inversion.json").write_text(json.dumps(of | {"ckpt_sha256": "another"}))
-    rows = {row["experiment"]: row for row in results.result_rows(tmp_path)}
+    (tmp_path / "inverted" / "inversion.json").write_text(json.dumps(of))
+    rows = rows_of(tmp_path)
     again = "is of an earlier best.pt; evaluate again"
     assert rows["old"]["note"] == f"old/metrics.json {again}"
     assert rows["seeds"]["note"] == f"seeds/seed1/metrics.json {again}"
@@ -265,7 +246,7 @@ def test_results_of_an_earlier_best_are_named_and_not_shown(copied, tmp_path):
 
 def test_seeds_are_one_row_with_their_std(copied, tmp_path):
     for seed, mean in ((2, 21.0), (10, 24.0)):
-        copied(tmp_path / NAMES[0] / f"seed{seed}", {"seed": seed, "device": f"cuda:{seed}"}, psnr=psnr(mean))
+        copied(tmp_path / NAMES[0] / f"seed{seed}", {"seed": seed, "device": f"cuda:{seed}"}, psnr=mean)
     for seed, file in ((3, "error.txt"), (4, "last.pt")):
         (tmp_path / NAMES[0] / f"seed{seed}").mkdir()
         (tmp_path / NAMES[0] / f"seed{seed}" / file).write_text("error: no memory")
@@ -297,29 +278,32 @@ def test_seeds_are_of_the_same_configuration_and_images(copied, evaluated, tmp_p
 # --- Baselines -------------------------------------------------------------------------------------------
 
 
-def test_what_is_below_a_baseline_says_so(copied, measured_baselines, evaluated, tmp_path):
+def test_what_is_below_a_baseline_says_so(copied, evaluated, tmp_path):
     """On the same data, by whatever name, by the same protocol, at the same size."""
     data = measured(evaluated)["data"]
-    copied(tmp_path / "high", psnr=psnr(22.0))
-    copied(tmp_path / "low", psnr=psnr(20.0), data=f"{data}/../{data.rpartition('/')[2]}")
-    copied(tmp_path / "data", psnr=psnr(20.0), data="/b/photos")
-    copied(tmp_path / "protocol", psnr=psnr(20.0), protocol="published")
-    copied(tmp_path / "size", psnr=psnr(20.0), size=96)
-    copied(tmp_path / "deeper", psnr=psnr(23.5), shape=[128, 56, 56])
-    limits = {"constant colour": 40.0, "mean colour": 21.0, "thumbnail 112 × 112": 5.0}
-    measured_baselines(tmp_path, limits | {"thumbnail 56 × 56": 24.0})
+    copied(tmp_path / "high", psnr=22.0)
+    copied(tmp_path / "low", psnr=20.0, data=f"{data}/../{data.rpartition('/')[2]}")
+    copied(tmp_path / "data", psnr=20.0, data="/b/photos")
+    copied(tmp_path / "protocol", psnr=20.0, protocol="published")
+    copied(tmp_path / "size", psnr=20.0, size=96)
+    copied(tmp_path / "deeper", psnr=23.5, shape=[128, 56, 56])
+    content = read_json(evaluated.parent / "baselines.json")
+    limits = {"constant colour": 40, "mean colour": 21, "thumbnail 112 × 112": 5, "thumbnail 56 × 56": 24}
+    for name, limit in limits.items():
+        content["baselines"][name]["psnr"]["mean"] = limit
+    (tmp_path / "baselines.json").write_text(json.dumps(content))
     notes = notes_of(tmp_path)
     assert notes["low"].endswith("; below mean colour")
     assert notes["deeper"].endswith("; below thumbnail 56 × 56")
     assert not any("below" in notes[name] for name in ("high", "data", "protocol", "size"))
     assert notes["mean colour"] == "baseline, no features"
-    measured_baselines(tmp_path, limits, protocol="published")
+    (tmp_path / "baselines.json").write_text(json.dumps(content | {"protocol": "published"}))
     notes = notes_of(tmp_path)
     assert "below" not in notes["low"] and notes["protocol"].endswith("; below mean colour")
     assert notes["mean colour"] == "baseline, no features; protocol published"
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"protocol": "mine", "data": "sample"}'])
+@pytest.mark.parametrize("content", ["", '{"protocol": "mine", "data": "sample"}'])
 def test_damaged_baselines_are_one_row_that_says_so(copied, tmp_path, content):
     copied(tmp_path / NAMES[0])
     (tmp_path / "baselines.json").write_text(content)
