@@ -130,11 +130,9 @@ def test_other_images_are_refused(tmp_path, run_evaluate, error_line, change, me
     assert message in error_line() and not (tmp_path / "out").exists()
 
 
-def test_mistakes(tmp_path, run_evaluate, error_line):
-    assert run_evaluate("--compare", tmp_path) == 2
-    assert "takes two runs or more" in error_line()
-    assert run_evaluate("--compare", tmp_path, tmp_path) == 2
-    assert "has no metrics.json; evaluate it first" in error_line()
+def test_mistakes(tmp_path, run_evaluate, error_line, refused):
+    assert "takes two runs or more" in refused(run_evaluate, "--compare", tmp_path)
+    assert "has no metrics.json; evaluate it first" in refused(run_evaluate, "--compare", tmp_path, tmp_path)
     good = write_run(tmp_path / "good", [20, 30])
     bad = write_run(tmp_path / "bad", [20, 30])
     for name, text in (("metrics.json", "["), ("per_image.csv", "image\na")):
