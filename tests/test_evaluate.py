@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pickle
 import shutil
 import sys
 import warnings
@@ -413,26 +412,12 @@ class Evil:
         return (open, ("owned", "w"))
 
 
-BAD = {  # what is in the file: bytes made of those of a checkpoint, or an object to save
-    "truncated": lambda good: good[:5000],
-    "flipped": lambda good: good[:70_000] + bytes([good[70_000] ^ 1]) + good[70_001:],
-    "text": lambda good: b"best.pt",
-    "pickle": lambda good: pickle.dumps(Evil()),
-    "evil": lambda good: {"decoder": Evil()},
-    "other": lambda good: [1, 2],
-    "no keys": lambda good: {"model": torch.zeros(2)},
-}
-
-
-@pytest.mark.parametrize("kind", ["missing", *BAD])
-def test_bad_checkpoint(kind, trained, tmp_path, monkeypatch, run_evaluate, refused):
+@pytest.mark.parametrize("content", [None, {"decoder": Evil()}, [1, 2], {"model": torch.zeros(2)}])
+def test_bad_checkpoint(content, tmp_path, monkeypatch, run_evaluate, refused):
+    """Missing, with code that would run, or another program's."""
     monkeypatch.chdir(tmp_path)
-    if kind != "missing":
-        content = BAD[kind]((trained / "best.pt").read_bytes())
-        if isinstance(content, bytes):
-            (tmp_path / "bad.pt").write_bytes(content)
-        else:
-            torch.save(content, "bad.pt")
+    if content:
+        torch.save(content, "bad.pt")
     assert "bad.pt: " in refused(run_evaluate, "--ckpt", "bad.pt")
     assert not (tmp_path / "owned").exists()
 
