@@ -123,21 +123,23 @@ def test_runs_that_are_the_same(draws, seeds):
         ({"images": ["1.png", "0.png"]}, "the images in"),
     ],
 )
-def test_other_images_are_refused(tmp_path, run_evaluate, error_line, change, message):
+def test_other_images_are_refused(tmp_path, run_evaluate, refused, change, message):
     a = write_run(tmp_path / "a", [20, 30])
     b = write_run(tmp_path / "b", [20, 30], **change)
-    assert run_evaluate("--compare", a, b, "--out", tmp_path / "out") == 2
-    assert message in error_line() and not (tmp_path / "out").exists()
+    assert message in refused(run_evaluate, "--compare", a, b, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
-def test_mistakes(tmp_path, run_evaluate, error_line, refused):
+def test_mistakes(tmp_path, run_evaluate, refused):
     assert "takes two runs or more" in refused(run_evaluate, "--compare", tmp_path)
     assert "has no metrics.json; evaluate it first" in refused(run_evaluate, "--compare", tmp_path, tmp_path)
     good = write_run(tmp_path / "good", [20, 30])
-    bad = write_run(tmp_path / "bad", [20, 30])
+    old = write_run(tmp_path / "old", [20, 30], ckpt="best.pt", ckpt_sha256="0")
+    (old / "best.pt").touch()
+    line = refused(run_evaluate, "--compare", good, old)
+    assert line == f"{old / 'metrics.json'} is of an earlier best.pt; evaluate again"
     for name, text in (("metrics.json", "["), ("per_image.csv", "image\na")):
-        before = (bad / name).read_text()
+        bad = write_run(tmp_path / f"bad {name}", [20, 30])
         (bad / name).write_text(text)
-        assert run_evaluate("--compare", good, bad, "--out", tmp_path / "out") == 2
-        assert "bad: not results of this program" in error_line()
-        (bad / name).write_text(before)
+        line = refused(run_evaluate, "--compare", good, bad, "--out", tmp_path / "out")
+        assert f"{bad}: not results of this program" in line

@@ -22,7 +22,7 @@ import evaluate
 import metrics
 import train
 from models import load_inverter
-from report import baselines, compare, inversion, page, pictures
+from report import compare, inversion, page, pictures
 from utils import METRICS
 
 
@@ -151,16 +151,12 @@ def test_more_processes_than_test_images(trained, tmp_path, run_evaluate, error_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["--ckpt", "--baselines"])
 def test_a_folder_that_cannot_be_written_is_an_error_before_the_work(
-    kind, trained, photos, tmp_path, run_evaluate, error_line, monkeypatch
+    trained, tmp_path, measure, refused, monkeypatch
 ):
     monkeypatch.setattr(evaluate, "evaluate_model", None)
-    monkeypatch.setattr(baselines, "measure_baselines", None)
     (tmp_path / "file").touch()
-    more = {"--ckpt": [trained / "best.pt"], "--baselines": ["--data", photos]}[kind]
-    assert run_evaluate(kind, *more, "--out", tmp_path / "file" / "out", "--quiet") == 2
-    assert "cannot write there" in error_line()
+    assert "cannot write there" in refused(measure, trained / "best.pt", "--out", tmp_path / "file" / "out")
 
 
 def test_pictures_are_from_worst_to_best_above_five_times_the_difference(monkeypatch, tmp_path):
@@ -268,24 +264,6 @@ def test_a_better_epoch_removes_the_results_of_the_one_before(photos, tmp_path, 
     monkeypatch.setattr(train, "save_last", evaluated)
     assert run_train("--data", photos, "--out", tmp_path, "--epochs", 3, *SHORT) == 0
     assert there == [(False, False), (False, False), (True, True)]  # the second epoch is the best
-
-
-def test_a_checkpoint_that_is_replaced_while_it_is_measured(
-    trained, checkpoint, tmp_path, monkeypatch, measure, run_evaluate, error_line
-):
-    run = shutil.copytree(trained, tmp_path / "run")
-
-    def replaced(*_):
-        torch.save(checkpoint | {"epoch": 9}, run / "best.pt")
-        return 1.0
-
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "time_inference", replaced)
-        assert measure(run / "best.pt") == 0
-    assert run_evaluate("--compare", run, run, "--out", tmp_path) == 2
-    assert error_line() == f"{run / 'metrics.json'} is of an earlier best.pt; evaluate again"
-    assert measure(run / "best.pt") == 0
-    assert run_evaluate("--compare", run, run, "--out", tmp_path) == 0
 
 
 # --- what it must not replace ----------------------------------------------------------------------------
