@@ -138,6 +138,17 @@ def error_line(capsys):
     return read
 
 
+@pytest.fixture
+def refused(error_line):
+    """Run a script that must end with status 2: its one line, without `error: `."""
+
+    def call(run, *flags):
+        assert run(*flags) == 2
+        return error_line()
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def trained(photos, tmp_path_factory):
     """The folder of a short real training on `photos`; not to be changed."""

@@ -5,6 +5,7 @@ clear error or give the right result, never a traceback, a hang or a wrong resul
 """
 
 import argparse
+import copy
 import random
 import shutil
 import signal
@@ -32,20 +33,14 @@ YAML = "encoder: vgg16\nlayer: block1\ndecoder: tconv\nepochs: 30\nlr: 1e-4\nmse
 
 
 def mutate(content, draw):
-    """`content`, bytes, with a bit flipped, a part cut out, doubled, zeroed or noised, or the end cut off."""
+    """`content`, bytes, with parts flipped, cut out, doubled, zeroed or noised."""
     content = bytearray(content)
     for _ in range(draw.choice((1, 1, 1, 2, 5))):
         start = draw.randrange(len(content) or 1)
-        part = slice(start, start + draw.choice((1, 4, 64, 1024)))
-        kind = draw.choice(("flip", "flip", "cut", "double", "zero", "noise", "end"))
-        if kind == "flip":
-            content[start : start + 1] = bytes(byte ^ 1 << draw.randrange(8) for byte in content[start:][:1])
-        elif kind == "end":
-            del content[start:]
-        else:
-            length = len(content[part])
-            changed = {"cut": b"", "double": 2 * content[part], "zero": bytes(length)}
-            content[part] = changed.get(kind, draw.randbytes(length))
+        part = slice(start, draw.choice((start + 1, start + 4, start + 64, start + 1024, None)))
+        old = content[part]
+        flipped = bytes(byte ^ 1 << draw.randrange(8) for byte in old)
+        content[part] = draw.choice((flipped, b"", 2 * old, bytes(len(old)), draw.randbytes(len(old))))
     return bytes(content)
 
 
@@ -66,9 +61,7 @@ class Fuzzer:
         checkpoint.save_best(self.training)
         checkpoint.save_last(self.training)
         self.good = {name: (self.folder / name).read_bytes() for name in ("best.pt", "last.pt")}
-        self.weights = {
-            key: value.clone() for key, value in self.training.inverter.decoder.state_dict().items()
-        }
+        self.weights = copy.deepcopy(self.training.inverter.decoder.state_dict())
 
     def same_weights(self, decoder):
         return all(torch.equal(value, self.weights[key]) for key, value in decoder.state_dict().items())
@@ -91,8 +84,8 @@ class Fuzzer:
     def last(self, draw):
         (self.folder / "last.pt").write_bytes(mutate(self.good["last.pt"], draw))
         checkpoint.resume(self.training)
-        same = self.same_weights(self.training.inverter.decoder) and self.training.epoch == 1
-        assert same, "a wrong state was accepted"
+        assert self.same_weights(self.training.inverter.decoder), "wrong weights were accepted"
+        assert self.training.epoch == 1
 
     def config(self, draw):
         (self.folder / "bad.yaml").write_bytes(content := mutate(YAML.encode(), draw))
@@ -128,7 +121,7 @@ def check(count, seed=0):
         fuzzer = Fuzzer(folder)
         tries = [fuzzer.image, fuzzer.checkpoint, fuzzer.last, fuzzer.config, fuzzer.cache]
         for number in range(count):
-            state, kind = draw.getstate(), tries[number % len(tries)]
+            kind = tries[number % len(tries)]
             signal.alarm(30)
             try:
                 kind(draw)
@@ -136,8 +129,7 @@ def check(count, seed=0):
                 refused += 1
             except BaseException as error:
                 wrong += 1
-                (saved := Path(f"fuzz-{kind.__name__}-{number}.txt")).write_text(f"{error!r}\n{state}")
-                print(f"{number}: {kind.__name__}: {type(error).__name__}: {error}; see {saved}", flush=True)
+                print(f"{number}: {kind.__name__}: {error!r}", flush=True)
             finally:
                 signal.alarm(0)
     print(f"{count} mutated inputs: {refused} refused, {count - refused - wrong} right, {wrong} wrong")
