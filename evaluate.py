@@ -203,10 +203,7 @@ def concatenate(parts):
 
 
 def write_evaluation(found, inverter, checkpoint, about, out):
-    """Print the table of an Evaluation and write its files to the folder `out`.
-
-    about: more entries of metrics.json. Pictures need report/.
-    """
+    """Print the table of an Evaluation and write its files to `out`; about: more entries of metrics.json."""
     config, values = checkpoint["config"], found.values
     protocol = PROTOCOLS[config["protocol"]]
     metrics = {name: summary(values[name]) for name in METRICS}

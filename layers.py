@@ -62,10 +62,7 @@ def trace(net, images, look=lambda output: output):
 
 
 def on_meta_or_cpu(inspect, name, build, size, devices=("meta", "cpu")):
-    """inspect(net, images) of build()'s network and two size×size images, if possible without computing.
-
-    Raises UserError if the network `name` refuses the images.
-    """
+    """inspect(build(), two size×size images), if possible on meta. UserError if `name` refuses them."""
     for device in devices:
         try:
             with torch.device(device):
@@ -300,10 +297,7 @@ def resize_by_products(x, size):
 
 
 class Trunk(nn.Module):
-    """A network up to the layers at `paths`: normalised images → maps (B, C, H, W), of several layers a list.
-
-    Call find_layouts first.
-    """
+    """A network up to `paths`, after find_layouts: normalised images → a map (B, C, H, W), or a list."""
 
     def __init__(self, net, paths):
         super().__init__()

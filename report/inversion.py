@@ -11,10 +11,7 @@ from utils import METRICS_AND_FEATURE_ERROR, write_csv
 
 
 def write_inversion(pictures, values, names, about, out):
-    """Print the table of `invert_images` and write its files to the folder `out`.
-
-    about: more entries of inversion.json.
-    """
+    """Print the table of `invert_images`, write its files to `out`; about: more entries of inversion.json."""
     labels = {"start": about["start"], "inversion": "inversion"}
     metrics, columns = {}, {"image": names}
     print(f"{'':<16}" + "".join(f"{label:>20}" for label in METRICS_AND_FEATURE_ERROR.values()))
