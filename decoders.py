@@ -131,13 +131,12 @@ class ColorEnhancement(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm = nn.InstanceNorm2d(channels)
         self.transform = nn.Conv2d(channels, channels, 1)
         self.gain = nn.Parameter(torch.full((channels, 1, 1), 0.1))
 
     def forward(self, x):
         # A residual, since the norm removes the image's own mean colour. At a gain of 0 nothing would train.
-        return x + self.gain * self.transform(self.norm(x))
+        return x + self.gain * self.transform(F.instance_norm(x))
 
 
 class ImageHead(nn.Module):
@@ -252,8 +251,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x):
         map_size = x.shape[2:]
-        x = x + self.position(x)
-        x = x.flatten(2).transpose(1, 2)  # (B, H·W, width)
+        x = (x + self.position(x)).flatten(2).transpose(1, 2)  # (B, H·W, width)
         x = x + self.attention(x)
         x = x + self.mlp(x)
         return x.transpose(1, 2).unflatten(2, map_size)
@@ -336,13 +334,12 @@ class PixelShuffleHead(nn.Module):
     def __init__(self, channels, steps, shade=0.0):
         super().__init__()
         self.layers = nn.Sequential()
-        scale = 2 if steps else 1  # 1: each pixel has its own position
-        for step in range(1, max(steps, 1) + 1):
-            out = max(channels // 2, 32) if step < steps else 3
-            self.layers.extend([nn.Conv2d(channels, scale**2 * out, 3, padding=1), nn.PixelShuffle(scale)])
-            if step < steps:
-                self.layers.append(nn.GELU())
+        for _ in range(steps - 1):
+            out = max(channels // 2, 32)
+            self.layers.extend([nn.Conv2d(channels, 4 * out, 3, padding=1), nn.PixelShuffle(2), nn.GELU()])
             channels = out
+        scale = 2 if steps else 1  # 1: each pixel has its own position
+        self.layers.extend([nn.Conv2d(channels, scale**2 * 3, 3, padding=1), nn.PixelShuffle(scale)])
         nn.init.constant_(self.last.bias, shade / GAIN)
 
     @property

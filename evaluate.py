@@ -76,7 +76,7 @@ def evaluate(args):
     with processes(select_device(args.device)) as (rank, world, device):
         bars = disable_bars(args, rank)
         if not (args.baselines or args.images):
-            evaluate_checkpoint(args, rank, world, device)
+            evaluate_checkpoint(args, bars, rank, world, device)
         elif args.baselines and rank == 0:
             from report.baselines import write_baselines
 
@@ -100,9 +100,8 @@ def open_checkpoint(args, device):
     return inverter.to(device), checkpoint, sha256
 
 
-def evaluate_checkpoint(args, rank, world, device):
+def evaluate_checkpoint(args, bars, rank, world, device):
     """Measure a checkpoint on the test images in `world` processes; the first writes the results."""
-    bars = disable_bars(args, rank)
     inverter, checkpoint, sha256 = open_checkpoint(args, device)
     config = checkpoint["config"]
     protocol = PROTOCOLS[config["protocol"]]
@@ -118,12 +117,11 @@ def evaluate_checkpoint(args, rank, world, device):
     refuse_other_results(out, RESULTS, about)
     if rank == 0:
         make_folder(out)  # or an error, before anything is computed
-    scale = None
+    options = {"bars": bars, "protocol": protocol, "pictures": PICTURES // world}
     if iterations:
-        divisor, scale = feature_scale(inverter.encoder, images)
-        about[divisor] = scale
+        divisor, options["scale"] = feature_scale(inverter.encoder, images)
+        about[divisor] = options["scale"]
     part = data.subset(images, np.array_split(np.arange(len(images)), world)[rank])
-    options = {"bars": bars, "protocol": protocol, "scale": scale, "pictures": PICTURES // world}
     found = evaluate_model(inverter, part, args.batch_size, **options)
     if world > 1:
         found = gather(found)
