@@ -99,6 +99,14 @@ def resume(training):
     return True
 
 
+def timed_flags(out):
+    """The flags of the run in the folder `out` that --minutes decided by the time; {} without a run."""
+    path = Path(out, "last.pt")
+    with reading(f"{path}: not the last.pt of such a run", "give another --out, or --overwrite", MALFORMED):
+        about = load(path)["about"] if path.exists() else {}
+        return {flag: about[flag] for flag in ("steps", "kept_crops") if flag in about}
+
+
 def check_same_run(about, guard, out):
     """Raise UserError unless last.pt's values `about` are this run's, `guard`."""
     for key, value in guard.items():

@@ -142,7 +142,9 @@ def layers_of(encoder, input_size=None, check=True):
     """inspect_layers for an encoder by name. Raises UserError if there is no layer."""
     name = ENCODERS.get(encoder, encoder)
     size = input_size or pretrained_input_config(name)["input_size"]
-    layers = inspect_layers(name, partial(build_network, name, size), size, check)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(42)  # random weights decide which outputs follow the image
+        layers = inspect_layers(name, partial(build_network, name, size), size, check)
     if not layers:
         raise UserError(f"--encoder {encoder}: no module in it runs once and gives feature maps")
     return layers

@@ -3,6 +3,7 @@
   python evaluate.py --ckpt runs/best.pt
   python evaluate.py --ckpt runs/best.pt --data FOLDER --out results
   python evaluate.py --ckpt pretrained/vgg16_block1.pt --images holiday.jpg  your own pictures, or folders
+  python evaluate.py --ckpt pretrained/vgg16_block?.pt --images holiday.jpg  by several decoders, side by side
   python evaluate.py --baselines --data FOLDER                               what needs no features
   python evaluate.py --report runs                                           the experiments, side by side
   python evaluate.py --compare runs/a runs/b                                 whether b is better
@@ -30,7 +31,17 @@ from tqdm import tqdm
 
 import data
 from checkpoint import RESULTS, refuse_other_results, write_result
-from metrics import LPIPS, feature_error, feature_scale, measure, summary, summary_table, target
+from metrics import (
+    LPIPS,
+    feature_error,
+    feature_scale,
+    measure,
+    scale_of,
+    summary,
+    summary_table,
+    target,
+    thumbnail,
+)
 from models import count_parameters, load_inverter
 from utils import (
     DOCUMENTED,
@@ -50,16 +61,25 @@ from utils import (
 )
 
 SSIM_WAITS = 16  # batches at most whose SSIM a GPU does not wait for
+SCALED = 100  # images whose features give the scale of feature errors; more change little
 PICTURES = 1000  # at most, of all images, are kept to be drawn: 300 MB
 
 
 class Evaluation(NamedTuple):
     """What evaluate_model measured, image by image."""
 
-    values: dict  # {"psnr" (dB), "ssim", "lpips": (N,)}
-    iterates: list  # the same with "feature_error" after each iteration; empty without iterations
+    iterates: (
+        list  # {"psnr" (dB), "ssim", "lpips", "feature_error": (N,)} after each iteration, or of the one
+    )
+    baselines: dict  # {"mean_colour", "thumbnail": the same without "feature_error"}
     pictures: dict  # {number of an image: [target, reconstruction], uint8 (H, W, 3)}
+    features: torch.Tensor | None = None  # of the first images, (SCALED, C, H, W)
     names: list = ()  # of the images
+
+    @property
+    def values(self):
+        """After the last iteration."""
+        return self.iterates[-1]
 
 
 def evaluate(args):
@@ -67,7 +87,7 @@ def evaluate(args):
     if args.report:
         from report.page import write_report
 
-        return write_report(args.report)
+        return print(write_report(args.report))
     if args.compare:
         from report.compare import compare
 
@@ -82,27 +102,32 @@ def evaluate(args):
 
             write_baselines(args, device, bars)
         elif rank == 0:
-            from extras.own_pictures import reconstruct_pictures
+            from extras.own_pictures import picture_files, reconstruct_pictures
 
-            inverter, checkpoint, _ = open_checkpoint(args, device)
-            reconstruct_pictures(args, inverter, checkpoint["config"], bars)
+            picture_files(args.images)  # or an error, before any checkpoint is loaded
+            opened = []
+            for path in args.ckpts:
+                inverter, checkpoint, _ = open_checkpoint(args, path, device)
+                name = Path(path).parent.resolve().name if Path(path).stem == "best" else Path(path).stem
+                opened.append((name, inverter, checkpoint["config"]))
+            reconstruct_pictures(args, opened, bars)
 
 
-def open_checkpoint(args, device):
-    """The inverter of --ckpt, with its --iterations, the checkpoint, and the SHA-256 of the file."""
-    sha256 = digest(args.ckpt)  # first: a training may replace it meanwhile
-    inverter, checkpoint = load_inverter(args.ckpt, args.encoder, args.weights, args.trust_code)
+def open_checkpoint(args, path, device):
+    """The inverter of a best.pt, with --iterations, the checkpoint, and the SHA-256 of the file."""
+    sha256 = digest(path)  # first: a training may replace it meanwhile
+    inverter, checkpoint = load_inverter(path, args.encoder, args.weights, args.trust_code)
     if args.iterations:
         if not hasattr(inverter.base_decoder, "iterations"):
             name = checkpoint["config"]["decoder"]
-            raise UserError(f"--iterations: the {name} decoder of {args.ckpt} does not iterate")
+            raise UserError(f"--iterations: the {name} decoder of {path} does not iterate")
         inverter.base_decoder.iterations = args.iterations
     return inverter.to(device), checkpoint, sha256
 
 
 def evaluate_checkpoint(args, bars, rank, world, device):
     """Measure a checkpoint on the test images in `world` processes; the first writes the results."""
-    inverter, checkpoint, sha256 = open_checkpoint(args, device)
+    inverter, checkpoint, sha256 = open_checkpoint(args, args.ckpt, device)
     config = checkpoint["config"]
     protocol = PROTOCOLS[config["protocol"]]
     source, out = data.of_checkpoint(args.data, config["data"], args.ckpt)
@@ -117,14 +142,17 @@ def evaluate_checkpoint(args, bars, rank, world, device):
     refuse_other_results(out, RESULTS, about)
     if rank == 0:
         make_folder(out)  # or an error, before anything is computed
-    options = {"bars": bars, "protocol": protocol, "pictures": PICTURES // world}
-    if iterations:
-        divisor, options["scale"] = feature_scale(inverter.encoder, images)
-        about[divisor] = options["scale"]
     part = data.subset(images, np.array_split(np.arange(len(images)), world)[rank])
+    options = {"bars": bars, "protocol": protocol, "pictures": PICTURES // world}
     found = evaluate_model(inverter, part, args.batch_size, **options)
     if world > 1:
-        found = gather(found)
+        found = gather(found._replace(features=None))
+        divisor, scale = feature_scale(inverter.encoder, images)
+    else:
+        divisor, scale = scale_of(found.features)
+    about[divisor] = scale
+    for values in found.iterates:
+        values["feature_error"] /= scale
     if rank == 0:
         about |= {"ckpt": args.ckpt, "inference_ms": time_inference(inverter, images)}
         write_evaluation(found._replace(names=images.names), inverter, checkpoint, about, out)
@@ -134,43 +162,42 @@ def evaluate_checkpoint(args, bars, rank, world, device):
 
 
 @torch.no_grad()
-def evaluate_model(
-    inverter, images, batch_size=4, *, bars=None, protocol=DOCUMENTED, scale=None, pictures=PICTURES
-):
-    """Reconstruct and measure the centres of `images`, at the inverter's size: an Evaluation.
+def evaluate_model(inverter, images, batch_size=4, *, bars=None, protocol=DOCUMENTED, pictures=PICTURES):
+    """Reconstruct and measure the centres of `images`, at the inverter's size.
 
-    images: data.Images, read a batch at a time, or uint8 (N, 256, 256, 3).
-    scale: divides feature errors; if given, each iteration is measured.
-    pictures: number of images whose pixels are kept, evenly spaced.
+    images: data.Images, read a batch at a time, or uint8 (N, 256, 256, 3). pictures: number of images whose
+    pixels are kept, evenly spaced. Returns an Evaluation, whose feature errors are not divided yet.
     """
     lpips = LPIPS().to(inverter.device)
     most = 1 if inverter.device.type == "cpu" else SSIM_WAITS
     kept = dict.fromkeys(evenly_spaced(len(images), pictures))
-    measured = []  # the metrics of each batch after each iteration
+    measured, features_of_first = [], []  # of each batch, a list: of the iterates and the two baselines
     inverter.eval()
     with tqdm(None, "Evaluating", len(images), unit="image", disable=bars) as bar:
         for first in range(0, len(images), batch_size):
             batch = data.center_crops(images[first : first + batch_size], inverter.size).to(inverter.device)
             features = inverter.encode(batch)
+            features_of_first += features[: max(SCALED - first, 0)]
             wanted = target(batch, protocol).clamp(0, 1)
-            iterates = inverter.decode_all(features) if scale else [inverter.decode(features)]
-            for image in iterates:
-                output = image.clamp(0, 1)
-                values = measure(output, wanted, lpips, protocol)
-                if scale:
-                    error = feature_error(inverter.reencode, image, features, scale)
-                    values["feature_error"] = error.tolist()
-                measured.append(values)
-                if len(measured) >= most:
-                    measured[-most]["ssim"] = list(measured[-most]["ssim"])  # waits for the CPU
-            pairs = zip(data.to_pixels(wanted), data.to_pixels(output), strict=True)
+            iterates = inverter.decode_all(features)
+            colour = wanted.mean((2, 3), keepdim=True).expand_as(wanted)
+            baselines = colour, thumbnail(wanted, inverter.shape[1:])
+            outputs = [image.clamp(0, 1) for image in iterates]
+            seen = lpips.features(wanted)
+            found = [measure(image, wanted, lpips, protocol, seen) for image in (*outputs, *baselines)]
+            for values, image in zip(found[:-2], iterates, strict=True):
+                values["feature_error"] = feature_error(inverter.reencode, image, features, 1).tolist()
+            measured.append(found)
+            for values in measured[-most] if len(measured) >= most else ():
+                values["ssim"] = list(values["ssim"])  # waits for the CPU
+            pairs = zip(data.to_pixels(wanted), data.to_pixels(outputs[-1]), strict=True)
             for number, pair in enumerate(pairs, first):
                 if number in kept:
                     kept[number] = [pixels.clone() for pixels in pair]  # without the rest of the batch
             bar.update(len(batch))
-    iterates = [concatenate(measured[i :: len(iterates)]) for i in range(len(iterates))]
-    values = {name: iterates[-1][name] for name in METRICS}
-    return Evaluation(values, iterates if scale else [], kept)
+    *iterates, colour, small = [concatenate(parts) for parts in zip(*measured, strict=True)]
+    without = {"mean_colour": colour, "thumbnail": small}
+    return Evaluation(iterates, without, kept, torch.stack(features_of_first))
 
 
 @torch.no_grad()
@@ -190,7 +217,8 @@ def gather(found):
         pictures |= {first + number: pair for number, pair in part.pictures.items()}
         first += len(part.values["psnr"])
     iterates = [concatenate(same) for same in zip(*(part.iterates for part in parts), strict=True)]
-    return Evaluation(concatenate([part.values for part in parts]), iterates, pictures)
+    baselines = {kind: concatenate([part.baselines[kind] for part in parts]) for kind in found.baselines}
+    return Evaluation(iterates, baselines, pictures)
 
 
 def concatenate(parts):
@@ -204,16 +232,19 @@ def write_evaluation(found, inverter, checkpoint, about, out):
     """Print the table of an Evaluation and write its files to `out`; about: more entries of metrics.json."""
     config, values = checkpoint["config"], found.values
     protocol = PROTOCOLS[config["protocol"]]
-    metrics = {name: summary(values[name]) for name in METRICS}
+    metrics = {name: summary(values[name]) for name in METRICS_AND_FEATURE_ERROR}
+    baselines = {
+        kind: {name: summary(part[name]) for name in METRICS} for kind, part in found.baselines.items()
+    }
     about = metrics | about | {"images": len(found.names), "parameters": count_parameters(inverter.decoder)}
     about |= {"protocol": protocol.name, "weights": config["weights"], "epoch": checkpoint["epoch"]}
-    about |= {"shape": list(inverter.shape), "size": inverter.size}
-    if found.iterates:
+    about |= {"shape": list(inverter.shape), "size": inverter.size, "baselines": baselines}
+    if len(found.iterates) > 1:
         labels = METRICS_AND_FEATURE_ERROR
         about["iterates"] = [{name: summary(after[name]) for name in labels} for after in found.iterates]
     (out / "metrics.json").unlink(missing_ok=True)
-    rows = zip(found.names, *(values[name].tolist() for name in METRICS), strict=True)
-    write_csv(out / "per_image.csv", ("image", *METRICS), rows)
+    rows = zip(found.names, *(values[name].tolist() for name in METRICS_AND_FEATURE_ERROR), strict=True)
+    write_csv(out / "per_image.csv", ("image", *METRICS_AND_FEATURE_ERROR), rows)
     if find_spec("report"):
         from report.pictures import draw_evaluation
 
@@ -230,7 +261,12 @@ def write_evaluation(found, inverter, checkpoint, about, out):
         f"{checkpoint['epoch']}, protocol {protocol.name}; {len(found.names)} test images of {about['data']}"
     )
     print(summary_table(metrics))
-    for number, after in enumerate(found.iterates):
+    for kind, label in (("mean_colour", "mean colour"), ("thumbnail", "thumbnail {1}×{2}")):
+        means = [f"{METRICS[name]} {part['mean']:.4f}" for name, part in baselines[kind].items()]
+        print(f"{label.format(*inverter.shape)}: {', '.join(means)}")
+    if metrics["psnr"]["mean"] < baselines["mean_colour"]["psnr"]["mean"]:
+        print("below the mean colour of the images: the decoder has failed; train longer, or at another --lr")
+    for number, after in enumerate(found.iterates if len(found.iterates) > 1 else ()):
         means = [f"{label} {after[name].mean():.4f}" for name, label in METRICS_AND_FEATURE_ERROR.items()]
         print(f"after {number} iterations: {', '.join(means)}")
     print(f"{about['inference_ms']:.1f} ms for an image by itself on {inverter.device}; results in {out}")

@@ -16,6 +16,9 @@ NOT_CONFIG = "config fast resume overwrite download cache graphs tracker quiet b
 MAY_DIFFER = ("out", "device", "tf32")  # between a run and its resumption, or another of its seeds
 NO_KEYS = ("help", "config", "fast")  # flags that a YAML file has no values for
 GONE = ("feedback", "own_weights")  # flags of an earlier version
+# The study's recipe: flags that --recipe auto chooses by the layer and the images instead (extras/recipe.py)
+STUDY = {"decoder": "tconv", "kept_crops": 0, "epochs": 30, "passes": 1, "batch_size": 4, "optimizer": "adam"}
+STUDY |= {"lr": 1e-4, "schedule": "plateau", "clip_grad": 0, "mse_weight": 0.5, "lpips_weight": 0.5}
 LARGEST = 2**31 - 1  # of whole numbers; seeds go to 2**32 - 1
 
 
@@ -77,7 +80,7 @@ def three_numbers(text):
 
 # Kinds of flags: a count, a count or 0, and switches that are off or on by default
 N = {"type": positive_int, "metavar": "N"}
-N_OR_0 = {"type": whole_number, "default": 0, "metavar": "N"}
+N_OR_0 = {"type": whole_number, "metavar": "N"}
 OFF = {"action": argparse.BooleanOptionalAction, "default": False}
 ON = OFF | {"default": True}
 TRUST = {"action": "store_true", "help": "run the FILE.py of --ckpt, if it is still as it was in training"}
@@ -126,7 +129,7 @@ def train_parser(doc=None):
     add("--layer", default="block1", help=f"layer that gives the features ({layers}; or a module's path)")
     add("--weights", default="imagenet", help="of the encoder: imagenet, random (a control), or a file")
     add_input_flags(add)
-    add("--decoder", choices=DECODERS, default="tconv", help="to train; the best are feedback, residual")
+    add("--decoder", choices=DECODERS, help="to train; the best are feedback, residual")
     add("--width", **N, help="main number of channels of the decoder; fewer are faster (default: its own)")
     fusion = "how to join the features of A+B: unchanged, with learned weights, or weights at each position"
     add("--fusion", choices=["concat", "weighted", "attention"], help=f"{fusion} (default: concat)")
@@ -139,20 +142,26 @@ def train_parser(doc=None):
     add("--kept-crops", **N_OR_0, help="encode only N crops an image and reuse them, for deep layers")
     add("--train-images", **N, help="train on only N images, evenly spaced (default: all)")
     add("--val-images", **N, help="validate on only N images, evenly spaced (default: all)")
-    add = parser.add_argument_group("training; the defaults are the study's").add_argument
-    add("--epochs", **N, default=30, help="train for at most N epochs; each ends with a validation")
-    add("--passes", **N, default=1, help="passes through the images in an epoch; validation comes after all")
-    add("--batch-size", **N, default=4, help="images in a step of each process; fewer need less memory")
-    add("--optimizer", choices=["adam", "muon"], default="adam", help="muon is better in shallow layers")
-    add("--lr", type=positive_float, default=1e-4, help="learning rate; with --schedule onecycle the highest")
+    add = parser.add_argument_group("training").add_argument
+    recipe = "for flags that are not given: the study's values, or what suits the layer and the images"
+    which = "default: study for its four encoders without --minutes, else auto"
+    add("--recipe", choices=["study", "auto"], help=f"{recipe} ({which})")
+    add("--minutes", type=positive_float, metavar="M", help="train for about M minutes, with the validations")
+    add("--epochs", **N, help="train for at most N epochs; each ends with a validation")
+    add("--passes", **N, help="passes through the images in an epoch; validation comes after all")
+    add("--steps", **N, help="steps in an epoch, instead of --passes; --minutes finds them")
+    add("--batch-size", **N, help="images in a step of each process; fewer need less memory")
+    add("--optimizer", choices=["adam", "muon"], help="muon is better in shallow layers")
+    add("--lr", type=positive_float, help="learning rate; with --schedule onecycle the highest")
     schedule = "plateau: halve the learning rate when validation stalls; onecycle: warm up, then fall to 0"
-    add("--schedule", choices=["plateau", "onecycle"], default="plateau", help=schedule)
+    add("--schedule", choices=["plateau", "onecycle"], help=schedule)
     clip = "scale gradients down to this norm, to keep the training stable; 0: never"
-    add("--clip-grad", type=non_negative_float, default=0, metavar="NORM", help=clip)
-    add("--freeze-bn", **N_OR_0, help="fix batch norm's statistics after N steps, in short trainings")
+    add("--clip-grad", type=non_negative_float, metavar="NORM", help=clip)
+    freeze = "fix batch norm's statistics after N steps, in short trainings"
+    add("--freeze-bn", **N_OR_0, default=0, help=freeze)
     add("--patience", **N, default=15, help="stop after N epochs without a better validation loss")
-    add("--mse-weight", type=non_negative_float, default=0.5, help="of MSE in the loss; alone: best PSNR")
-    add("--lpips-weight", type=non_negative_float, default=0.5, help="of LPIPS in the loss; 0 is faster")
+    add("--mse-weight", type=non_negative_float, help="of MSE in the loss; alone: best PSNR")
+    add("--lpips-weight", type=non_negative_float, help="of LPIPS in the loss; 0 is faster")
     add("--protocol", choices=list(PROTOCOLS), default="documented", help="published: as the study's code")
     add("--seed", type=seed, default=42, help="of initialisation, order and crops; others show the spread")
     add = parser.add_argument_group("running").add_argument
@@ -168,6 +177,9 @@ def train_parser(doc=None):
     add("--graphs", **ON, help="on CUDA, record a step's kernels and replay them: faster, same result")
     add("--tracker", choices=["tensorboard", "wandb", "none"], default="tensorboard", help="shows the curves")
     add_running_flags(add)
+    for action in parser._actions:
+        if action.dest in STUDY:
+            action.help += f" (study: {STUDY[action.dest]})"
     return parser
 
 
@@ -184,13 +196,21 @@ def parse_train(argv=None, doc=None):
     if args.fusion and len(encoders_of(args.encoder)) == 1:
         raise UserError(f"--fusion: joins several encoders, A+B with --layer a+b; {args.encoder} is one")
     check_weights(args)
+    if args.steps and args.passes:
+        raise UserError("--steps with --passes: both say how long an epoch is; give one of them")
+    studied = all(name in LAYERS for name in encoders_of(args.encoder)) and not args.minutes
+    args.recipe = args.recipe or ("study" if studied else "auto")
+    weighted = args.mse_weight is not None or args.lpips_weight is not None  # then the other is the study's
+    for flag in STUDY if args.recipe == "study" else ("mse_weight", "lpips_weight") if weighted else ():
+        if getattr(args, flag) is None:
+            setattr(args, flag, STUDY[flag])
     if args.protocol == "published" and (args.mean or args.std):
         raise UserError("--mean and --std: --protocol published uses ImageNet's; leave them out")
     if args.iterations and args.decoder != "feedback":
-        raise UserError(f"--iterations: only with --decoder feedback; {args.decoder} does not iterate")
+        raise UserError("--iterations: only with --decoder feedback; no other iterates")
     if args.resume and args.overwrite:
         raise UserError("--resume with --overwrite: give one of them, or --no-resume, --no-overwrite")
-    if not args.mse_weight and not args.lpips_weight:
+    if args.mse_weight == args.lpips_weight == 0:
         raise UserError("--mse-weight 0 --lpips-weight 0: nothing to minimise; give one a positive weight")
     return args
 
@@ -259,7 +279,8 @@ def parse_evaluate(argv=None, doc=None):
     """evaluate.py's flags. Raises UserError."""
     parser = Parser(doc)
     what = parser.add_argument_group("what to do")
-    what.add_argument("--ckpt", help="checkpoint of train.py to measure (default: runs/best.pt)")
+    ckpt = "checkpoint of train.py to measure, with --images also several (default: runs/best.pt)"
+    what.add_argument("--ckpt", nargs="+", metavar="BEST.PT", help=ckpt)
     add = what.add_mutually_exclusive_group().add_argument
     add("--images", nargs="+", metavar="PATH", help="instead: reconstruct your images, or folders of them")
     add("--baselines", action="store_true", help="instead: measure baselines that need no features")
@@ -271,6 +292,10 @@ def parse_evaluate(argv=None, doc=None):
     add("--trust-code", **TRUST)
     add("--data", help="folder with test images, or `sample` (default: the checkpoint's)")
     add("--size", choices=["native", "224"], help="of --images: whole (default if possible), or the centre")
+    small = (
+        "of --images: below each reconstruction, the image in as many pixels as the features have positions"
+    )
+    add("--thumbnails", action="store_true", help=small)
     add("--protocol", choices=list(PROTOCOLS), help="of --baselines (default: documented)")
     add("--out", help="folder for the results (default: the checkpoint's, or one inside for other --data)")
     add("--iterations", **N, help="corrections by a feedback decoder (default: as in training)")
@@ -284,11 +309,15 @@ def parse_evaluate(argv=None, doc=None):
     refuse_ignored(args, "baselines", of_ckpt)
     if args.compare and len(args.compare) < 2:
         raise UserError("--compare: takes two runs or more, and compares the others with the first")
-    if args.size and not args.images:
-        raise UserError("--size: only with --images")
+    for flag in ("size", "thumbnails"):
+        if getattr(args, flag) and not args.images:
+            raise UserError(f"--{flag}: only with --images")
+    if args.ckpt and len(args.ckpt) > 1 and not args.images:
+        raise UserError("--ckpt: several only with --images; measure one at a time")
     if args.protocol and not args.baselines:
         raise UserError("--protocol: only with --baselines; a checkpoint knows its own")
-    args.ckpt = args.ckpt or "runs/best.pt"
+    args.ckpts = args.ckpt or ["runs/best.pt"]
+    args.ckpt = args.ckpts[0]
     args.protocol = args.protocol or "documented"
     return args
 
@@ -298,6 +327,31 @@ def refuse_ignored(args, flag, ignored):
     for name in ignored:
         if getattr(args, flag) and getattr(args, name):
             raise UserError(f"--{name.replace('_', '-')}: not with --{flag}")
+
+
+def parse_survey(argv=None, doc=None):
+    """survey.py's flags. Raises UserError."""
+    parser = Parser(doc)
+    add = parser.add_argument_group("what to survey").add_argument
+    add("--encoder", default="vgg16", help="any --encoder of train.py, but one that + joins")
+    add("--layers", nargs="+", metavar="LAYER", help="as --layer of train.py (default: about six)")
+    add("--weights", default="imagenet", help="of the encoder: imagenet, random (a control), or a file")
+    add_input_flags(add)
+    add("--data", help="a folder with train/ and test/, or `sample` (default: DIV2K if it is there)")
+    add("--images", metavar="PATH", help="your image for the strip (default: a test image)")
+    add = parser.add_argument_group("how").add_argument
+    add("--minutes", type=positive_float, default=2, metavar="M", help="of training for each layer")
+    add("--seed", type=seed, default=42, help="of initialisation, order and crops")
+    add("--out", help="folder for the results (default: runs/survey_ENCODER)")
+    add_running_flags(add)
+    args = parser.parse_args(argv)
+    if len(encoders_of(args.encoder)) > 1:
+        raise UserError(f"--encoder {args.encoder}: one at a time; survey each by itself")
+    for layer in args.layers or [None]:
+        check_layer(args.encoder, layer or next(iter(LAYERS.get(args.encoder, [""]))))
+    check_weights(args)
+    args.out = args.out or f"runs/survey_{re.sub('[^A-Za-z0-9.]+', '_', args.encoder)}"
+    return args
 
 
 def parse_invert(argv=None, doc=None):

@@ -14,7 +14,7 @@ from torch import nn
 
 from data import center_crops
 from encoders import imagenet_weights
-from utils import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD, METRICS, UserError
+from utils import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD, METRICS_AND_FEATURE_ERROR, UserError
 
 LPIPS_MIN_SIZE = 31  # pixels
 TERMS = ("loss", "mse", "lpips", "psnr")  # what Loss returns and an epoch averages
@@ -47,14 +47,23 @@ def ssim(image, target, protocol=DOCUMENTED):
 
 
 @torch.no_grad()
-def measure(images, target, lpips, protocol=DOCUMENTED):
-    """{metric: a float for each image} of `images` against `target`, (B, 3, H, W) in [0, 1]."""
+def measure(images, target, lpips, protocol=DOCUMENTED, features=None):
+    """{metric: a float for each image} of `images` against `target`, (B, 3, H, W) in [0, 1].
+
+    features: LPIPS's of `target`, if known.
+    """
     pairs = images.cpu(), target.cpu(), [protocol] * len(images)
     return {
         "ssim": SSIM_POOL.map(ssim, *pairs),  # an iterator: the GPU goes on while the CPU computes
         "psnr": psnr(images, target).tolist(),
-        "lpips": lpips(images, target).tolist(),
+        "lpips": lpips(images, target, features).tolist(),
     }
+
+
+def thumbnail(images, size):
+    """Images (B, 3, H, W) in [0, 1] at size[0] × size[1] pixels, enlarged again: a baseline."""
+    reduced = F.adaptive_avg_pool2d(images, size)
+    return F.interpolate(reduced, images.shape[2:], mode="bicubic").clamp(0, 1)
 
 
 @torch.no_grad()
@@ -72,14 +81,21 @@ def feature_scale(encoder, images, batch_size=4):
     device = next(encoder.buffers()).device
     # 100 images are precise enough
     crops = (center_crops(part, encoder.input_size) for part in images[:100].split(batch_size))
-    features = torch.cat([encoder(part.to(device)).flatten(1) for part in crops])
+    return scale_of(torch.cat([encoder(part.to(device)) for part in crops]))
+
+
+def scale_of(features):
+    """feature_scale of the features (N, C, H, W) of images. Raises UserError."""
+    features = features.flatten(1)
     norm = features.norm(dim=1).mean().item()
     distance = F.pdist(features).mean().item()  # NaN of one image
     if distance > 1e-5 * norm:  # more than rounding
         return "mean_pairwise_distance", distance
     if not norm > 0:
-        raise UserError(f"{len(images)} images: their features have norm {norm}; feature errors divide by it")
-    print("feature errors are relative to ‖φ‖, because all images have the same features")
+        raise UserError(
+            f"{len(features)} images: their features have norm {norm}, by which errors are divided"
+        )
+    print("feature errors are relative to ‖φ‖, because there is one image, or all have the same features")
     return "feature_norm", norm
 
 
@@ -119,10 +135,13 @@ class LPIPS(nn.Module):
             maps.append(x / (norm + 1e-10))
         return maps
 
-    def forward(self, images, target):
-        """Distances (B,) of `images` from `target`, (B, 3, H, W), which has no gradient."""
+    def forward(self, images, target, features=None):
+        """Distances (B,) of `images` from `target`, (B, 3, H, W), which has no gradient.
+
+        features: self.features(target), if known.
+        """
         with torch.no_grad():
-            wanted = self.features(target)
+            wanted = features or self.features(target)
         distance = 0
         for i, (a, b) in enumerate(zip(self.features(images), wanted, strict=True)):
             distance = distance + F.conv2d((a - b).square(), getattr(self, f"linear{i}")).mean((1, 2, 3))
@@ -196,7 +215,9 @@ def summary(values):
 def summary_table(metrics, heading=""):
     """A table of {metric: summary} for the screen."""
     lines = [f"{heading:<16}{'mean ± std':>18}{'min':>10}{'max':>10}"]
-    for name, label in METRICS.items():
+    for name, label in METRICS_AND_FEATURE_ERROR.items():
+        if name not in metrics:
+            continue
         s = metrics[name]
         lines.append(f"{label:<16}{s['mean']:>9.4f} ±{s['std']:>7.4f}{s['min']:>10.4f}{s['max']:>10.4f}")
     return "\n".join(lines)

@@ -151,9 +151,11 @@ def build_inverter(
 ):
     """An Inverter with an untrained decoder, on the CPU; images: input_size, mean and std. Raises UserError.
 
-    The arguments are Encoder's, build_decoder's, Inverter's and Fused's.
+    The arguments are Encoder's, build_decoder's, Inverter's and Fused's; `encoder` may be built already.
     """
-    frozen = build_encoder(encoder, layer, weights, seed, protocol, **images)
+    frozen = encoder
+    if not isinstance(encoder, nn.Module):
+        frozen = build_encoder(encoder, layer, weights, seed, protocol, **images)
     channels, heights, widths = zip(*frozen.shapes, strict=True)
     shape = (sum(channels), max(heights), max(widths))
     net = build_decoder(decoder, shape, width, seed, size=frozen.input_size, iterations=iterations)
@@ -162,11 +164,18 @@ def build_inverter(
     return Inverter(frozen, net, shape, amp, protocol.normalized_target)
 
 
-def inverter_of(config):
-    """The Inverter for a run's configuration {flag: value}. Raises UserError, and KeyError."""
-    names = ("encoder", "layer", "decoder", "weights", "width", "seed", "amp", "iterations", "fusion")
-    values = {name: config[name] for name in (*names, *INPUT_FLAGS)}
-    return build_inverter(**values, protocol=PROTOCOLS[config["protocol"]])
+def encoder_of(config):
+    """The encoder for a run's configuration {flag: value}. Raises UserError, and KeyError."""
+    values = {name: config[name] for name in ("encoder", "layer", "weights", "seed", *INPUT_FLAGS)}
+    return build_encoder(**values, protocol=PROTOCOLS[config["protocol"]])
+
+
+def inverter_of(config, encoder=None):
+    """The Inverter for a run's configuration, with its encoder, if that is built. UserError, KeyError."""
+    names = ("layer", "decoder", "weights", "width", "seed", "amp", "iterations", "fusion", *INPUT_FLAGS)
+    values = {name: config[name] for name in names}
+    encoder = encoder or config["encoder"]
+    return build_inverter(encoder, **values, protocol=PROTOCOLS[config["protocol"]])
 
 
 def load_inverter(path, encoder=None, weights=None, trust_code=False):

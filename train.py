@@ -33,11 +33,20 @@ from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from tqdm import tqdm
 
 import data
-from checkpoint import Interrupted, Signals, begin_or_resume, claim, save_best, save_last, write_history
+from checkpoint import (
+    Interrupted,
+    Signals,
+    begin_or_resume,
+    claim,
+    save_best,
+    save_last,
+    timed_flags,
+    write_history,
+)
 from decoders import FeedbackDecoder, Fused
 from encoders import encoder_sha256
 from metrics import LPIPS_MIN_SIZE, TERMS, Loss, Meter, target
-from models import Inverter, count_parameters, inverter_of, load_decoder
+from models import Inverter, count_parameters, encoder_of, inverter_of, load_decoder
 from utils import keep_freed_memory, out_of_memory, processes, select_device, tf32
 
 VAL_BATCH = 4
@@ -62,6 +71,8 @@ def train(args):
             download_div2k(args.data, bars=disable_bars(args))
         if rank == 0:
             stack.enter_context(claim(args.out, args.resume, args.overwrite))
+        if args.minutes and args.resume:
+            vars(args).update(timed_flags(args.out))
         training = Training(args, rank, world, device)
         print(training.description())
         begin_or_resume(training, args.resume)
@@ -107,20 +118,24 @@ class Training:
         torch.manual_seed(args.seed)
         self.config = config = config_of(args) | {"data": data.resolve(args.data)}
         self.protocol = PROTOCOLS[config["protocol"]]
-        self.inverter = inverter_of(config)
-        init_sha256 = load_decoder(self.inverter, config) if config["init"] else None
-        self.inverter.to(self.device)
-        config["crop"] = config["crop"] or self.inverter.size
-
-        options = {"cache": args.cache, "protocol": self.protocol, "size": self.inverter.size}
+        encoder = encoder_of(config).to(self.device)
+        options = {"cache": args.cache, "protocol": self.protocol, "size": encoder.input_size}
         options["bars"] = disable_bars(args)  # any process may build the cache
         images = data.load_split(config["data"], "train", **options)
         indices = evenly_spaced(len(images), config["train_images"] or len(images))
         self.train_images = data.subset(images, indices).to(self.device)
         self.val_images = data.load_split(config["data"], "val", **options).to(self.device)
+        self.chosen = ""  # flags of --recipe auto
+        if config["recipe"] == "auto":
+            from extras.recipe import choose_recipe
+
+            self.chosen = choose_recipe(config, encoder, len(indices))
         self.val_indices = evenly_spaced(len(self.val_images), config["val_images"] or len(self.val_images))
+        config["crop"] = config["crop"] or encoder.input_size
+        self.inverter = inverter_of(config, encoder)
+        init_sha256 = load_decoder(self.inverter, config) if config["init"] else None
+        self.inverter.to(self.device)
         self.steps_per_pass = steps_of_a_pass(len(indices), config["batch_size"], world)
-        self.steps = self.steps_per_pass * config["passes"]  # in an epoch
         check_crop(self)
 
         self.loss = Loss(config["mse_weight"], config["lpips_weight"], self.protocol).to(self.device)
@@ -132,18 +147,6 @@ class Training:
             self.inverter.compile()
         self.model = DistributedDataParallel(self.inverter) if world > 1 else self.inverter
         self.optimizer = make_optimizer(self.inverter, config["lr"], config["optimizer"])
-        if config["schedule"] == "plateau":  # paper 3.3.4
-            lowest = self.protocol.lowest_lr
-            self.scheduler = ReduceLROnPlateau(self.optimizer, factor=0.5, patience=5, min_lr=lowest)
-        else:
-            steps = config["epochs"] * self.steps
-            self.scheduler = OneCycleLR(self.optimizer, config["lr"], steps, cycle_momentum=False)
-        self.forward_backward = forward_backward
-        if args.graphs and world == 1 and self.device.type == "cuda":
-            from extras.cuda_graphs import CudaGraphStep
-
-            self.forward_backward = CudaGraphStep(forward_backward)
-
         self.signals = Signals(self.device)
         self.meter = Meter(TERMS, self.device)  # of this epoch, like step and seconds
         self.epoch = self.step = self.bad_epochs = self.best_epoch = 0
@@ -151,6 +154,23 @@ class Training:
         self.history = []  # a dictionary for each epoch
         self.feature_cache = None  # of --kept-crops
         self.val_feature_cache = {}  # {first image of a batch: features}
+        self.forward_backward = forward_backward
+        if config["minutes"] and not config["steps"]:
+            from extras.recipe import MOST_STEPS, find_steps
+
+            self.steps = MOST_STEPS
+            config["steps"] = find_steps(self, epoch_batches(self), train_step)
+        self.steps = config["steps"] or self.steps_per_pass * config["passes"]  # in an epoch
+        if config["schedule"] == "plateau":  # paper 3.3.4
+            lowest = self.protocol.lowest_lr
+            self.scheduler = ReduceLROnPlateau(self.optimizer, factor=0.5, patience=5, min_lr=lowest)
+        else:
+            steps = config["epochs"] * self.steps
+            self.scheduler = OneCycleLR(self.optimizer, config["lr"], steps, cycle_momentum=False)
+        if args.graphs and world == 1 and self.device.type == "cuda":
+            from extras.cuda_graphs import CudaGraphStep
+
+            self.forward_backward = CudaGraphStep(forward_backward)
         # What a run and its resumption must have in common.
         self.resume_guard = {key: value for key, value in config.items() if key not in MAY_DIFFER} | {
             "processes": world,
@@ -167,16 +187,17 @@ class Training:
         return self.epoch >= self.config["epochs"] or self.bad_epochs >= self.config["patience"]
 
     def description(self):
-        """What will happen, in four lines."""
+        """What will happen, in a few lines."""
         config = self.config
         shape = " × ".join(map(str, self.inverter.shape))
         parameters = f"{count_parameters(self.inverter.decoder):,} trainable parameters"
+        recipe = f"recipe auto: {self.chosen}\n" if self.chosen else ""
         images = f"{len(self.train_images)} training and {len(self.val_indices)} validation images"
         where = f"{self.world} processes on {self.device}" if self.world > 1 else self.device
         return (
             f"encoder: {config['encoder']}, layer {config['layer']}, {config['weights']} weights\n"
             f"decoder: {config['decoder']}, {parameters}, for features {shape}\n"
-            f"data: {config['data']}, {images}, crops of {config['crop']}×{config['crop']}\n"
+            f"data: {config['data']}, {images}, crops of {config['crop']}×{config['crop']}\n{recipe}"
             f"training: to epoch {config['epochs']}, {self.steps} steps each, on {where}, to {config['out']}"
         )
 
@@ -416,8 +437,8 @@ def end_epoch(training, trained, validated):
     row |= {f"train_{name}": trained[name] for name in TERMS}
     row |= {f"val_{name}": validated[name] for name in TERMS}
     row |= {"lr": training.optimizer.param_groups[0]["lr"], "seconds": round(seconds, 2)}
-    images = len(training.train_images) * training.config["passes"]
-    row["images_per_second"] = round(images / max(seconds, 1e-9), 2)
+    taken = training.steps / training.steps_per_pass  # passes
+    row["images_per_second"] = round(len(training.train_images) * taken / max(seconds, 1e-9), 2)
     row["val_seconds"] = round(validated["seconds"], 2)
     training.history.append(row)
     if isinstance(training.scheduler, ReduceLROnPlateau):
@@ -436,10 +457,12 @@ def end_epoch(training, trained, validated):
 def stop(training):
     """Save what an interrupted training has done, say how it goes on, and end the process."""
     save_last(training)
-    flags = shlex.join([flag for flag in sys.argv if flag not in ("--overwrite", "--resume")])
+    flags = [flag for flag in sys.argv if flag not in ("--overwrite", "--resume")]
+    if Path(sys.argv[0]).name == "train.py":  # survey.py always goes on
+        flags.append("--resume")
     command = "python" if training.world == 1 else "torchrun, as before,"
     where = f"epoch {training.epoch + 1} after step {training.step}"
-    print(f"stopped in {where}; go on with: {command} {flags} --resume")
+    print(f"stopped in {where}; go on with: {command} {shlex.join(flags)}")
     sys.exit(128 + training.signals.received)
 
 

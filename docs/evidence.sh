@@ -54,7 +54,7 @@ train() {
   rate=$rates
   if [[ $rates == *" "* ]]; then
     for rate in $rates; do
-      python train.py "$@" --lr "$rate" --seed "$first" --out "$tried/$rate" --resume
+      python train.py --recipe study "$@" --lr "$rate" --seed "$first" --out "$tried/$rate" --resume
     done
     rate=$(lowest "$tried"/*)
   fi
@@ -67,7 +67,7 @@ train() {
       cp -r "$tried/$rate" "$run.part"
       mv "$run.part" "$run"
     fi
-    python train.py "$@" --lr "$rate" --seed "$seed" --out "$run" --resume
+    python train.py --recipe study "$@" --lr "$rate" --seed "$seed" --out "$run" --resume
     python evaluate.py --ckpt "$run/best.pt" --trust-code
   done
 }

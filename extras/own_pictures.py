@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,14 +11,15 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 import data
-from metrics import psnr, target
+from metrics import psnr, target, thumbnail
 from models import BUILDERS
-from report.pictures import MADE_BY, difference_image
+from report.pictures import ERROR_SCALE, MADE_BY, draw_strip, error_image
 from utils import PROTOCOLS, UserError, atomic, digest, make_folder, out_of_memory
 
 WHOLE = 2**20  # pixels; larger images are reconstructed in tiles
 TILE = 512  # side of a tile without its margins
 TOLERANCE = 1e-4  # a fortieth of a grey level
+SHOWN = 480  # pixels, height of an image beside several others
 STRIP = 64  # height of the image on which `reach` is measured
 
 
@@ -37,43 +39,53 @@ def picture_files(paths):
     return list(dict.fromkeys(files))
 
 
+def square(image, size):
+    """The central square of a PIL image, scaled to size×size."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+
+
 def read_square(file, size):
     """The central square of an image file, scaled to size×size, as a PIL image. Raises UserError."""
-    return ImageOps.fit(data.read_image(file), (size, size), Image.Resampling.BILINEAR)
+    return square(data.read_image(file), size)
 
 
-def reconstruct_pictures(args, inverter, config, bars=None):
-    """Write original | reconstruction | 5× difference of args.images. Failures end in one UserError."""
-    native = takes_any_size(inverter, config)
-    if args.size == "native" and not native:
-        names = f"{config['encoder']} {config['layer']} and {config['decoder']}"
-        raise UserError(f"--size native: not with {names}, which take {inverter.size}×{inverter.size} pixels")
-    how = f"-{inverter.size}" if native and args.size == "224" else ""
-    how += f"-iterations-{args.iterations}" if args.iterations else ""
-    native = native and args.size != "224"
+def reconstruct_pictures(args, opened, bars=None):
+    """Write a strip for each of args.images: the image, and its reconstruction by each checkpoint.
+
+    opened: [(name of the checkpoint, its inverter, its configuration)]; of one, the strip has its error, too.
+    Failures end in one UserError.
+    """
+    anywhere = [takes_any_size(inverter, config) for _, inverter, config in opened]
+    for (name, inverter, _), native in zip(opened, anywhere, strict=True):
+        if args.size == "native" and not native:
+            raise UserError(
+                f"--size native: not with {name}, which takes {inverter.size}×{inverter.size} pixels"
+            )
+    how = f"_{args.size}" if args.size and any(anywhere) else ""
+    how += f"_iterations-{args.iterations}" if args.iterations else ""
     files = picture_files(args.images)
     out = make_folder(Path(args.out or Path(args.ckpt).parent, "images"))
-    made_by = f"{MADE_BY} {digest(args.ckpt)[:16]}{how}"
-    jobs = list(zip(files, strip_paths(files, out, how), strict=True))
+    names = "+".join(name for name, *_ in opened)
+    jobs = list(zip(files, strip_paths(files, out, f"_{names}"[:150] + how), strict=True))
     for file, path in tqdm(jobs, "Checking", unit="image", leave=False, disable=bars):
-        # only the PNG that this checkpoint made of the same image in the same way is replaced
-        if path.exists() and mark_of(path) != f"{made_by} of {digest(file)[:16]}":
+        if path.exists() and mark_of(path) != f"{MADE_BY} of {digest(file)[:16]}":  # another image's
             raise UserError(f"{path}: would be overwritten; give another --out, or rename the image")
     failed = []
     for file, path in tqdm(jobs, "Reconstructing", unit="image", disable=bars):
         try:
-            image = data.read_image(file) if native else read_square(file, inverter.size)
-            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(inverter.device).float() / 255
-            with torch.no_grad():
-                output = (reconstruct_whole(inverter, image) if native else inverter(image)).clamp(0, 1)
-            wanted = target(image, PROTOCOLS[config["protocol"]]).clamp(0, 1)  # what the metrics see
-            pair = data.to_pixels(wanted)[0], data.to_pixels(output)[0]
+            image, panels = data.read_image(file), []
+            for (name, inverter, config), native in zip(opened, anywhere, strict=True):
+                whole = native and args.size != "224"
+                panels.append(
+                    reconstruct(image if whole else square(image, inverter.size), whole, inverter, config)
+                )
+                print(f"{file}: {panels[-1].psnr:.2f} dB from {name}", flush=True)
+            labels = [f"{config['encoder']} {config['layer']}" for _, _, config in opened]
             about = PngImagePlugin.PngInfo()
-            about.add_text("Software", f"{made_by} of {digest(file)[:16]}")
-            strip = Image.fromarray(torch.cat([*pair, difference_image(*pair)], 1).numpy())
+            about.add_text("Software", f"{MADE_BY} of {digest(file)[:16]}")
             with atomic(path) as temporary:
-                strip.save(temporary, pnginfo=about)
-            print(f"{file}: {psnr(output, wanted).item():.2f} dB, {path}")
+                strip_of(panels, labels, args.thumbnails).save(temporary, pnginfo=about)
+            print(path)
         except (UserError, OSError) as error:
             failed.append(str(error))
             print(error)
@@ -81,9 +93,48 @@ def reconstruct_pictures(args, inverter, config, bars=None):
         raise UserError(f"{len(failed)} of {len(files)} images failed: {'; '.join(failed[:3])}")
 
 
+class Panel(NamedTuple):
+    """An image and its reconstruction, uint8 (H, W, 3), PSNR in dB, and a thumbnail of the features' size."""
+
+    image: torch.Tensor
+    reconstruction: torch.Tensor
+    psnr: float
+    thumbnail: torch.Tensor
+    thumbnail_psnr: float
+
+
+@torch.no_grad()
+def reconstruct(image, whole, inverter, config):
+    """The Panel of a PIL image; whole: of any size, else as large as the encoder takes."""
+    image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].to(inverter.device).float() / 255
+    output = (reconstruct_whole(inverter, image) if whole else inverter(image)).clamp(0, 1)
+    wanted = target(image, PROTOCOLS[config["protocol"]]).clamp(0, 1)  # what the metrics see
+    sides = [-(-side // inverter.stride) for side in image.shape[2:]] if whole else inverter.shape[1:]
+    small = thumbnail(wanted, sides)
+    pixels = [data.to_pixels(part)[0] for part in (wanted, output, small)]
+    return Panel(*pixels[:2], psnr(output, wanted).item(), pixels[2], psnr(small, wanted).item())
+
+
+def strip_of(panels, labels, thumbnails=False):
+    """A picture of the image, its reconstructions and, of one, its error; thumbnails below."""
+    row = [(panels[0].image, ["the image", ""])]
+    row += [
+        (part.reconstruction, [name, f"{part.psnr:.1f} dB"])
+        for part, name in zip(panels, labels, strict=True)
+    ]
+    rows = [row]
+    if len(panels) == 1:
+        row.append((error_image(panels[0].image, panels[0].reconstruction), ["error", ERROR_SCALE]))
+    if thumbnails:
+        rows.append([(torch.full_like(panels[0].image, 255), ["", ""])])
+        for part in panels:
+            rows[1].append((part.thumbnail, ["thumbnail of its size", f"{part.thumbnail_psnr:.1f} dB"]))
+    return draw_strip(rows, most=None if len(panels) == 1 else SHOWN)
+
+
 def strip_paths(files, out, how=""):
     """A PNG in folder `out` for each of `files`; equal names, whatever their case, get numbers."""
-    most = 235 - len(how)  # of the 255 bytes that a file's name may have
+    most = 235 - len(how.encode())  # of the 255 bytes that a file's name may have
     stems = [file.stem.encode()[:most].decode(errors="ignore") for file in files]
     count = Counter(map(str.casefold, stems))
     taken = {stem for stem in count if count[stem] > 1}

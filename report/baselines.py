@@ -5,18 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 from checkpoint import refuse_other_results, write_result
-from metrics import LPIPS, measure, summary, summary_table, target
+from metrics import LPIPS, measure, summary, summary_table, target, thumbnail
 from utils import DOCUMENTED, IMAGE_SIZE, METRICS, PROTOCOLS, make_folder, write_csv
 
 
-def thumbnail(side, targets, mean):
-    reduced = F.adaptive_avg_pool2d(targets, (side, side))
-    return F.interpolate(reduced, targets.shape[2:], mode="bicubic").clamp(0, 1)
+def reduced(side, targets, mean):
+    return thumbnail(targets, (side, side))
 
 
 SIDES = (6, 7, 13, 14, 27, 28, 56, 112)  # pixels, of the feature maps of the study's layers
@@ -24,7 +22,7 @@ SIDES = (6, 7, 13, 14, 27, 28, 56, 112)  # pixels, of the feature maps of the st
 BASELINES = {
     "constant colour": lambda targets, mean: mean.expand_as(targets),  # one for all images
     "mean colour": lambda targets, mean: targets.mean((2, 3), keepdim=True).expand_as(targets),
-} | {f"thumbnail {side} × {side}": partial(thumbnail, side) for side in SIDES}
+} | {f"thumbnail {side} × {side}": partial(reduced, side) for side in SIDES}
 
 
 @torch.no_grad()

@@ -25,7 +25,10 @@ ABOUT = (
 
 
 def write_report(runs):
-    """Write report.html, results.md, .csv and .png, and grid.png, to the folder `runs`. Raises UserError."""
+    """Write report.html, results.md, .csv and .png, and grid.png, to the folder `runs`; returns the table.
+
+    Raises UserError.
+    """
     runs = Path(runs)
     if not runs.is_dir():
         raise UserError(f"--report {runs}: no such folder; run_all.sh fills it")
@@ -42,7 +45,7 @@ def write_report(runs):
     if images:
         draw_images(images, runs / "grid.png")
     write_text(runs / "report.html", page(rows, images, svg(bars), svg(curves)))
-    print(f"{table}\n{runs / 'report.html'} shows them in a browser")
+    return f"{table}\n{runs / 'report.html'} shows them in a browser"
 
 
 def test_images(rows):
@@ -87,12 +90,13 @@ def draw_results(rows, path):
     marks = [" *" if row.get("weights", "imagenet") != "imagenet" else "" for row in rows]
     names = [drawable(row["experiment"]) + mark for row, mark in zip(rows, marks, strict=True)]
     places = np.arange(len(rows))
-    figure = Figure(figsize=(14, 0.3 * len(rows) + 0.5), layout="constrained")
+    figure = Figure(figsize=(14, 0.3 * len(rows) + 1.5), layout="constrained")
     panels = figure.subplots(1, len(METRICS), sharey=True)
     for axis, (metric, label) in zip(panels, METRICS.items(), strict=True):
         for shift, legend, key in ((-0.2, "published", f"published_{metric}"), (0.2, "measured", metric)):
             values = np.array([row.get(key) for row in rows], float)  # None: NaN
-            axis.barh(places + shift, values, 0.4, label=legend)
+            if np.isfinite(values).any():
+                axis.barh(places + shift, values, 0.4, label=legend)
         for number, row in enumerate(baselines, 4):  # the bars are C0 and C1
             axis.axvline(row[metric], color=f"C{number}", linestyle="--", label=row["experiment"])
         axis.set_xlabel(label)

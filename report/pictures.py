@@ -1,22 +1,59 @@
 """Grids of pictures, and figures of the metrics."""
 
 import io
+import math
 import zipfile
+from itertools import zip_longest
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from utils import METRICS, METRICS_AND_FEATURE_ERROR, atomic, evenly_spaced
 
+LARGEST = 2**30
 MADE_BY = "feature-inversion"  # begins the `Software` text of each PNG
 
 
-def difference_image(a, b):
-    """5 × |a − b| of uint8 pixels."""
-    return (5 * (a.int() - b.int()).abs()).clamp(max=255).byte()
+ERROR_SCALE = "black ≤ 1, white ≥ 80 of 255"
+
+
+def error_image(a, b):
+    """The error of uint8 pixels (H, W, 3), root mean square over channels, on a logarithmic grey scale."""
+    error = (a.float() - b.float()).square().mean(-1, keepdim=True).sqrt()
+    grey = (error.clamp(1, 80).log() / math.log(80) * 255).round().byte()
+    return grey.expand_as(a)
+
+
+def draw_strip(rows, most=None):
+    """A PIL image of `rows`, [[(uint8 image (H, W, 3), [line, line below it])]]; most: height of an image."""
+    height = min(len(rows[0][0][0]), most or LARGEST)
+    text = ImageFont.load_default(max(height // 18, 11))
+    line, gap = int(1.5 * text.size), max(height // 40, 4)
+    drawn = []
+    for row in rows:
+        panels = []
+        for pixels, lines in row:
+            image = Image.fromarray(np.ascontiguousarray(pixels))
+            image = image.resize(
+                (max(round(image.width * height / image.height), 1), height), Image.Resampling.BICUBIC
+            )
+            width = max(image.width, *(round(text.getlength(words)) for words in lines))
+            panel = Image.new("RGB", (width + gap, height + 2 * line + gap), "white")
+            panel.paste(image)
+            for number, words in enumerate(lines):
+                place = (0, height + (number + 0.5) * line)
+                ImageDraw.Draw(panel).text(place, words, "black", text, anchor="lm")
+            panels.append(panel)
+        drawn.append(panels)
+    widths = [max(panel.width for panel in column) for column in zip_longest(*drawn, fillvalue=drawn[0][0])]
+    strip = Image.new("RGB", (sum(widths), sum(row[0].height for row in drawn)), "white")
+    for number, row in enumerate(drawn):
+        for place, panel in enumerate(row):
+            strip.paste(panel, (sum(widths[:place]), number * panel.height))
+    return strip
 
 
 def from_worst_to_best(psnr, count=6):
@@ -68,18 +105,19 @@ def draw_evaluation(found, out, label, trained=None):
     draw_reconstructions(found, out / "reconstructions.png", label)
     draw_histograms(found.values, out / "histograms.png")
     write_samples(found.pictures, out / "reconstructions.zip")
-    if found.iterates:
+    if len(found.iterates) > 1:
         draw_iterations(found.iterates, out / "iterations.png", trained)
 
 
 def draw_reconstructions(found, path, label="original"):
-    """Target, reconstruction and 5× difference of six images of an Evaluation, by PSNR."""
+    """Target, reconstruction and error of six images of an Evaluation, by PSNR."""
     pictures, names, psnr = found.pictures, found.names, found.values["psnr"]
     numbers = np.array(list(pictures))
     chosen = numbers[from_worst_to_best(psnr[numbers])]
     rows = {label: [(pictures[number][0], names[number]) for number in chosen]}
     rows["reconstruction"] = [(pictures[number][1], f"{psnr[number]:.2f} dB") for number in chosen]
-    rows["5 × difference"] = [(difference_image(*pictures[number]), "") for number in chosen]
+    errors = [error_image(*pictures[number]) for number in chosen]
+    rows["error"] = [(error, ERROR_SCALE if not place else "") for place, error in enumerate(errors)]
     draw_grid(rows, path)
 
 

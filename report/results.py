@@ -55,7 +55,7 @@ NOTHING = PublishedResult(*[None] * len(PublishedResult._fields))
 
 
 def result_rows(runs):
-    """A dictionary for each of the fifteen experiments, every other evaluated run and baseline in `runs`.
+    """A dictionary for each evaluated run in `runs`, experiment of the fifteen if one was run, and baseline.
 
     `note` says what is special about a row, or why it has no measurements.
     """
@@ -66,7 +66,8 @@ def result_rows(runs):
     found += [path.parent.parent for path in runs.glob("*/seed[0-9]*/metrics.json")]
     names = {str(folder.relative_to(runs)) for folder in found}  # `.` is `runs` itself
     others = sorted(names - PUBLISHED_RESULTS.keys())
-    rows = [run_row(runs, name, experiments) for name in [*PUBLISHED_RESULTS, *others]]
+    tried = not others or any((runs / name).exists() for name in PUBLISHED_RESULTS)
+    rows = [run_row(runs, name, experiments) for name in [*others, *(PUBLISHED_RESULTS if tried else ())]]
     baselines = baseline_rows(runs)
     note_below(rows, baselines)
     rows += baselines

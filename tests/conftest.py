@@ -18,9 +18,10 @@ import data
 import encoders
 import evaluate
 import invert
+import survey
 import train
 import utils
-from flags import parse_evaluate, parse_invert, parse_train
+from flags import parse_evaluate, parse_invert, parse_survey, parse_train
 
 REPOSITORY = Path(__file__).parent.parent
 NATURAL = REPOSITORY / "natural"
@@ -99,6 +100,16 @@ def own_photos(photos, tmp_path):
 def own():
     """The file of a network of one's own."""
     return REPOSITORY / "tests" / "own_network.py"
+
+
+@pytest.fixture
+def run_survey():
+    """Run survey.py with these flags, here: the exit status, 0 if it ended well."""
+
+    def call(*flags):
+        return status(lambda: survey.survey(parse_survey([str(flag) for flag in flags])))
+
+    return call
 
 
 def status(main):

@@ -36,7 +36,7 @@ def test_tests_run_in_a_copy(tmp_path):
         assert done.returncode == 0, done.stderr
     found = [str(checkout / ".ci" / "fresh" / "repository"), "README.md", "new test.py"]
     commands = ("pip install -q -r requirements-dev.txt", "python -m pytest -q")
-    commands += ("ruff check .", "ruff format --check .")
+    commands += ("python -m pytest -q -m slow", "ruff check .", "ruff format --check .")
     assert notes.read_text().splitlines() == 2 * [line for command in commands for line in (command, *found)]
     assert (checkout / ".venv" / "mine").read_text() == "precious"
     assert sorted(path.name for path in (checkout / ".ci").iterdir()) == ["run"]

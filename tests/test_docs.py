@@ -8,9 +8,10 @@ import pytest
 from conftest import REPOSITORY
 from skimage.metrics import peak_signal_noise_ratio
 
-from flags import parse_evaluate, parse_invert, parse_train
+from flags import parse_evaluate, parse_invert, parse_survey, parse_train
 
 PARSERS = {"train.py": parse_train, "evaluate.py": parse_evaluate, "invert.py": parse_invert}
+PARSERS["survey.py"] = parse_survey
 PAGES = sorted(path for folder in ("", "docs", "pretrained") for path in (REPOSITORY / folder).glob("*.md"))
 
 
@@ -36,8 +37,8 @@ def test_commands_are_understood(page, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
     text = "".join(blocks).replace("\\\n", " ")
-    commands = re.findall(r"\bpython ((?:train|evaluate|invert)\.py [^\n&|;]*)", text)
-    commands = [command for command in commands if not set(command) & set("$*{")]
+    commands = re.findall(r"\bpython ((?:train|evaluate|invert|survey)\.py [^\n&|;]*)", text)
+    commands = [command for command in commands if not set(command) & set("$*{?")]
     assert len(commands) > 20 or page != REPOSITORY / "README.md"
     for command in commands:
         script, *flags = shlex.split(command, comments=True)
@@ -56,12 +57,13 @@ def test_python_of_the_readme(tmp_path, monkeypatch):
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrained").symlink_to(REPOSITORY / "pretrained")
-    measure, keep = re.findall(r"```python\n(.*?)```", readme.split("### Use from Python")[1], re.S)
+    measure, hub, keep = re.findall(r"```python\n(.*?)```", readme.split("### Use from Python")[1], re.S)
     exec(measure, found := {})
     assert found["features"].shape == (4, 64, 112, 112)
     pairs = zip(found["batch"].numpy(), found["output"].clamp(0, 1).detach().numpy(), strict=True)
     expected = [peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]
     assert found["values"]["psnr"] == pytest.approx(expected, abs=1e-3)
+    assert "torch.hub.load" in hub
     exec(keep, found := {})
     images = found["images"]
     assert images.shape == (4, 3, 224, 224) and 0 <= images.min() < images.max() <= 1

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 import warnings
@@ -15,6 +16,7 @@ from conftest import read_csv, read_json
 from PIL import Image
 from scipy.ndimage import correlate1d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch.nn import functional
 from torchvision.transforms import functional as tv
 
 import data
@@ -132,8 +134,8 @@ def test_published_metrics(photos, tmp_path, run_train, measure):
     assert np.abs(np.asarray(Image.open(original)) / 255 - target.transpose(1, 2, 0)).mean() < 0.02
     tv.to_pil_image(image[0]).save(tmp_path / "crop.png")
     assert measure(tmp_path / "best.pt", "--images", tmp_path / "crop.png") == 0
-    with Image.open(tmp_path / "images" / "crop.png") as strip:
-        assert np.abs(np.asarray(strip)[:, :224] / 255 - target.transpose(1, 2, 0)).max() < 0.003
+    with Image.open(tmp_path / "images" / f"crop_{tmp_path.name}.png") as strip:
+        assert np.abs(np.asarray(strip)[:224, :224] / 255 - target.transpose(1, 2, 0)).max() < 0.003
 
 
 def test_only_so_many_images_are_drawn(trained, tmp_path, measure, monkeypatch):
@@ -159,18 +161,33 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_the_work(
     assert "cannot write there" in refused(measure, trained / "best.pt", "--out", tmp_path / "file" / "out")
 
 
-def test_pictures_are_from_worst_to_best_above_five_times_the_difference(monkeypatch, tmp_path):
+def test_mean_colour_and_thumbnail_beside_the_results(trained, photos, measure, tmp_path, capsys):
+    assert measure(trained / "best.pt", "--out", tmp_path) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    images = data.center_crops(data.load_split(str(photos), "test")[:])
+    small = functional.interpolate(functional.avg_pool2d(images, 2), scale_factor=2, mode="bicubic").clamp(
+        0, 1
+    )
+    for kind, image in (("mean_colour", images.mean((2, 3), keepdim=True)), ("thumbnail", small)):
+        psnr = -10 * (images - image).square().mean((1, 2, 3)).log10().mean()
+        assert metrics["baselines"][kind]["psnr"]["mean"] == pytest.approx(psnr.item(), abs=1e-3)
+    below = metrics["psnr"]["mean"] < metrics["baselines"]["mean_colour"]["psnr"]["mean"]
+    assert ("below the mean colour" in capsys.readouterr().out) is below
+
+
+def test_pictures_are_from_worst_to_best_above_their_error(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(pictures, "draw_grid", lambda rows, path: drawn.append(rows))
     grey = torch.full((8, 8, 3), 100, dtype=torch.uint8)
     pairs = {number: (grey, grey + step) for number, step in enumerate((3, 60, 20))}
     psnr = np.array([38.6, 12.6, 22.1])
-    found = evaluate.Evaluation({"psnr": psnr}, [], pairs, ["a", "b", "c"])
+    found = evaluate.Evaluation([{"psnr": psnr}], {}, pairs, names=["a", "b", "c"])
     pictures.draw_reconstructions(found, tmp_path / "x.png")
     (rows,) = drawn
     assert [caption for _, caption in rows["original"]] == ["b", "c", "a"]
     assert [caption for _, caption in rows["reconstruction"]] == ["12.60 dB", "22.10 dB", "38.60 dB"]
-    assert [picture[0, 0, 0] for picture, _ in rows["5 × difference"]] == [255, 100, 15]
+    expected = [255 * math.log(step) / math.log(80) for step in (60, 20, 3)]
+    assert [picture[0, 0, 0].item() for picture, _ in rows["error"]] == pytest.approx(expected, abs=0.5)
 
 
 NAMES = {  # of files and folders, and how they are drawn

@@ -49,12 +49,12 @@ printf 'epoch,val_loss\\n1,9\\n2,%s\\n' $loss > "$file"
 
 @pytest.fixture
 def evidence(tmp_path):
-    """Run docs/evidence.sh with a stub of python: its result, and the flags of each program."""
+    """Run docs/evidence.sh with a stub of python: the flags of each program, and its errors."""
     stub = tmp_path / "python"
     stub.write_text(STUB)
     stub.chmod(0o755)
 
-    def call(*groups, **variables):
+    def call(*groups, code=0, **variables):
         notes = tmp_path / "calls"
         notes.write_text("")
         there = {"CALLS": str(notes), "PYTHON": sys.executable, "RUNS": str(tmp_path / "runs")}
@@ -62,11 +62,12 @@ def evidence(tmp_path):
         options = {"cwd": REPOSITORY, "capture_output": True, "text": True}
         options["env"] = os.environ | there | variables
         result = subprocess.run(["bash", "docs/evidence.sh", *groups], **options)
+        assert result.returncode == code, result.stderr
         calls = {"train.py": [], "evaluate.py": [], "invert.py": [], "docs/lite0.py": []}
         for line in notes.read_text().splitlines():
             program, *flags = line.split("\t")
             calls[program].append(flags)
-        return result, calls
+        return calls, result.stderr
 
     return call
 
@@ -74,22 +75,19 @@ def evidence(tmp_path):
 def test_what_the_shell_would_not_take_as_it_is(evidence, tmp_path):
     """RUNS is a folder's name, SEEDS numbers, and each group one of those that there are."""
     folder = f"{tmp_path}/r&d [1]"
-    result, calls = evidence("weights", RUNS=folder, SEEDS="1")
-    assert result.returncode == 0, result.stderr
+    calls, _ = evidence("weights", RUNS=folder, SEEDS="1")
     compared = parse_evaluate(calls["evaluate.py"][-1]).compare
     assert compared == [f"{folder}/loss/hybrid", f"{folder}/weights/block1"]
     for groups, seeds, message in (
         (["loss"], "1 README.m?", 'error: SEEDS="1 README.m?": are whole numbers'),
         (["loss", "losses"], "1", "error: losses: is none of loss decoders "),
     ):
-        result, calls = evidence(*groups, SEEDS=seeds)
-        assert result.returncode == 2 and not any(calls.values())
-        assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
+        calls, errors = evidence(*groups, code=2, SEEDS=seeds)
+        assert errors.startswith(message) and errors.count("\n") == 1 and not any(calls.values())
 
 
 def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
-    result, calls = evidence()
-    assert result.returncode == 0, result.stderr
+    calls, _ = evidence()
     trained = [parse_train(flags) for flags in calls["train.py"]]
     evaluated = [parse_evaluate(flags) for flags in calls["evaluate.py"] if "--ckpt" in flags]
     inverted = [parse_invert(flags) for flags in calls["invert.py"]]
@@ -113,19 +111,19 @@ def test_everything_is_trained_evaluated_and_compared(evidence, tmp_path):
 
 def test_what_is_done_is_not_done_again(evidence, tmp_path):
     """No rate is tried again, either; of runs one of which is gone, only that one is trained."""
-    assert evidence("decoders", "inversion")[0].returncode == 0
-    again, calls = evidence("decoders", "inversion")
-    assert again.returncode == 0 and not any("--ckpt" in flags for flags in calls["evaluate.py"])
+    evidence("decoders", "inversion")
+    calls, _ = evidence("decoders", "inversion")
+    assert not any("--ckpt" in flags for flags in calls["evaluate.py"])
     assert not calls["train.py"] and not calls["invert.py"]
     run = tmp_path / "runs" / "decoders" / "residual" / "seed2"
     (run / "metrics.json").unlink()
-    again, calls = evidence("decoders")
+    calls, _ = evidence("decoders")
     once = {(args.out, args.lr) for args in map(parse_train, calls["train.py"]) if "/rates/" not in args.out}
-    assert again.returncode == 0 and once == {(str(run), 0.002)}
+    assert once == {(str(run), 0.002)}
 
 
 def test_what_is_of_an_earlier_best_is_measured_again(evidence, tmp_path):
-    assert evidence("decoders", "inversion")[0].returncode == 0
+    evidence("decoders", "inversion")
     runs = tmp_path / "runs"
     old, good = runs / "decoders" / "residual" / "seed2", runs / "loss" / "mse" / "seed1"
     of = json.dumps({"ckpt_sha256": hashlib.sha256(b"decoder").hexdigest()})
@@ -133,8 +131,7 @@ def test_what_is_of_an_earlier_best_is_measured_again(evidence, tmp_path):
         (run / "metrics.json").write_text(of)
         (run / "best.pt").write_text(decoder)
     (runs / "inversion" / "vgg16_block1" / "inversion.json").write_text(of)  # not that of pretrained/
-    result, calls = evidence("decoders", "inversion")
-    assert result.returncode == 0, result.stderr
+    calls, _ = evidence("decoders", "inversion")
     flags = [*calls["evaluate.py"], *calls["invert.py"]]
     again = [value for each in flags for flag, value in pairwise(each) if flag == "--ckpt"]
     assert again == [f"{old}/best.pt", "pretrained/vgg16_block1.pt"]
@@ -143,8 +140,7 @@ def test_what_is_of_an_earlier_best_is_measured_again(evidence, tmp_path):
 def test_the_pretrained_decoders_are_what_it_trains(evidence, tmp_path):
     """Each is of a run that pretrained/README.md names, with the configuration of the command told there."""
     text = (REPOSITORY / "pretrained" / "README.md").read_text()
-    result, calls = evidence("deep")
-    assert result.returncode == 0, result.stderr
+    calls, _ = evidence("deep")
     written = re.search(r"^python train.py (.*?) *(?:#.*)?$", text, re.M)[1].split()
     told = {}
     for flags in (*calls["train.py"], written):
@@ -160,7 +156,7 @@ def test_the_pretrained_decoders_are_what_it_trains(evidence, tmp_path):
         assert checkpoint["encoder_sha256"]
 
 
-def test_figures_of_what_it_measured(tmp_path, monkeypatch, error_line):
+def test_figures_of_what_it_measured(tmp_path, monkeypatch, refused):
     runs = tmp_path / "runs"
 
     def write(name, text):
@@ -178,9 +174,9 @@ def test_figures_of_what_it_measured(tmp_path, monkeypatch, error_line):
         write(f"inversion/{name}/inversion.json", json.dumps(found))
 
     monkeypatch.setattr(sys, "argv", ["figures.py", str(runs), str(tmp_path)])
-    assert status(figures.main) == 2
     history = "published/seed42/history.csv"
-    assert error_line() == f"{runs / history}: is not there; bash docs/evidence.sh makes it"
+    line = f"{runs / history}: is not there; bash docs/evidence.sh makes it"
+    assert refused(status, figures.main) == line
     write(history, "epoch,val_loss,val_mse,val_lpips\n1,0.7,1.1,0.3\n2,0.5,0.8,0.2\n")
     assert status(figures.main) == 0
     for name in ("published.png", "answers.png"):

@@ -75,7 +75,7 @@ def test_text_is_taken_as_on_the_command_line(config):
         ("learning_rate: 1", "unknown key 'learning_rate'; the keys are encoder, layer"),
         ("epochs: many", "epochs: 'many' is not a whole number"),
         ("epochs: [1]", "epochs: ['1'] should be a number"),
-        ("epochs: null", "epochs: null should be"),
+        ("patience: null", "patience: null should be"),
         ("lr: -1", "lr: -1 is not positive"),
         ("lr: .nan", "lr: '.nan' is not a number"),
         ("deterministic: 3", "deterministic: '3' should be true or false"),
@@ -187,7 +187,7 @@ def test_help_is_instant_and_whole(script):
     assert len(commands) >= 3 and "(default: None)" not in done.stdout
     text = " ".join(done.stdout.split())
     layers = "vgg16: block1…block5; resnet34: layer1…layer4; vit_small: block0…block11; alexnet: conv1…conv5"
-    training = (layers, "--lr LR", "(default: 0.0001)", "python train.py --config configs/sample.yaml")
+    training = (layers, "--lr LR", "(study: 0.0001)", "python train.py --config configs/sample.yaml")
     assert script != "train.py" or all(part in text for part in training)
 
 

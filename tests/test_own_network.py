@@ -19,7 +19,9 @@ from models import load_inverter
 from utils import UserError
 
 
-def test_the_readmes_own_network(photos, tmp_path, monkeypatch, run_train, run_evaluate, run_invert):
+def test_the_readmes_own_network(
+    photos, tmp_path, monkeypatch, run_survey, run_train, run_evaluate, run_invert
+):
     """As written there: the file, weights of one's own, and the commands."""
     section = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("#### Your own network")[1]
     program, commands = (part.split("```")[0] for part in re.split("```python\n|```bash\n", section)[1:3])
@@ -28,7 +30,8 @@ def test_the_readmes_own_network(photos, tmp_path, monkeypatch, run_train, run_e
     net = user_network.user_network("mynet.py", "build")
     net(torch.rand(10, 3, 96, 96))  # batch norm sees some images
     torch.save(net.state_dict(), "mynet.pth")
-    calls = {"train.py": (run_train, "--epochs", 1), "evaluate.py": (run_evaluate,)}
+    calls = {"survey.py": (run_survey, "--minutes", 0.01)}
+    calls |= {"train.py": (run_train, "--epochs", 1, "--steps", 2), "evaluate.py": (run_evaluate,)}
     calls["invert.py"] = (run_invert, "--steps", 2, "--count", 2)
     lines = commands.replace("FOLDER", str(photos)).splitlines()
     for line, (script, (call, *more)) in zip(lines, calls.items(), strict=True):
@@ -36,7 +39,7 @@ def test_the_readmes_own_network(photos, tmp_path, monkeypatch, run_train, run_e
         assert (python, name) == ("python", script) and call(*flags, *more, "--quiet") == 0
     found = torch.load("runs/mynet/best.pt", weights_only=True)
     config = found["config"]
-    assert (found["shape"], config["crop"], config["std"]) == ([32, 24, 24], 96, [1, 1, 1])
+    assert (found["shape"], config["crop"], config["std"]) == ([32, 24, 24], 64, [1, 1, 1])
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,7 @@ def test_a_changed_neighbour_is_refused(tmp_path, common, photos, run_train, run
     (net.parent / "models.py").write_text(models)
     flags = ("--encoder", f"{net}:build", "--layer", "1", "--input-size", 64, "--lpips-weight", 0)
     out = tmp_path / "run"
-    flags += ("--data", photos, "--epochs", 1, "--out", out, "--quiet")
+    flags += ("--data", photos, "--recipe", "study", "--epochs", 1, "--out", out, "--quiet")
     assert run_train(*flags) == 0
     ckpt = ("--ckpt", out / "best.pt", "--quiet", "--trust-code")
     assert run_evaluate(*ckpt) == 0
@@ -211,7 +214,7 @@ def of_mynet(own, photos, tmp_path, run_train):
     net.first[1].running_var.fill_(2)
     torch.save(net.state_dict(), tmp_path / "net.pth")
     flags = ("--encoder", f"{tmp_path}/net.py:build", "--weights", tmp_path / "net.pth", "--layer", "first.1")
-    flags += ("--data", photos, "--input-size", 64, "--epochs", 1, "--quiet")
+    flags += ("--data", photos, "--input-size", 64, "--recipe", "study", "--epochs", 1, "--quiet")
     assert run_train(*flags, "--out", tmp_path / "run") == 0
     return flags, tmp_path
 

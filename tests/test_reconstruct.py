@@ -39,15 +39,16 @@ def test_own_pictures_keep_their_size_or_are_the_central_square(trained, tmp_pat
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{name}.png")
         flags = ("--ckpt", trained / "best.pt", "--images", tmp_path / f"{name}.png", "--quiet")
         assert run_evaluate(*flags, *size, "--out", tmp_path) == 0
-    files = [tmp_path / "images" / name for name in ("mine.png", "wide-224.png")]
+    files = [
+        tmp_path / "images" / f"{name}.png" for name in (f"mine_{trained.name}", f"wide_{trained.name}_224")
+    ]
     strip, small = (np.asarray(Image.open(file)) for file in files)
-    assert small.shape == (224, 3 * 224, 3) and strip.shape == (133, 3 * 201, 3)
-    np.testing.assert_array_equal(small[:, :224], wide[:, 112:336])
-    np.testing.assert_array_equal(strip[:, :201], picture)
+    np.testing.assert_array_equal(small[:224, :224], wide[:, 112:336])
+    np.testing.assert_array_equal(strip[:133, :201], picture)
     inverter, _ = load_inverter(trained / "best.pt")
     with torch.no_grad():  # without the padded column and row: away from there it is the same
         inner = inverter(photograph(132, 200)).clamp(0, 1)
-    np.testing.assert_allclose(strip[:110, 201:380], to_pixels(inner)[0][:110, :179], atol=1)
+    np.testing.assert_allclose(strip[:110, 205:384], to_pixels(inner)[0][:110, :179], atol=1)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +81,10 @@ def checkpoint_of(checkpoint, tmp_path):
 
 
 def test_native_size_wants_a_local_decoder(checkpoint_of, tmp_path, run_evaluate, refused):
-    flags = ("--ckpt", checkpoint_of("attention"), "--images", tmp_path, "--size", "native")
-    assert "--size native: not with vgg16 block1 and attention" in refused(run_evaluate, *flags)
+    picture = plain(tmp_path / "a.png", "red")
+    flags = ("--ckpt", checkpoint_of("attention"), "--images", picture, "--size", "native")
+    line = refused(run_evaluate, *flags)
+    assert "--size native: not with small, which takes 224×224 pixels" in line
     assert "--size: only with --images" in refused(run_evaluate, "--ckpt", "best.pt", "--size", "224")
 
 
@@ -117,32 +120,36 @@ def plain(path, colour, size=(20, 20)):
     return path
 
 
-def test_strips_are_original_reconstruction_and_difference(draw, small, tmp_path, capsys):
+def test_strips_are_image_reconstruction_and_error(draw, small, tmp_path, capsys):
     """Of each kind of image, and written again without a word."""
     folder, out = tmp_path / "folder", small.parent / "images"
     folder.mkdir()
     Image.effect_mandelbrot((500, 90), (-2, -1, 1, 1), 20).convert("CMYK").save(tmp_path / "wide.jpg")
     Image.new("LA", (7, 300), (128, 40)).save(folder / "thin.png")
     assert draw(tmp_path / "wide.jpg", folder) == 0
-    assert capsys.readouterr().out.count(" dB, ") == 2
-    for name, size in {"wide.png": (500, 90), "thin.png": (7, 300)}.items():
-        with Image.open(out / name) as picture:
-            original, output, difference = np.split(np.asarray(picture).astype(int), 3, axis=1)
-        assert original.shape[1::-1] == size
-        assert np.array_equal(difference, (5 * np.abs(original - output)).clip(0, 255))
+    assert capsys.readouterr().out.count(" dB from small") == 2
+    with Image.open(out / "wide_small.png") as picture:
+        pixels = np.asarray(picture)[:90].astype(int)
+    image, output, error = (pixels[:, left : left + 500] for left in (0, 504, 1008))  # 4 between them
+    expected = np.sqrt(((image - output) ** 2).mean(2, keepdims=True)).clip(1, 80)
+    np.testing.assert_allclose(
+        error, np.broadcast_to(255 * np.log(expected) / np.log(80), error.shape), atol=0.6
+    )
+    with Image.open(out / "thin_small.png") as picture:
+        assert picture.height > 300
     assert draw(tmp_path / "wide.jpg", folder) == 0
 
 
 def test_unrelated_picture_is_never_replaced(draw, small, tmp_path, refused):
-    """Neither a person's own images/cat.png, nor one that is damaged, nor the strip of another cat.jpg."""
-    photo, strip = plain(tmp_path / "cat.jpg", "blue"), small.parent / "images" / "cat.png"
+    """Neither a person's own images/cat_small.png, nor a damaged one, nor the strip of another cat.jpg."""
+    photo, strip = plain(tmp_path / "cat.jpg", "blue"), small.parent / "images" / "cat_small.png"
     assert draw(photo) == 0
     whole, own = strip.read_bytes(), plain(tmp_path / "own.png", "red").read_bytes()
     for content in (own, b"no picture", whole[:30], whole):
         strip.write_bytes(content)
         if content == whole:
             plain(photo, "green")
-        assert "cat.png: would be overwritten" in refused(draw, photo) and strip.read_bytes() == content
+        assert "cat_small.png: would be overwritten" in refused(draw, photo) and strip.read_bytes() == content
 
 
 def test_what_this_program_drew_is_no_input(draw, tmp_path, refused):
@@ -151,7 +158,7 @@ def test_what_this_program_drew_is_no_input(draw, tmp_path, refused):
     plain(folder / "a.png", "red")
     assert draw(folder, "--out", folder) == 0
     pictures.draw_grid({"row": [(Image.open(folder / "a.png"), "a")]}, folder / "inversion.png")
-    strip = (folder / "images" / "a.png").read_bytes()
+    strip = (folder / "images" / "a_small.png").read_bytes()
     assert draw(folder, "--out", folder) == 0
     assert [path.read_bytes() for path in (folder / "images").iterdir()] == [strip]
     assert "no images of yours" in refused(draw, folder / "images")
@@ -161,13 +168,27 @@ def test_other_size_and_iterations_have_files_of_their_own(draw, small, tmp_path
     plain(tmp_path / "a.jpg", "red", (40, 60))
     before = {}
     others = ((), ("--size", "224"), ("--iterations", "6"), ("--size", "224", "--iterations", "1"))
-    for more, name in zip(others, ("a", "a-224", "a-iterations-6", "a-224-iterations-1"), strict=True):
+    for more, name in zip(others, ("", "_224", "_iterations-6", "_224_iterations-1"), strict=True):
         assert draw(tmp_path / "a.jpg", *more) == 0
-        strip = small.parent / "images" / f"{name}.png"
+        strip = small.parent / "images" / f"a_small{name}.png"
         assert str(strip) in capsys.readouterr().out
         before[strip] = strip.read_bytes()
         assert {path: path.read_bytes() for path in strip.parent.iterdir()} == before
     assert len(set(before.values())) == 4
+
+
+def test_several_decoders_in_one_strip(draw, small, trained, tmp_path, capsys, run_evaluate):
+    plain(tmp_path / "a.jpg", "red", (60, 40))
+    checkpoints = ("--ckpt", small, trained / "best.pt")
+    assert run_evaluate(*checkpoints, "--images", tmp_path / "a.jpg", "--thumbnails", "--quiet") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" dB from ")[1] for line in lines[:2]] == ["small", trained.name]
+    strip = small.parent / "images" / f"a_small+{trained.name}.png"
+    assert lines[2] == str(strip)
+    assert Image.open(strip).height > 2 * 40
+    assert draw(tmp_path / "a.jpg") == 0  # another decoder alone is not refused
+    assert run_evaluate(*checkpoints, "--quiet") == 2
+    assert run_evaluate(*checkpoints, "--images", tmp_path / "nowhere.jpg", "--quiet") == 2
 
 
 def test_names_that_collide_are_told_apart(draw, colours, tmp_path):
@@ -201,8 +222,10 @@ def test_a_picture_that_fails_stops_no_other(draw, colours, four, refused, monke
         real(picture, path, **options)
 
     monkeypatch.setattr(Image.Image, "save", save)
-    assert "2 of 4 images failed" in (line := refused(draw, *four)) and "1.png" in line and "2.png" in line
-    assert sorted(colours()) == ["0.png", "3.png"]
+    assert (
+        "2 of 4 images failed" in (line := refused(draw, *four)) and "1.png" in line and "2_small.png" in line
+    )
+    assert sorted(colours()) == ["0_small.png", "3_small.png"]
 
 
 def test_interrupted_it_leaves_what_is_done(draw, colours, four, monkeypatch):
@@ -215,4 +238,4 @@ def test_interrupted_it_leaves_what_is_done(draw, colours, four, monkeypatch):
 
     monkeypatch.setattr(data, "read_image", read_image)
     assert draw(*four) == 130
-    assert sorted(colours()) == ["0.png", "1.png"]
+    assert sorted(colours()) == ["0_small.png", "1_small.png"]
