@@ -1,6 +1,5 @@
 """What a user of train.py sees: the loop's decisions, whole runs, repeatability, and errors."""
 
-import csv
 import math
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, read_csv
 from kill_resume import read_run, same
 from skimage.metrics import peak_signal_noise_ratio
 from training import parse, train_epoch, training_on, validate
@@ -21,8 +20,7 @@ from encoders import Encoder
 from extras import trackers
 from metrics import LPIPS, Loss
 from models import build_inverter, load_inverter
-from report.results import EXPERIMENT_KEYS
-from utils import PUBLISHED, load, select_device
+from utils import PUBLISHED, load
 
 SMALL = ("--crop", 32, "--width", 8, "--lpips-weight", 0, "--tracker", "none", "--quiet")
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's
@@ -31,8 +29,7 @@ NO_MPS = pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS is he
 
 
 def history(out):
-    with open(Path(out) / "history.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(out / "history.csv")
 
 
 # --- the loop's decisions --------------------------------------------------------------------------------
@@ -76,20 +73,17 @@ def test_the_rate_of_an_epoch_is_that_of_its_last_step(photos, tmp_path, run_tra
 
 def test_loss_by_hand():
     a, b = torch.rand(2, 2, 3, 64, 64)
-    lpips = LPIPS()
+    lpips = LPIPS()(a, b)
     terms = Loss(0.5, 0.25)(a, b)
     mse = ((a - b) ** 2).flatten(1).sum(1) / (3 * 64 * 64)
     assert terms["mse"].tolist() == pytest.approx(mse.tolist(), rel=1e-5)
-    assert terms["lpips"].tolist() == pytest.approx(lpips(a, b).tolist())
-    assert terms["loss"].tolist() == pytest.approx((0.5 * mse + 0.25 * lpips(a, b)).tolist())
+    assert terms["lpips"].tolist() == pytest.approx(lpips.tolist())
+    assert terms["loss"].tolist() == pytest.approx((0.5 * mse + 0.25 * lpips).tolist())
     assert terms["psnr"][0] == pytest.approx(10 * math.log10(1 / float(mse[0])), rel=1e-5)
     terms = Loss(1.0, 0)(a, b)
     assert torch.equal(terms["loss"], terms["mse"]) and terms["lpips"].isnan().all()
-    a.requires_grad_()
     terms = Loss(0, 1.0)(a, b)
     assert torch.equal(terms["loss"], terms["lpips"]) and not terms["mse"].isnan().any()
-    grad = torch.autograd.grad(terms["loss"].sum(), a)[0]
-    assert torch.allclose(grad, torch.autograd.grad(lpips(a, b).sum(), a)[0])
 
 
 def test_published_loss_by_hand():
@@ -107,17 +101,17 @@ def test_published_loss_by_hand():
 def test_tf32_is_for_training_alone(photos, tmp_path, monkeypatch, run_train, flag):
     allowed = []
 
-    def watched(real):
-        def watch(*args):
-            allowed.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+    def watch(name, real):
+        def watched(*args):
+            allowed.append((name, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
             return real(*args)
 
-        return watch
+        monkeypatch.setattr(train, name, watched)
 
-    for name in ("train_step", "validate"):
-        monkeypatch.setattr(train, name, watched(getattr(train, name)))
+    watch("train_step", train.train_step)
+    watch("validate", train.validate)
     assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, flag, *SMALL) == 0
-    assert allowed == 2 * [2 * (flag == "--tf32",)] + [(False, False)]
+    assert set(allowed) == {("train_step", *2 * (flag == "--tf32",)), ("validate", False, False)}
 
 
 @pytest.mark.parametrize("decoder", ["tconv", "feedback"])
@@ -175,9 +169,6 @@ def test_averages_are_over_images_not_batches():
     meter.add({"psnr": torch.tensor([10.0, 20.0, 30.0]), "ssim": torch.tensor([0.5, 0.5, 0.5])})
     meter.add({"psnr": torch.tensor([60.0]), "ssim": torch.tensor([0.9])})
     assert meter.averages() == pytest.approx({"psnr": 30, "ssim": 0.6})
-    other = metrics.Meter(["psnr", "ssim"])
-    other.restart(meter.total())
-    assert other.averages() == meter.averages()
 
 
 def test_validation_shows_what_the_metrics_see(photos):
@@ -202,11 +193,6 @@ def test_six_of_many_validation_images_are_shown(photos):
     crops = data.center_crops(training.val_images[:])
     assert torch.equal(targets, crops[[0, 0, 0, 1, 1, 1]])  # numbers 0, 2, 4, 5, 7 and 9 of ten
     assert len(outputs) == 6 and 0 <= outputs.min() and outputs.max() <= 1
-
-
-def test_fast_changes_the_optimisation_only():
-    fast = yaml.safe_load((REPOSITORY / "configs" / "fast.yaml").read_text())
-    assert not set(fast) & {*EXPERIMENT_KEYS, "data", "protocol", "seed", "weights"}
 
 
 def test_encoder_is_bit_identical_after_training(photos):
@@ -303,7 +289,6 @@ def test_quiet_prints_no_progress(photos, tmp_path, run_train, capsys):
         (("--width", 2**31 - 1), "out of memory"),
         pytest.param(("--device", "cuda"), "0 CUDA devices", marks=NO_CUDA),
         pytest.param(("--device", "mps"), "--device mps: PyTorch finds no Apple GPU", marks=NO_MPS),
-        pytest.param(("--device", "mps:0"), "PyTorch finds no Apple GPU here", marks=NO_MPS),
         (("--device", "mps:1"), "--device mps:1: use auto, cpu, cuda, cuda:N or mps"),
     ],
 )
@@ -312,10 +297,6 @@ def test_what_cannot_be_is_one_line(photos, tmp_path, run_train, error_line, mon
     Path("file").write_text("")
     assert run_train("--data", photos, "--out", "run", *flags) == 2
     assert message in error_line() and not Path("run/last.pt").exists()
-
-
-def test_the_only_cpu_by_its_number():
-    assert select_device("cpu:0").type == "cpu"
 
 
 @pytest.mark.parametrize(
