@@ -185,8 +185,8 @@ def test_validation_shows_what_the_metrics_see(photos):
 
 
 def test_six_of_many_validation_images_are_shown(photos):
-    """As pictures, whatever the decoder gives."""
-    training = training_on(photos, "--decoder", "residual", "--width", 8, "--lpips-weight", 0)
+    """As pictures, whatever the decoder gives; whole, whatever the crops it is trained on."""
+    training = training_on(photos, "--decoder", "residual", *SMALL)
     training.inverter.decoder.head.last.bias.data.fill_(50)
     training.val_indices = 5 * [0, 1]
     _, targets, outputs = validate(training)
