@@ -80,7 +80,6 @@ def check(runs, seed=0):
             return process, time.monotonic()
 
         data.load_split(str(folder), "train", folder / "cache")  # so that no run has to decode
-        context.Process(target=print).start()  # starts the server, which imports train
         process, begin = start(folder / "whole")
         process.join()
         length = time.monotonic() - begin

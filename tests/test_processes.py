@@ -70,14 +70,6 @@ def test_gradients_of_two_processes_are_those_of_the_joint_batch(photos, tmp_pat
         torch.testing.assert_close(first[key], joint[key], rtol=1e-4, atol=1e-6)
 
 
-def test_rank_without_world_size_is_one_process(photos, tmp_path, run_train, run_evaluate, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, *SMALL) == 0
-    assert run_evaluate("--ckpt", tmp_path / "best.pt", "--quiet") == 0
-    assert (tmp_path / "metrics.json").exists()
-
-
 @pytest.mark.parametrize(
     "name", ["best.pt", f"{'a' * 251}.png", "猫" * 85, f"a.{'b' * 253}"], ids=["short", "Latin", "CJK", "dot"]
 )
