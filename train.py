@@ -119,23 +119,20 @@ class Training:
         self.config = config = config_of(args) | {"data": data.resolve(args.data)}
         self.protocol = PROTOCOLS[config["protocol"]]
         encoder = encoder_of(config).to(self.device)
-        options = {"cache": args.cache, "protocol": self.protocol, "size": encoder.input_size}
-        options["bars"] = disable_bars(args)  # any process may build the cache
-        images = data.load_split(config["data"], "train", **options)
-        indices = evenly_spaced(len(images), config["train_images"] or len(images))
-        self.train_images = data.subset(images, indices).to(self.device)
-        self.val_images = data.load_split(config["data"], "val", **options).to(self.device)
+        self.train_images, self.val_images = self.load_images(
+            args.cache, disable_bars(args), encoder.input_size
+        )
         self.chosen = ""  # flags of --recipe auto
         if config["recipe"] == "auto":
             from extras.recipe import choose_recipe
 
-            self.chosen = choose_recipe(config, encoder, len(indices))
+            self.chosen = choose_recipe(config, encoder, len(self.train_images))
         self.val_indices = evenly_spaced(len(self.val_images), config["val_images"] or len(self.val_images))
         config["crop"] = config["crop"] or encoder.input_size
         self.inverter = inverter_of(config, encoder)
         init_sha256 = load_decoder(self.inverter, config) if config["init"] else None
         self.inverter.to(self.device)
-        self.steps_per_pass = steps_of_a_pass(len(indices), config["batch_size"], world)
+        self.steps_per_pass = steps_of_a_pass(len(self.train_images), config["batch_size"], world)
         check_crop(self)
 
         self.loss = Loss(config["mse_weight"], config["lpips_weight"], self.protocol).to(self.device)
@@ -180,6 +177,14 @@ class Training:
             "weights_sha256": self.inverter.encoder.weights_sha256,
             "encoder_sha256": encoder_sha256(self.inverter.encoder),
         }
+
+    def load_images(self, cache, bars, size):
+        """Training and validation images for an encoder of size×size images; any process may build the cache."""
+        options = {"cache": cache, "protocol": self.protocol, "size": size, "bars": bars}
+        images = data.load_split(self.config["data"], "train", **options)
+        indices = evenly_spaced(len(images), self.config["train_images"] or len(images))
+        val_images = data.load_split(self.config["data"], "val", **options)
+        return data.subset(images, indices).to(self.device), val_images.to(self.device)
 
     @property
     def finished(self):

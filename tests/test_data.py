@@ -17,7 +17,7 @@ import PIL.features
 import pytest
 import torch
 from conftest import NATURAL, REPOSITORY
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageColor, PngImagePlugin
 from torchvision.transforms import functional as tv
 
 import data
@@ -27,25 +27,6 @@ from utils import PROTOCOLS, UserError, user_cache
 
 def load(folder, split="test", cache=None):
     return data.load_split(str(folder), split, cache)
-
-
-def is_file(pixels, path):
-    """Whether these are the pixels of a file of 256×256."""
-    with Image.open(path) as image:
-        return np.array_equal(pixels, image)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not NATURAL.is_dir(), reason=f"{NATURAL} is not here")
-def test_natural_split_is_640_160_100():
-    splits = {split: load(NATURAL, split) for split in ("train", "val", "test")}
-    assert [len(images) for images in splits.values()] == [640, 160, 100]
-    assert not set(splits["train"].names) & set(splits["val"].names)
-    assert splits["test"][:].shape == (100, 256, 256, 3)
-    for number in range(3):  # a name's picture is that file's, decoded and resized by torchvision
-        with Image.open(NATURAL / "train" / splits["val"].names[number]) as image:
-            expected = tv.resize(image.convert("RGB"), [256, 256], antialias=True)
-        assert np.array_equal(splits["val"].image(number), np.asarray(expected))
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("DIV2K_train_HR", "DIV2K_valid_HR")])
@@ -64,8 +45,6 @@ def test_sample_has_no_photograph_in_two_splits():
     assert [len(images) for images in splits] == [98, 8, 14]
     photographs = [{re.split("-|_left|_right", name)[0] for name in images.names} for images in splits]
     assert len(set.union(*photographs)) == sum(map(len, photographs))
-    scales = {tuple(name.split("-")[:2]) for name in splits[0].names}
-    assert len(scales) > len(photographs[0]) + 1  # more than one of each
     assert all(images[:].shape == (len(images), 256, 256, 3) for images in splits)
 
 
@@ -103,57 +82,28 @@ def test_a_file_is_decoded_when_it_changes_and_only_then(own_photos, decoding, c
     assert decoding(own_photos)[1] == ["00.jpg"]
 
 
-@pytest.fixture
-def bitmaps(tmp_path):
-    """A folder with a red, a lime and a blue BMP in test/, which have the same size and time."""
-    folder = tmp_path / "bitmaps" / "test"
-    folder.mkdir(parents=True)
-    for name in ("red", "lime", "blue"):
-        Image.new("RGB", (256, 256), name).save(folder / f"{name}.bmp")
-        os.utime(folder / f"{name}.bmp", ns=(10**18, 10**18))
-    return folder.parent
+def test_another_image_of_the_same_size_and_time_is_decoded_anew(tmp_path):
+    (tmp_path / "test").mkdir()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (256, 256), colour).save(file := tmp_path / "test" / "x.bmp")
+        os.utime(file, ns=(10**18, 10**18))
+        found = load(tmp_path, cache=tmp_path / "cache").image(0)[0, 0]
+        assert tuple(found.tolist()) == ImageColor.getrgb(colour)
+        time.sleep(0.02)  # longer than a kernel's tick, which its times are as coarse as
 
 
-def test_files_that_change_places_or_keep_their_time_are_decoded_anew(bitmaps, tmp_path):
-    def colours():
-        images = load(bitmaps, cache=tmp_path / "cache")  # blue, lime, red
-        return ["RGB"[images.image(i)[0, 0].argmax()] for i in range(3)]
-
-    assert colours() == ["B", "G", "R"]
-    red, lime = bitmaps / "test" / "red.bmp", bitmaps / "test" / "lime.bmp"
-    aside = red.rename(tmp_path / "aside")
-    lime.rename(red)
-    aside.rename(lime)
-    assert colours() == ["B", "R", "G"]
-    time.sleep(0.02)  # longer than a kernel's tick, which its times are as coarse as
-    red.write_bytes((bitmaps / "test" / "blue.bmp").read_bytes())
-    os.utime(red, ns=(10**18, 10**18))
-    assert colours() == ["B", "R", "B"]
-
-
-def test_another_pillow_or_decoder_decodes_anew(bitmaps, decoding, tmp_path, monkeypatch):
+def test_another_pillow_decodes_anew(photos, decoding, tmp_path, monkeypatch):
     def counts():
-        return [len(decoding(bitmaps)[1]) for _ in range(2)]
+        return [len(decoding(photos)[1]) for _ in range(2)]
 
     assert counts() == [3, 0]
     monkeypatch.setattr(PIL.features, "version", lambda name: "9.9.9")
     assert counts() == [3, 0]
-    (tmp_path / "data.py").write_text(Path(data.__file__).read_text() + "# changed")
-    monkeypatch.setattr(data, "__file__", str(tmp_path / "data.py"))
-    assert counts() == [3, 0]
     assert len(list((tmp_path / "cache").glob("*/*.u8"))) == 1  # older ones are removed
 
 
-def test_many_small_changes_leave_few_files(own_photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD", 1)
-    for number in range(70):
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(own_photos / "test" / "00.jpg")
-        load(own_photos, cache=tmp_path / "cache")
-    assert len(list((tmp_path / "cache").glob("*/*.u8"))) <= 3
-
-
 def test_interrupted_build_goes_on(own_photos, decoding, tmp_path, monkeypatch):
-    """Only the shard that was being written is decoded again, and nothing half written stays."""
+    """Only the shard that was being written is decoded again."""
     monkeypatch.setattr(data, "SHARD", 4)
     real = data.decode
 
@@ -165,8 +115,6 @@ def test_interrupted_build_goes_on(own_photos, decoding, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data, "decode", interrupted)
         decoding(own_photos, "train")
-    files = [path for path in (tmp_path / "cache").glob("*/*") if path.is_file() and path.name != ".lock"]
-    assert sorted(path.suffix for path in files) == [".json", ".u8"]
     train, decoded = decoding(own_photos, "train")
     assert decoded == [f"{i:02}.png" for i in range(4, 10)]
     assert train.key == load(own_photos, "train", tmp_path / "whole").key
@@ -174,18 +122,20 @@ def test_interrupted_build_goes_on(own_photos, decoding, tmp_path, monkeypatch):
 
 def test_all_bad_images_are_named_at_once_and_the_others_kept(own_photos, decoding, monkeypatch):
     monkeypatch.setattr(data, "SHARD", 8)
-    names = [f"bad{number:02}.png" for number in range(12)]
-    for name in names:
-        (own_photos / "train" / name).write_bytes(b"no image")
+    bad = [own_photos / "train" / f"bad{number:02}.png" for number in range(12)]
+    for path in bad:
+        path.write_bytes(b"no image")
     with pytest.raises(UserError) as found:
         decoding(own_photos, "train")
-    assert re.findall(r"(bad\d+.png): not an image that can be read", str(found.value)) == names[:10]
-    assert str(found.value).endswith("; 12 in all")
-    for name in names:
-        (own_photos / "train" / name).unlink()
+    message = str(found.value)
+    assert re.findall(r"(\S+): not an image that can be read", message) == [str(path) for path in bad[:10]]
+    assert message.endswith("; 12 in all")
+    for path in bad:
+        path.unlink()
     train, decoded = decoding(own_photos, "train")
     assert decoded == [] and len(train) == 8
-    assert all(map(is_file, train[:], [own_photos / "train" / name for name in train.names]))
+    for name, pixels in zip(train.names, train[:], strict=True):
+        assert np.array_equal(pixels, data.decode(own_photos / "train" / name))
 
 
 def test_old_caches_go_by_the_command_of_the_readme(tmp_path):
@@ -195,7 +145,7 @@ def test_old_caches_go_by_the_command_of_the_readme(tmp_path):
         (cache / name).mkdir(parents=True)
         (cache / name / "x.u8").touch()
         (cache / f"{name}.features").touch()
-        for path in (cache / f"{name}.features", cache / name):
+        for path in cache.glob(f"{name}*"):
             os.utime(path, (time.time() - days * 86400,) * 2)
     subprocess.run(["bash", "-c", command], env=os.environ | {"HOME": str(tmp_path)}, check=True)
     assert sorted(path.name for path in cache.iterdir()) == ["new", "new.features"]
@@ -266,7 +216,7 @@ def test_folders_in_folders(photos, tmp_path):
     train, val = (load(tmp_path, split) for split in ("train", "val"))
     pictures = dict(zip(train.names + val.names, [*train[:], *val[:]], strict=True))
     assert sorted(pictures) == [*(f"n00/{i}.png" for i in range(1, 5)), *(f"n01/{i}.png" for i in range(5))]
-    assert is_file(pictures["n01/1.png"], photos / "train" / "03.png")
+    assert np.array_equal(pictures["n01/1.png"], Image.open(photos / "train" / "03.png"))
 
 
 def test_files_that_are_no_images_are_left_out_and_counted_once(own_photos, tmp_path, capsys):
@@ -282,23 +232,21 @@ def test_files_that_are_no_images_are_left_out_and_counted_once(own_photos, tmp_
 
 def test_a_folder_has_what_pillow_reads(photos, tmp_path):
     (tmp_path / "test").mkdir()
-    names = {f"x.{suffix}" for suffix in "jfif jpe JPE gif pgm pnm jp2 tga qoi dib pcx ppm apng".split()}
+    names = {f"x.{suffix}" for suffix in "jfif jpe JPE gif pnm jp2 tga qoi dib pcx ppm apng".split()}
     names |= {"x.avif"} & {f"x{suffix}" for suffix in data.EXTENSIONS}
     with Image.open(photos / "test" / "00.jpg") as image:
         for name in {*names, "x.eps", "x.pdf"}:
-            image.convert("L" if name == "x.pgm" else "RGB").save(tmp_path / "test" / name)
+            image.save(tmp_path / "test" / name)
         expected = np.asarray(image).astype(int)
     images = load(tmp_path, cache=tmp_path / "cache")
     assert set(images.names) == names
     for name, pixels in zip(images.names, images[:].numpy(), strict=True):
-        wanted = expected.mean(2, keepdims=True) if name == "x.pgm" else expected
-        assert np.abs(pixels - wanted).mean() < 12, name  # a GIF has few colours
+        assert np.abs(pixels - expected).mean() < 12, name  # a GIF has few colours
 
 
-@pytest.mark.parametrize("name", ["gone.png", "gone"])
-def test_links_to_nothing_are_named(own_photos, name):
-    (own_photos / "test" / name).symlink_to(own_photos / "nowhere" / name)
-    with pytest.raises(UserError, match=f"test/{name}: no file, or a link to a missing one"):
+def test_links_to_nothing_are_named(own_photos):
+    (own_photos / "test" / "gone.png").symlink_to(own_photos / "nowhere")
+    with pytest.raises(UserError, match="test/gone.png: no file, or a link to a missing one"):
         load(own_photos)
     (own_photos / "val").symlink_to(own_photos / "nowhere")
     with pytest.raises(OSError, match="val"):
@@ -319,41 +267,17 @@ def test_own_validation_images(own_photos, tmp_path, capsys):
 # --- odd and bad images ----------------------------------------------------------------------------------
 
 
-MODES = {"png": "L P RGBA 1 LA I;16", "tif": "L P RGBA 1 LA I;16 CMYK", "jpg": "L CMYK"}
-
-
-def in_mode(image, mode):
-    """A PIL image of RGB or grey in this mode."""
-    if mode == "I;16":
-        return Image.fromarray(np.uint16(257) * np.asarray(image.convert("L")))
-    return image.quantize() if mode == "P" else image.convert(mode)
-
-
-@pytest.mark.parametrize(
-    ("suffix", "mode"), [(suffix, mode) for suffix in MODES for mode in MODES[suffix].split()]
-)
-def test_any_mode_is_converted(photos, tmp_path, mode, suffix):
-    with Image.open(photos / "test" / "00.jpg") as image:
-        rgb = image.convert("RGB")
-    in_mode(rgb, mode).save(tmp_path / f"odd.{suffix}")
-    result = data.decode(tmp_path / f"odd.{suffix}")
-    assert result.shape == (256, 256, 3) and result.dtype == np.uint8
-    reference = rgb if mode in ("P", "RGBA", "CMYK") else rgb.convert("L").convert("RGB")
-    error = result.astype(float) - np.asarray(reference)
-    assert abs(error.mean()) < 5 and (mode == "1" or np.abs(error).mean() < 4)  # one bit keeps only the mean
-
-
 TURNED = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud}
-TURNED |= {5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1), 8: np.rot90}
-TURNED |= {7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 0: lambda a: a, 9: lambda a: a}
+TURNED |= {5: np.transpose, 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).T, 8: np.rot90}
 
 
-@pytest.mark.parametrize("mode", ["RGB", *MODES["png"].split()])
+@pytest.mark.parametrize("mode", ["RGB", "LA", "P", "1", "I;16"])
 def test_any_mode_is_upright(tmp_path, mode):
     grey = np.uint8(255 * np.random.RandomState(0).randint(0, 2, (6, 4)))
+    image = Image.fromarray(np.uint16(257) * grey) if mode == "I;16" else Image.fromarray(grey).convert(mode)
     exif = Image.Exif()
     for exif[0x0112], turn in TURNED.items():
-        in_mode(Image.fromarray(grey), mode).save(tmp_path / "turned.png", exif=exif)
+        image.save(tmp_path / "turned.png", exif=exif)
         assert np.array_equal(np.asarray(data.read_image(tmp_path / "turned.png"))[..., 0], turn(grey)), exif
 
 
@@ -364,53 +288,38 @@ def saved(image, kind, **options):
     return content.getvalue()
 
 
-def tiff(pixels, bits, photometric, sample_format=1, order="<"):
+def tiff(pixels, photometric=1, sample_format=1, bits=None):
     """The bytes of an uncompressed grey TIFF of 4×1 pixels."""
-    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 134, 277: 1, 278: 1, 279: len(pixels)}
+    content, bits = pixels.tobytes(), bits or 8 * pixels.itemsize
+    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 134, 277: 1, 278: 1, 279: len(content)}
     entries = [(tag, 3, 1, value, 0) for tag, value in (tags | {339: sample_format}).items()]
-    mark = b"II" if order == "<" else b"MM"
-    return struct.pack(f"{order}2sHIH{10 * 'HHIHH'}I", mark, 42, 8, 10, *sum(entries, ()), 0) + pixels
+    return struct.pack(f"<2sHIH{10 * 'HHIHH'}I", b"II", 42, 8, 10, *sum(entries, ()), 0) + content
 
 
-def chunk(kind, content):
-    """A part of a PNG."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def png(depth, colour, row, shade):
-    """The bytes of a PNG, 4 × 1 pixels, with one transparent colour, tRNS."""
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, depth, colour, 0, 0, 0))
-    shades = chunk(b"tRNS", struct.pack(f">{len(shade)}H", *shade))
-    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
-    return b"\x89PNG\r\n\x1a\n" + head + shades + pixels + chunk(b"IEND", b"")
+def png(depth, row, shade):
+    """The bytes of a grey PNG of 4×1 pixels, of which one shade is transparent."""
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", 4, 1, depth, 0, 0, 0, 0), b"tRNS": struct.pack(">H", shade)}
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, part in (chunks | {b"IDAT": zlib.compress(b"\0" + row), b"IEND": b""}).items():
+        content += struct.pack(">I", len(part)) + kind + part + struct.pack(">I", zlib.crc32(kind + part))
+    return content
 
 
 SHADES = np.array([[0, 1000, 2048, 4095]], np.uint16)  # of 12 bits
 GREY = np.array([[0, 300, 40_000, 65_535]], np.uint16)
-COLOURS = bytes([0, 0, 0, 0, 0, 1, 7, 7, 7, 9, 9, 9])
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (tiff(bytes.fromhex("0003e8800fff"), 12, 1), [0, 62, 128, 255]),
-        (tiff(SHADES.astype("<u2").tobytes(), 16, 1), [0, 4, 8, 16]),
-        (tiff(SHADES.astype(">u2").tobytes(), 16, 1, order=">"), [0, 4, 8, 16]),
-        (tiff((16 * SHADES).astype("<u2").tobytes(), 16, 0), [255, 193, 127, 0]),
-        (tiff((SHADES // 16).astype(np.uint8).tobytes(), 8, 0), [255, 193, 127, 0]),
+        (tiff(np.frombuffer(bytes.fromhex("0003e8800fff"), np.uint8), bits=12), [0, 62, 128, 255]),
+        (tiff(SHADES), [0, 4, 8, 16]),
+        (tiff(16 * SHADES, photometric=0), [255, 193, 127, 0]),
         (b"P5 4 1 65535\n" + GREY.astype(">u2").tobytes(), [0, 1, 156, 255]),
-        (b"P5 4 1 4095\n" + (GREY >> 4).astype(">u2").tobytes(), [0, 1, 156, 255]),
         (saved(Image.fromarray(GREY), "png"), [0, 1, 156, 255]),
-        (saved(Image.fromarray(GREY), "jpeg2000", irreversible=False), [0, 1, 156, 255]),
-        # one colour is transparent
-        (png(1, 0, bytes([0b01010000]), [1]), [0, 255, 0, 255]),
-        (png(1, 0, bytes([0b01010000]), [0]), [255, 255, 255, 255]),
-        (png(2, 0, bytes([0b00011011]), [2]), [0, 85, 255, 255]),
-        (png(4, 0, bytes([0x05, 0xAF]), [10]), [0, 85, 255, 255]),
-        (png(8, 0, bytes([0, 10, 20, 30]), [10]), [0, 255, 20, 30]),
-        (png(16, 0, struct.pack(">4H", 0, 257, 1, 65535), [0]), [255, 1, 0, 255]),
-        (png(8, 2, COLOURS, [0, 0, 0]), [255, 0, 7, 9]),
-        (png(8, 2, COLOURS, [9, 9, 8]), [0, 0, 7, 9]),
+        (png(2, bytes([0b00011011]), 2), [0, 85, 255, 255]),
+        (png(4, bytes([0x05, 0xAF]), 10), [0, 85, 255, 255]),
+        (png(16, GREY.astype(">u2").tobytes(), 300), [0, 255, 156, 255]),
     ],
     ids=len,
 )
@@ -458,7 +367,7 @@ SWAPPED = SRGB.replace(b"rXYZ", b"none", 1).replace(b"gXYZ", b"rXYZ", 1).replace
 
 
 @pytest.mark.parametrize("profile", [SRGB, SWAPPED, b"no profile"], ids=["srgb", "swapped", "damaged"])
-@pytest.mark.parametrize("kind", "RGB.png RGB.jpg RGB.tif CMYK.tif CMYK.jpg RGBA.tif L.png".split())
+@pytest.mark.parametrize("kind", ["RGB.png", "CMYK.jpg", "RGBA.tif", "L.png"])
 def test_other_colour_profiles_are_said_and_srgb_is_not(photos, tmp_path, kind, profile):
     path, notes = tmp_path / kind, []
     with Image.open(photos / "test" / "00.jpg") as image:
@@ -470,6 +379,7 @@ def test_other_colour_profiles_are_said_and_srgb_is_not(photos, tmp_path, kind, 
         assert np.array_equal(found, stored.convert("RGB"))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_odd_metadata_is_no_reason_to_refuse(photos, tmp_path):
     with Image.open(photos / "test" / "00.jpg") as image:
         pixels = np.asarray(image)
@@ -478,13 +388,9 @@ def test_odd_metadata_is_no_reason_to_refuse(photos, tmp_path):
             getattr(text, method)(name, "word " * 500_000, zip=True)
             image.save(tmp_path / f"{method}.png", pnginfo=text)
         image.save(tmp_path / "profile.png", icc_profile=bytes(3_000_000))
-        entries = (0x0112, 3, 1, 6), (0x9999, 8, 1, -5), (0x999A, 9, 1, -70_000)
-        negative = b"II*\0" + struct.pack("<IH" + 3 * "HHIi", 8, 3, *sum(entries, ())) + bytes(4)
-        image.save(tmp_path / "negative.png", exif=b"Exif\0\0" + negative)
-        image.save(tmp_path / "cut.png", exif=b"Exif\0\0" + negative[:15])
+        image.save(tmp_path / "cut.png", exif=b"Exif\0\0II*\0\x08\0\0\0\x03\0")
     for path in tmp_path.iterdir():
-        expected = np.rot90(pixels, -1) if path.stem == "negative" else pixels
-        assert np.array_equal(data.read_image(path), expected), path
+        assert np.array_equal(data.read_image(path), pixels), path
 
 
 def test_first_of_several_frames(tmp_path):
@@ -496,13 +402,14 @@ def test_first_of_several_frames(tmp_path):
         assert np.abs(found - [255, 0, 0]).max() <= 2, suffix
 
 
+INPUTS = NATURAL.resolve().parent / "inputs"
+
+
+@pytest.mark.skipif(not INPUTS.is_dir(), reason=f"{INPUTS} is not here")
 def test_sent_in_files():
     """What users sent: 12 bits, turned 16 bits, transparency, a profile."""
-    folder = NATURAL.resolve().parent / "inputs"
-    if not folder.is_dir():
-        pytest.skip(f"{folder} is not here")
     means = {"grey12.tif": 140, "grey16_exif6.png": 140, "alpha_rgba.png": 165}
-    for path in folder.iterdir():
+    for path in INPUTS.iterdir():
         if path.suffix in data.EXTENSIONS:
             found = np.asarray(data.read_image(path))
             assert found.mean() == pytest.approx(means.get(path.name, found.mean()), abs=1), path
@@ -510,8 +417,6 @@ def test_sent_in_files():
 
 
 WHOLE = saved(Image.linear_gradient("L"), "png")
-HUGE = chunk(b"IHDR", struct.pack(">II", 60_000, 60_000) + WHOLE[24:29])  # 60,000 × 60,000 pixels
-SHADED = png(16, 2, struct.pack(">12H", *[256, 512, 768] * 4), [256, 512, 768])
 
 
 @pytest.mark.parametrize(
@@ -520,13 +425,10 @@ SHADED = png(16, 2, struct.pack(">12H", *[256, 512, 768] * 4), [256, 512, 768])
         (WHOLE[: len(WHOLE) // 2], ""),
         (b"", ""),
         (b"not an image", "cannot identify"),
-        (WHOLE[:8] + HUGE + WHOLE[33:], "decompression bomb"),
-        (tiff(SHADES.astype("<u4").tobytes(), 32, 1), "of no known range"),
-        (tiff(SHADES.astype("<i4").tobytes(), 32, 1, 2), "of no known range"),
-        (tiff(SHADES.astype("<i2").tobytes(), 16, 1, 2), "of no known range"),
-        (tiff(SHADES.astype("<i1").tobytes(), 8, 1, 2), "of no known range"),
-        (tiff(SHADES.astype("<f4").tobytes(), 32, 1, 3), "of no known range"),
-        (SHADED, "one transparent colour of 16 bits a channel"),  # of which Pillow keeps 8
+        (b"P5 60000 60000 255\n", "decompression bomb"),
+        (tiff(SHADES.astype("<u4")), "of no known range"),
+        (tiff(SHADES.astype("<i2"), sample_format=2), "of no known range"),
+        (tiff(SHADES.astype("<f4"), sample_format=3), "of no known range"),
         (saved(Image.new("RGB", (9, 9)), "eps"), "cannot identify"),  # no PostScript is ever run
     ],
     ids=len,

@@ -9,7 +9,6 @@ import yaml
 from conftest import REPOSITORY
 from training import parse, training_on
 
-import bench.__main__ as bench
 import flags as flags_module
 from report.results import EXPERIMENT_KEYS, PUBLISHED_RESULTS
 from utils import UserError
@@ -42,11 +41,7 @@ def test_defaults_are_the_papers(photos):
     schedule = training.scheduler
     (group,) = training.optimizer.param_groups
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-4, (0.9, 0.999), 1e-8, 0)
-    assert (schedule.factor, schedule.patience, schedule.min_lrs) == (
-        0.5,
-        5,
-        [1e-7],
-    )
+    assert (schedule.factor, schedule.patience, schedule.min_lrs) == (0.5, 5, [1e-7])
     assert sum(p.numel() for p in group["params"]) == 33_731  # the decoder alone
 
 
@@ -60,13 +55,11 @@ def test_command_line_wins_over_yaml_over_defaults(config):
 
 def test_text_is_taken_as_on_the_command_line(config):
     """YAML would make 0.1, 20240115, 8, 52 and a date of it."""
-    path = config("encoder: torchvision/densenet121\nlayer: 0.10\nout: 2024_01_15\nfast:\n  weights: 010\n")
+    text = "encoder: torchvision/densenet121\nlayer: 0.10\nout: 2024_01_15\ndata: 2024-01-15\nseed: 010\n"
+    path = config(f"{text}crop: 064\nlr: 1e-3\nmean: [0.5, 1e-1, 0]\nfast:\n  weights: 010\n")
     args = parse("--config", path, "--fast")
-    assert (args.layer, args.out, args.weights) == ("0.10", "2024_01_15", "010")
-    path = config("seed: 010\ncrop: 064\nlr: 1e-3\nmean: [0.5, 1e-1, 0]\nout: 2024-01-15\n")
-    args = parse("--config", path)
+    assert (args.layer, args.out, args.data, args.weights) == ("0.10", "2024_01_15", "2024-01-15", "010")
     assert (args.seed, args.crop, args.lr, args.mean) == (10, 64, 1e-3, [0.5, 0.1, 0])
-    assert args.out == "2024-01-15"
 
 
 @pytest.mark.parametrize(
@@ -80,20 +73,12 @@ def test_text_is_taken_as_on_the_command_line(config):
         ("lr: .nan", "lr: '.nan' is not a number"),
         ("deterministic: 3", "deterministic: '3' should be true or false"),
         ("epochs: 1_000", "epochs: '1_000' is not a whole number"),
-        ("epochs: १०", "epochs: '१०' is not a whole number"),
         ("feedback: gradient", "unknown key 'feedback'"),
-        ("fast: &tuned\n  lr: 0.01\n<<: *tuned", "unknown key '<<'"),
-        ("fast:\n  fast:\n    lr: 1", "unknown key 'fast'"),
-        ("lr: 1\n---\nlr: 2", "expected a single document"),
-        ("mean: [0.5, [0.5], 0.5]", "is not a number"),
         ("mean: [0.5, 0.5]", "is not three numbers"),
         ("\tlr: 1", "cannot start any token"),
         ("encoder: vgg19", "--encoder vgg19: not an encoder; choose from vgg16"),
-        ("layer: block9", "choose from block1, block2"),
         ("", "should have lines of `key: value`"),
-        ("fast: 3", "should have lines of `key: value`"),
         ("fast:\n  lr: quick", "'quick' is not a number"),
-        ("!!python/object/apply:os.system ['true']", "should have lines of `key: value`"),
         ("lr: !!python/object/apply:os.system ['true']", "lr: ['true'] should be a number or a word"),
     ],
 )
@@ -104,18 +89,15 @@ def test_bad_yaml(config, text, message):
 
 
 @pytest.mark.parametrize("name", ["quiet", "bars", "download", "resume", "overwrite", "amp", "deterministic"])
-def test_every_switch_can_be_negated(config, name):
-    for yes, no in (("true", "false"), ("True", "FALSE"), ("yes", "no"), ("on", "off")):
-        path = config(f"{name}: {yes}\nfast:\n  {name}: {no}\n")
-        assert getattr(parse("--config", path), name) is True
-        assert getattr(parse("--config", path, f"--no-{name}"), name) is False
-        assert getattr(parse("--config", path, "--fast"), name) is False
+@pytest.mark.parametrize(("yes", "no"), [("true", "false"), ("True", "FALSE"), ("yes", "no"), ("on", "off")])
+def test_every_switch_can_be_negated(config, name, yes, no):
+    path = config(f"{name}: {yes}\nfast:\n  {name}: {no}\n")
+    assert getattr(parse("--config", path), name) is True
+    assert getattr(parse("--config", path, f"--no-{name}"), name) is False
+    assert getattr(parse("--config", path, "--fast"), name) is False
 
 
-ODD = ["on", "010", "1e3", "1:30", "0x10", "2024-01-15", "a: b", "- a", "#a", "é 中", "'", '"', "="]
-
-
-@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("odd", ["on", "010", "1e3", "1:30", "a: b", "- a", "#a", "é 中", "'", '"', "="])
 def test_a_written_configuration_is_read_back(config, odd):
     """As config.yaml has it, by an independent writer: PyYAML."""
     flags = ["--out", odd, "--data", odd, "--weights", odd, "--lr", 1e-5, "--mean", "0.5,1e-7,3"]
@@ -140,18 +122,14 @@ def test_home_is_found_where_no_shell_looks(tmp_path, config, monkeypatch):
     args = flags_module.parse_evaluate(["--ckpt=~/a.pt", "--images", "~/a.jpg", "b.jpg", "--out=~/x"])
     assert (args.ckpt, args.out) == (f"{tmp_path}/a.pt", f"{tmp_path}/x")
     assert args.images == [f"{tmp_path}/a.jpg", "b.jpg"]
-    assert flags_module.parse_evaluate(["--report=~/runs"]).report == f"{tmp_path}/runs"
     assert flags_module.parse_invert(["--course", "~/a"]).course == [f"{tmp_path}/a"]
-    assert bench.make_parser().parse_args(["--json=~/x.json"]).json == f"{tmp_path}/x.json"
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--layer", "layer1"], "not a layer of vgg16; choose from block1, block2, block3, block4, block5"),
-        (["--decoder", "unet"], "tconv"),
         (["--epochs", "0"], "--epochs: 0 is not positive"),
-        (["--width", "1" + 20 * "0"], "--width: 100000000000000000000 is too large"),
         (["--mse-weight", "-0.5"], "--mse-weight: -0.5 is not zero or positive"),
         (["--mse-weight", "0", "--lpips-weight", "0"], "nothing to minimise"),
         (["--speed", "9"], "unrecognized arguments: --speed 9"),
@@ -178,17 +156,14 @@ def test_a_mistake_is_one_line_at_once(tmp_path):
 def test_help_is_instant_and_whole(script):
     """Nothing heavy is imported before the flags are read, which takes far less than a second."""
     done = outcome("-X", "importtime", script, "--help")
-    imported = {
-        line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")
-    }
+    timed = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    imported = {line.rsplit("|", 1)[1].strip() for line in timed}
     assert done.returncode == 0 and "argparse" in imported
     assert not imported & {"torch", "torchvision", "numpy", "matplotlib", "skimage", "tensorboard", "wandb"}
-    commands = [line for line in done.stdout.splitlines() if line.startswith("  python ")]
-    assert len(commands) >= 3 and "(default: None)" not in done.stdout
-    text = " ".join(done.stdout.split())
+    assert done.stdout.count("\n  python ") >= 3 and "(default: None)" not in done.stdout
     layers = "vgg16: block1…block5; resnet34: layer1…layer4; vit_small: block0…block11; alexnet: conv1…conv5"
     training = (layers, "--lr LR", "(study: 0.0001)", "python train.py --config configs/sample.yaml")
-    assert script != "train.py" or all(part in text for part in training)
+    assert script != "train.py" or all(part in " ".join(done.stdout.split()) for part in training)
 
 
 def test_every_config_file_is_valid():
@@ -205,19 +180,17 @@ def test_every_config_file_is_valid():
 def test_every_experiment_has_an_optimisation_of_its_own(name):
     path = REPOSITORY / "configs" / f"{name}.yaml"
     tuned = yaml.safe_load(path.read_text())["fast"]
-    assert not set(tuned) & {*EXPERIMENT_KEYS, "data", "protocol", "seed", "weights"}
+    general = yaml.safe_load((REPOSITORY / "configs" / "fast.yaml").read_text())
+    assert not {*tuned, *general} & {*EXPERIMENT_KEYS, "data", "protocol", "seed", "weights"}
     study, fast = vars(parse("--config", path)), vars(parse("--config", path, "--fast"))
     assert all(float(fast[key]) == float(tuned[key]) for key in ("lr", "batch_size", "crop", "epochs"))
     assert (study["lr"], study["crop"], study["epochs"], study["batch_size"]) == (1e-4, None, 30, 4)
     assert parse("--config", path, "--fast", "--lr", 0.5).lr == 0.5  # the command line wins
 
 
-def test_null_under_fast_is_the_default(config):
+def test_null_under_fast_is_the_default_and_fast_wants_values(config):
     args = parse("--config", config("width: 16\nlr: 1\nfast:\n  width: null\n"), "--fast")
     assert args.width is None and args.lr == 1
-
-
-def test_fast_wants_values(config):
     with pytest.raises(UserError, match="has no lines of `key: value` under `fast:`"):
         parse("--config", config("layer: block2\n"), "--fast")
 

@@ -10,8 +10,7 @@ from extras.muon import Muon, orthogonal
 def test_directions_stay_and_become_as_long(shape):
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(shape, generator=generator) * torch.logspace(0, -1, shape[1])
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    assert values[0] > 2.5 * values[-1]
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     found = left.T @ orthogonal(matrix) @ right.T
     lengths = found.diagonal()
     assert 0.6 < lengths.min() and lengths.max() < 1.25

@@ -1,14 +1,15 @@
 """What a user of train.py sees: the loop's decisions, whole runs, repeatability, and errors."""
 
-import csv
+import copy
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import REPOSITORY
+from conftest import REPOSITORY, read_csv
 from kill_resume import read_run, same
 from skimage.metrics import peak_signal_noise_ratio
 from training import parse, train_epoch, training_on, validate
@@ -21,8 +22,7 @@ from encoders import Encoder
 from extras import trackers
 from metrics import LPIPS, Loss
 from models import build_inverter, load_inverter
-from report.results import EXPERIMENT_KEYS
-from utils import PUBLISHED, load, select_device
+from utils import PUBLISHED, load
 
 SMALL = ("--crop", 32, "--width", 8, "--lpips-weight", 0, "--tracker", "none", "--quiet")
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's
@@ -31,37 +31,29 @@ NO_MPS = pytest.mark.skipif(torch.backends.mps.is_available(), reason="MPS is he
 
 
 def history(out):
-    with open(Path(out) / "history.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(out / "history.csv")
 
 
 # --- the loop's decisions --------------------------------------------------------------------------------
 
 
+def make_up_losses(monkeypatch, losses):
+    """Give validation these losses, one an epoch."""
+    losses, picture = iter(losses), torch.zeros(1, 3, 224, 224)
+    means = dict.fromkeys([*metrics.TERMS, "seconds"], 1.0)
+    monkeypatch.setattr(train, "validate", lambda _: (means | {"loss": next(losses)}, picture, picture))
+
+
 def test_early_stop_plateau_and_best_epoch_on_made_up_losses(photos, tmp_path, monkeypatch):
-    losses = [0.5, 0.4, 0.3] + [0.35] * 40
-    biases = []
-    picture = torch.zeros(1, 3, 224, 224)
-
-    def made_up_epoch(training):
-        with torch.no_grad():
-            training.inverter.decoder.to_rgb.bias.add_(1)
-        biases.append(training.inverter.decoder.to_rgb.bias.clone())
-        return dict.fromkeys(metrics.TERMS, 0.1)
-
-    def made_up_validation(training):
-        means = dict.fromkeys([*metrics.TERMS, "seconds"], 0.1) | {"loss": losses[len(biases) - 1]}
-        return means, picture, picture
-
-    monkeypatch.setattr(train, "train_epoch", made_up_epoch)
-    monkeypatch.setattr(train, "validate", made_up_validation)
     monkeypatch.setattr(trackers, "draw_curves", lambda *_: None)  # eighteen times
-    train.train(parse("--data", photos, "--out", tmp_path, "--epochs", 40, *SMALL))
-    best = load(tmp_path / "best.pt")
+    for epochs in (3, 40):
+        make_up_losses(monkeypatch, [0.5, 0.4, 0.3] + [0.35] * 40)
+        train.train(parse("--data", photos, "--out", tmp_path / f"{epochs}", "--epochs", epochs, *SMALL))
+    best = load(tmp_path / "40" / "best.pt")
     assert (best["epoch"], best["val_loss"]) == (3, 0.3)
-    assert torch.equal(best["decoder"]["to_rgb.bias"], biases[2])
+    assert same(best["decoder"], load(tmp_path / "3" / "last.pt")["decoder"])
     # epochs 4–9 are bad: the sixth exceeds a patience of five, so 10–15 run at half, 16–18 at a quarter
-    assert [float(row["lr"]) for row in history(tmp_path)] == [1e-4] * 9 + [5e-5] * 6 + [2.5e-5] * 3
+    assert [float(row["lr"]) for row in history(tmp_path / "40")] == [1e-4] * 9 + [5e-5] * 6 + [2.5e-5] * 3
 
 
 def test_the_rate_of_an_epoch_is_that_of_its_last_step(photos, tmp_path, run_train):
@@ -76,20 +68,15 @@ def test_the_rate_of_an_epoch_is_that_of_its_last_step(photos, tmp_path, run_tra
 
 def test_loss_by_hand():
     a, b = torch.rand(2, 2, 3, 64, 64)
-    lpips = LPIPS()
+    lpips = LPIPS()(a, b)
     terms = Loss(0.5, 0.25)(a, b)
     mse = ((a - b) ** 2).flatten(1).sum(1) / (3 * 64 * 64)
     assert terms["mse"].tolist() == pytest.approx(mse.tolist(), rel=1e-5)
-    assert terms["lpips"].tolist() == pytest.approx(lpips(a, b).tolist())
-    assert terms["loss"].tolist() == pytest.approx((0.5 * mse + 0.25 * lpips(a, b)).tolist())
+    assert terms["lpips"].tolist() == pytest.approx(lpips.tolist())
+    assert terms["loss"].tolist() == pytest.approx((0.5 * mse + 0.25 * lpips).tolist())
     assert terms["psnr"][0] == pytest.approx(10 * math.log10(1 / float(mse[0])), rel=1e-5)
     terms = Loss(1.0, 0)(a, b)
     assert torch.equal(terms["loss"], terms["mse"]) and terms["lpips"].isnan().all()
-    a.requires_grad_()
-    terms = Loss(0, 1.0)(a, b)
-    assert torch.equal(terms["loss"], terms["lpips"]) and not terms["mse"].isnan().any()
-    grad = torch.autograd.grad(terms["loss"].sum(), a)[0]
-    assert torch.allclose(grad, torch.autograd.grad(lpips(a, b).sum(), a)[0])
 
 
 def test_published_loss_by_hand():
@@ -98,26 +85,23 @@ def test_published_loss_by_hand():
     target = ((images.permute(0, 2, 3, 1) - MEAN) / STD).permute(0, 3, 1, 2)
     assert terms["mse"].tolist() == pytest.approx(((output - target) ** 2).mean((1, 2, 3)).tolist())
     assert terms["mse"].min() > 0.5 and torch.equal(terms["loss"], 0.5 * terms["mse"])
-    pairs = zip(output.numpy(), target.clip(0, 1).numpy(), strict=True)
-    expected = [peak_signal_noise_ratio(*pair, data_range=1) for pair in pairs]
-    assert terms["psnr"].tolist() == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("flag", ["--tf32", "--no-tf32"])
 def test_tf32_is_for_training_alone(photos, tmp_path, monkeypatch, run_train, flag):
     allowed = []
 
-    def watched(real):
-        def watch(*args):
-            allowed.append((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+    def watch(name, real):
+        def watched(*args):
+            allowed.append((name, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
             return real(*args)
 
-        return watch
+        monkeypatch.setattr(train, name, watched)
 
-    for name in ("train_step", "validate"):
-        monkeypatch.setattr(train, name, watched(getattr(train, name)))
+    watch("train_step", train.train_step)
+    watch("validate", train.validate)
     assert run_train("--data", photos, "--out", tmp_path, "--epochs", 1, flag, *SMALL) == 0
-    assert allowed == 2 * [2 * (flag == "--tf32",)] + [(False, False)]
+    assert set(allowed) == {("train_step", *2 * (flag == "--tf32",)), ("validate", False, False)}
 
 
 @pytest.mark.parametrize("decoder", ["tconv", "feedback"])
@@ -136,11 +120,13 @@ def test_amp_computes_in_bfloat16_and_returns_float32(decoder):
 @pytest.mark.parametrize("decoder", ["tconv", "feedback"])
 def test_compiled_training_is_the_same(photos, tmp_path, monkeypatch, run_train, decoder):
     """Through torch.compile's tracer, with a backend that needs no C++ compiler."""
-    compiled = []
-    real = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self: compiled.append(self) or real(self, backend="aot_eager")
-    )
+    compiled, real = [], torch.nn.Module.compile
+
+    def compile_eagerly(net):
+        compiled.append(net)
+        real(net, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
     flags = ("--data", photos, "--epochs", 1, "--val-images", 1, "--decoder", decoder, *SMALL)
     assert run_train(*flags, "--out", tmp_path / "a") == 0 and not compiled
     assert run_train(*flags, "--out", tmp_path / "b", "--compile") == 0 and len(compiled) == 2
@@ -161,23 +147,11 @@ def test_frozen_batch_norm(photos):
         training.epoch, training.step = 1, 0
 
 
-def test_validation_features_are_kept_if_small(photos, monkeypatch):
-    training = training_on(photos, "--encoder", "alexnet", "--layer", "conv3")
-    known, unknown = {}, {}
-    first = validate(training, known)[0]
-    assert len(known) == 1 and validate(training, known)[0] == first
-    monkeypatch.setattr(train, "VAL_CACHE_BYTES", 0)
-    assert validate(training, unknown)[0] == first and not unknown
-
-
 def test_averages_are_over_images_not_batches():
     meter = metrics.Meter(["psnr", "ssim"])
     meter.add({"psnr": torch.tensor([10.0, 20.0, 30.0]), "ssim": torch.tensor([0.5, 0.5, 0.5])})
     meter.add({"psnr": torch.tensor([60.0]), "ssim": torch.tensor([0.9])})
     assert meter.averages() == pytest.approx({"psnr": 30, "ssim": 0.6})
-    other = metrics.Meter(["psnr", "ssim"])
-    other.restart(meter.total())
-    assert other.averages() == meter.averages()
 
 
 def test_validation_shows_what_the_metrics_see(photos):
@@ -194,8 +168,8 @@ def test_validation_shows_what_the_metrics_see(photos):
 
 
 def test_six_of_many_validation_images_are_shown(photos):
-    """As pictures, whatever the decoder gives."""
-    training = training_on(photos, "--decoder", "residual", "--width", 8, "--lpips-weight", 0)
+    """As pictures, whatever the decoder gives; whole, whatever the crops it is trained on."""
+    training = training_on(photos, "--decoder", "residual", *SMALL)
     training.inverter.decoder.head.last.bias.data.fill_(50)
     training.val_indices = 5 * [0, 1]
     _, targets, outputs = validate(training)
@@ -204,17 +178,10 @@ def test_six_of_many_validation_images_are_shown(photos):
     assert len(outputs) == 6 and 0 <= outputs.min() and outputs.max() <= 1
 
 
-def test_fast_changes_the_optimisation_only():
-    fast = yaml.safe_load((REPOSITORY / "configs" / "fast.yaml").read_text())
-    assert not set(fast) & {*EXPERIMENT_KEYS, "data", "protocol", "seed", "weights"}
-
-
 def test_encoder_is_bit_identical_after_training(photos):
     training = training_on(photos, "--epochs", 1, "--crop", 64)
     encoder, decoder = training.inverter.encoder, training.inverter.decoder
-    before, untrained = (
-        {key: value.clone() for key, value in net.state_dict().items()} for net in (encoder, decoder)
-    )
+    before, untrained = copy.deepcopy((dict(encoder.state_dict()), dict(decoder.state_dict())))
     train_epoch(training)
     assert same(before, dict(encoder.state_dict())) and not same(untrained, dict(decoder.state_dict()))
     assert all(p.grad is None for p in [*encoder.parameters(), *training.loss.parameters()])
@@ -303,7 +270,6 @@ def test_quiet_prints_no_progress(photos, tmp_path, run_train, capsys):
         (("--width", 2**31 - 1), "out of memory"),
         pytest.param(("--device", "cuda"), "0 CUDA devices", marks=NO_CUDA),
         pytest.param(("--device", "mps"), "--device mps: PyTorch finds no Apple GPU", marks=NO_MPS),
-        pytest.param(("--device", "mps:0"), "PyTorch finds no Apple GPU here", marks=NO_MPS),
         (("--device", "mps:1"), "--device mps:1: use auto, cpu, cuda, cuda:N or mps"),
     ],
 )
@@ -312,10 +278,6 @@ def test_what_cannot_be_is_one_line(photos, tmp_path, run_train, error_line, mon
     Path("file").write_text("")
     assert run_train("--data", photos, "--out", "run", *flags) == 2
     assert message in error_line() and not Path("run/last.pt").exists()
-
-
-def test_the_only_cpu_by_its_number():
-    assert select_device("cpu:0").type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -332,10 +294,7 @@ def test_too_few_images(tmp_path, photos, run_train, error_line, train_count, me
 
 def test_compiler_that_fails_is_one_line(photos, tmp_path, run_train, error_line, monkeypatch):
     from_compiler = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
-
-    def fails(*_):
-        raise from_compiler("no C++ compiler")
-
+    fails = Mock(side_effect=from_compiler("no C++ compiler"))
     monkeypatch.setattr(train, "train_step", fails)
     assert run_train("--data", photos, "--out", tmp_path, *SMALL) == 2
     assert error_line().startswith("--compile: ")
@@ -364,9 +323,7 @@ def test_existing_run_is_not_overwritten(trained, run_train, error_line):
 
 def test_results_of_a_best_that_is_no_more_are_removed(photos, tmp_path, monkeypatch, run_train):
     """Who evaluates while it trains has results that the next best epoch makes untrue."""
-    losses = iter([3.0, 1.0, 2.0])
-    measured = dict.fromkeys([*metrics.TERMS, "seconds"], 1.0)
-    monkeypatch.setattr(train, "validate", lambda *_: (measured | {"loss": next(losses)}, None, None))
+    make_up_losses(monkeypatch, [3.0, 1.0, 2.0])
     there = []
 
     def evaluated(history, path):

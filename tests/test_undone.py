@@ -30,7 +30,9 @@ def test_least_squares_are_scipys():
 @pytest.mark.slow
 def test_a_decoder_gets_what_it_was_trained_for(photos, run_train, tmp_path, monkeypatch, capsys):
     run = ["--data", photos, "--encoder", "alexnet", "--layer", "conv4", "--out", tmp_path, "--quiet"]
-    assert run_train(*run, "--decoder", "residual", "--width", 8, "--epochs", 1, "--lr", 1e-3) == 0
+    assert (
+        run_train(*run, "--decoder", "residual", "--width", 8, "--epochs", 1, "--lr", 1e-3, "--crop", 64) == 0
+    )
     flags = [str(tmp_path / "best.pt"), "--data", str(photos), "--steps", "600"]
     monkeypatch.setattr(sys, "argv", ["undone.py", *flags])
     capsys.readouterr()
