@@ -102,6 +102,16 @@ def add_input_flags(add):
     add("--std", type=three_numbers, metavar="R,G,B", help=f"standard deviation {what}")
 
 
+def add_data_flags(add):
+    """The images of a training; add: a group's add_argument."""
+    add("--data", help="DIV2K, a folder with train/ and test/, or `sample` (default: DIV2K if it is there)")
+    add("--download", **OFF, help="download DIV2K (3.7 GB) to --data first")
+    add("--crop", **N, help="train on N×N crops, to be faster; a multiple of the layer's stride")
+    add("--kept-crops", **N_OR_0, help="encode only N crops an image and reuse them, for deep layers")
+    add("--train-images", **N, help="train on only N images, evenly spaced (default: all)")
+    add("--val-images", **N, help="validate on only N images, evenly spaced (default: all)")
+
+
 def check_weights(args):
     """Set args.weights to `own` if a FILE.py gives them. Raises UserError; also for a --std of 0."""
     own = [".py:" in name for name in encoders_of(args.encoder)]
@@ -135,17 +145,10 @@ def train_parser(doc=None):
     add("--fusion", choices=["concat", "weighted", "attention"], help=f"{fusion} (default: concat)")
     add("--iterations", **N, help="how often the feedback decoder corrects its image (default: 3)")
     add("--init", metavar="BEST.PT", help="start from the decoder of this run, to train it further")
-    add = parser.add_argument_group("images").add_argument
-    add("--data", help="DIV2K, a folder with train/ and test/, or `sample` (default: DIV2K if it is there)")
-    add("--download", **OFF, help="download DIV2K (3.7 GB) to --data first")
-    add("--crop", **N, help="train on N×N crops, to be faster; a multiple of the layer's stride")
-    add("--kept-crops", **N_OR_0, help="encode only N crops an image and reuse them, for deep layers")
-    add("--train-images", **N, help="train on only N images, evenly spaced (default: all)")
-    add("--val-images", **N, help="validate on only N images, evenly spaced (default: all)")
+    add_data_flags(parser.add_argument_group("images").add_argument)
     add = parser.add_argument_group("training").add_argument
-    recipe = "for flags that are not given: the study's values, or what suits the layer and the images"
-    which = "default: study for its four encoders without --minutes, else auto"
-    add("--recipe", choices=["study", "auto"], help=f"{recipe} ({which})")
+    recipe = "what is not given: the study's, or what suits layer and images (default: by the encoder)"
+    add("--recipe", choices=["study", "auto"], help=recipe)
     add("--minutes", type=positive_float, metavar="M", help="train for about M minutes, with the validations")
     add("--epochs", **N, help="train for at most N epochs; each ends with a validation")
     add("--passes", **N, help="passes through the images in an epoch; validation comes after all")
@@ -157,8 +160,7 @@ def train_parser(doc=None):
     add("--schedule", choices=["plateau", "onecycle"], help=schedule)
     clip = "scale gradients down to this norm, to keep the training stable; 0: never"
     add("--clip-grad", type=non_negative_float, metavar="NORM", help=clip)
-    freeze = "fix batch norm's statistics after N steps, in short trainings"
-    add("--freeze-bn", **N_OR_0, default=0, help=freeze)
+    add("--freeze-bn", **N_OR_0, default=0, help="fix batch norm's statistics after N steps")
     add("--patience", **N, default=15, help="stop after N epochs without a better validation loss")
     add("--mse-weight", type=non_negative_float, help="of MSE in the loss; alone: best PSNR")
     add("--lpips-weight", type=non_negative_float, help="of LPIPS in the loss; 0 is faster")

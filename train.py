@@ -119,9 +119,7 @@ class Training:
         self.config = config = config_of(args) | {"data": data.resolve(args.data)}
         self.protocol = PROTOCOLS[config["protocol"]]
         encoder = encoder_of(config).to(self.device)
-        self.train_images, self.val_images = self.load_images(
-            args.cache, disable_bars(args), encoder.input_size
-        )
+        self.train_images, self.val_images = self.load_images(args, encoder.input_size)
         self.chosen = ""  # flags of --recipe auto
         if config["recipe"] == "auto":
             from extras.recipe import choose_recipe
@@ -168,23 +166,28 @@ class Training:
             from extras.cuda_graphs import CudaGraphStep
 
             self.forward_backward = CudaGraphStep(forward_backward)
-        # What a run and its resumption must have in common.
-        self.resume_guard = {key: value for key, value in config.items() if key not in MAY_DIFFER} | {
-            "processes": world,
-            "hash of the training images": self.train_images.key,
-            "hash of the validation images": self.val_images.key,
-            "init_sha256": init_sha256,
-            "weights_sha256": self.inverter.encoder.weights_sha256,
-            "encoder_sha256": encoder_sha256(self.inverter.encoder),
-        }
+        self.resume_guard = self.in_common(init_sha256)
 
-    def load_images(self, cache, bars, size):
-        """Training and validation images for an encoder of size×size images; any process may build the cache."""
-        options = {"cache": cache, "protocol": self.protocol, "size": size, "bars": bars}
+    def load_images(self, args, size):
+        """Training and validation images for an encoder of size×size images."""
+        options = {"cache": args.cache, "protocol": self.protocol, "size": size}
+        options["bars"] = disable_bars(args)  # any process may build the cache
         images = data.load_split(self.config["data"], "train", **options)
         indices = evenly_spaced(len(images), self.config["train_images"] or len(images))
         val_images = data.load_split(self.config["data"], "val", **options)
         return data.subset(images, indices).to(self.device), val_images.to(self.device)
+
+    def in_common(self, init_sha256):
+        """What a run and its resumption must have in common."""
+        encoder = self.inverter.encoder
+        return {key: value for key, value in self.config.items() if key not in MAY_DIFFER} | {
+            "processes": self.world,
+            "hash of the training images": self.train_images.key,
+            "hash of the validation images": self.val_images.key,
+            "init_sha256": init_sha256,
+            "weights_sha256": encoder.weights_sha256,
+            "encoder_sha256": encoder_sha256(encoder),
+        }
 
     @property
     def finished(self):
