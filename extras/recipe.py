@@ -102,16 +102,16 @@ def find_steps(training, batches, step):
             late = synchronized_time(device) - begun > 60 * minutes * PROBE_SHARE
             if late and len(seconds) > 2:
                 break
-    timed = seconds[min(WARM_UP, len(seconds) // 2) :]
-    start = synchronized_time(device)
+    seconds = median(seconds[min(WARM_UP, len(seconds) // 2) :])
+    image = images.new_zeros(1, 3, inverter.size, inverter.size)
     with torch.no_grad():
-        inverter.eval()(images[:1].new_zeros(1, 3, inverter.size, inverter.size))
-    validation = (synchronized_time(device) - start) * len(training.val_indices) / training.world
+        validation = timed(device, lambda: inverter.eval()(image), 1)
+    validation *= len(training.val_indices) / training.world
     inverter.decoder.load_state_dict(state)
     training.optimizer.state.clear()
     training.optimizer.zero_grad()
     left = 60 * minutes - (synchronized_time(device) - begun) - encoding
-    steps = [max(int((left / config["epochs"] - validation) / median(timed)), 1)]
+    steps = [max(int((left / config["epochs"] - validation) / seconds), 1)]
     if training.world > 1:
         dist.broadcast_object_list(steps)
     return steps[0]
