@@ -292,7 +292,8 @@ class Signals:
     """
 
     def __init__(self, device):
-        self.received, self.since, self.device = 0, 0.0, device
+        self.received, self.device = 0, device
+        self.since = 0.0  # when this process received its first signal
 
     def __enter__(self):
         self.before = {}
@@ -306,7 +307,7 @@ class Signals:
 
     def handle(self, number, frame):
         now = time.monotonic()
-        if self.received and (number == signal.SIGINT or now - self.since > COPY_SECONDS):
+        if self.since and (number == signal.SIGINT or now - self.since > COPY_SECONDS):
             os._exit(128 + number)
         self.received, self.since = self.received or number, self.since or now
 

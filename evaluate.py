@@ -33,6 +33,7 @@ import data
 from checkpoint import RESULTS, refuse_other_results, write_result
 from metrics import (
     LPIPS,
+    SCALE_IMAGES,
     feature_error,
     feature_scale,
     measure,
@@ -45,6 +46,7 @@ from metrics import (
 from models import count_parameters, load_inverter
 from utils import (
     DOCUMENTED,
+    FREE_BASELINES,
     METRICS,
     METRICS_AND_FEATURE_ERROR,
     PROTOCOLS,
@@ -61,19 +63,16 @@ from utils import (
 )
 
 SSIM_WAITS = 16  # batches at most whose SSIM a GPU does not wait for
-SCALED = 100  # images whose features give the scale of feature errors; more change little
 PICTURES = 1000  # at most, of all images, are kept to be drawn: 300 MB
 
 
 class Evaluation(NamedTuple):
     """What evaluate_model measured, image by image."""
 
-    iterates: (
-        list  # {"psnr" (dB), "ssim", "lpips", "feature_error": (N,)} after each iteration, or of the one
-    )
-    baselines: dict  # {"mean_colour", "thumbnail": the same without "feature_error"}
+    iterates: list  # {"psnr" (dB), "ssim", "lpips", "feature_error": (N,)} after each iteration, or one
+    baselines: dict  # {kind of FREE_BASELINES: the same without "feature_error"}
     pictures: dict  # {number of an image: [target, reconstruction], uint8 (H, W, 3)}
-    features: torch.Tensor | None = None  # of the first images, (SCALED, C, H, W)
+    features: torch.Tensor | None = None  # of the first images, (SCALE_IMAGES, C, H, W)
     names: list = ()  # of the images
 
     @property
@@ -87,7 +86,8 @@ def evaluate(args):
     if args.report:
         from report.page import write_report
 
-        return print(write_report(args.report))
+        print(write_report(args.report))
+        return
     if args.compare:
         from report.compare import compare
 
@@ -177,14 +177,14 @@ def evaluate_model(inverter, images, batch_size=4, *, bars=None, protocol=DOCUME
         for first in range(0, len(images), batch_size):
             batch = data.center_crops(images[first : first + batch_size], inverter.size).to(inverter.device)
             features = inverter.encode(batch)
-            features_of_first += features[: max(SCALED - first, 0)]
+            features_of_first += features[: max(SCALE_IMAGES - first, 0)]
             wanted = target(batch, protocol).clamp(0, 1)
             iterates = inverter.decode_all(features)
             colour = wanted.mean((2, 3), keepdim=True).expand_as(wanted)
-            baselines = colour, thumbnail(wanted, inverter.shape[1:])
+            small = thumbnail(wanted, inverter.shape[1:])
             outputs = [image.clamp(0, 1) for image in iterates]
             seen = lpips.features(wanted)
-            found = [measure(image, wanted, lpips, protocol, seen) for image in (*outputs, *baselines)]
+            found = [measure(image, wanted, lpips, protocol, seen) for image in (*outputs, colour, small)]
             for values, image in zip(found[:-2], iterates, strict=True):
                 values["feature_error"] = feature_error(inverter.reencode, image, features, 1).tolist()
             measured.append(found)
@@ -196,8 +196,8 @@ def evaluate_model(inverter, images, batch_size=4, *, bars=None, protocol=DOCUME
                     kept[number] = [pixels.clone() for pixels in pair]  # without the rest of the batch
             bar.update(len(batch))
     *iterates, colour, small = [concatenate(parts) for parts in zip(*measured, strict=True)]
-    without = {"mean_colour": colour, "thumbnail": small}
-    return Evaluation(iterates, without, kept, torch.stack(features_of_first))
+    baselines = {"mean_colour": colour, "thumbnail": small}
+    return Evaluation(iterates, baselines, kept, torch.stack(features_of_first))
 
 
 @torch.no_grad()
@@ -233,9 +233,9 @@ def write_evaluation(found, inverter, checkpoint, about, out):
     config, values = checkpoint["config"], found.values
     protocol = PROTOCOLS[config["protocol"]]
     metrics = {name: summary(values[name]) for name in METRICS_AND_FEATURE_ERROR}
-    baselines = {
-        kind: {name: summary(part[name]) for name in METRICS} for kind, part in found.baselines.items()
-    }
+    baselines = {}
+    for kind, part in found.baselines.items():
+        baselines[kind] = {name: summary(part[name]) for name in METRICS}
     about = metrics | about | {"images": len(found.names), "parameters": count_parameters(inverter.decoder)}
     about |= {"protocol": protocol.name, "weights": config["weights"], "epoch": checkpoint["epoch"]}
     about |= {"shape": list(inverter.shape), "size": inverter.size, "baselines": baselines}
@@ -261,9 +261,9 @@ def write_evaluation(found, inverter, checkpoint, about, out):
         f"{checkpoint['epoch']}, protocol {protocol.name}; {len(found.names)} test images of {about['data']}"
     )
     print(summary_table(metrics))
-    for kind, label in (("mean_colour", "mean colour"), ("thumbnail", "thumbnail {1}×{2}")):
+    for kind, label in FREE_BASELINES.items():
         means = [f"{METRICS[name]} {part['mean']:.4f}" for name, part in baselines[kind].items()]
-        print(f"{label.format(*inverter.shape)}: {', '.join(means)}")
+        print(f"{label}: {', '.join(means)}")
     if metrics["psnr"]["mean"] < baselines["mean_colour"]["psnr"]["mean"]:
         print("below the mean colour of the images: the decoder has failed; train longer, or at another --lr")
     for number, after in enumerate(found.iterates if len(found.iterates) > 1 else ()):

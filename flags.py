@@ -147,8 +147,9 @@ def train_parser(doc=None):
     add("--init", metavar="BEST.PT", help="start from the decoder of this run, to train it further")
     add_data_flags(parser.add_argument_group("images").add_argument)
     add = parser.add_argument_group("training").add_argument
-    recipe = "what is not given: the study's, or what suits layer and images (default: by the encoder)"
-    add("--recipe", choices=["study", "auto"], help=recipe)
+    recipe = "for what is not given: the study's values, or what suits the layer and the images"
+    which = "default: study for its four encoders without --minutes"
+    add("--recipe", choices=["study", "auto"], help=f"{recipe} ({which})")
     add("--minutes", type=positive_float, metavar="M", help="train for about M minutes, with the validations")
     add("--epochs", **N, help="train for at most N epochs; each ends with a validation")
     add("--passes", **N, help="passes through the images in an epoch; validation comes after all")
@@ -198,13 +199,13 @@ def parse_train(argv=None, doc=None):
     if args.fusion and len(encoders_of(args.encoder)) == 1:
         raise UserError(f"--fusion: joins several encoders, A+B with --layer a+b; {args.encoder} is one")
     check_weights(args)
-    if args.steps and args.passes:
-        raise UserError("--steps with --passes: both say how long an epoch is; give one of them")
+    if (args.steps or args.minutes) and args.passes:
+        raise UserError("--passes with --steps or --minutes: both say how long an epoch is; give one of them")
     studied = all(name in LAYERS for name in encoders_of(args.encoder)) and not args.minutes
     args.recipe = args.recipe or ("study" if studied else "auto")
     weighted = args.mse_weight is not None or args.lpips_weight is not None  # then the other is the study's
     for flag in STUDY if args.recipe == "study" else ("mse_weight", "lpips_weight") if weighted else ():
-        if getattr(args, flag) is None:
+        if getattr(args, flag) is None and not (flag == "passes" and (args.steps or args.minutes)):
             setattr(args, flag, STUDY[flag])
     if args.protocol == "published" and (args.mean or args.std):
         raise UserError("--mean and --std: --protocol published uses ImageNet's; leave them out")
@@ -232,12 +233,28 @@ def with_defaults(config, path=None):
     return config_of(flags) | config
 
 
+class TextLoader(yaml.BaseLoader):
+    """Every value is text, so that a layer 0.10 is not 0.1; null is None. It knows no tag that runs code."""
+
+    def construct_scalar(self, node):
+        null = node.style is None and node.value in ("", "~", "null", "Null", "NULL")  # not in quotes
+        return None if null else super().construct_scalar(node)
+
+    def construct_mapping(self, node, deep=False):
+        """A dictionary. Raises UserError for a key that stands twice."""
+        keys = [str(key.value) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"has the key {key} twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path, parser, fast=False):
     """The YAML file at `path`, with `fast` also its key `fast`, as command-line flags. Raises UserError."""
     actions = {action.dest: action for action in parser._actions if action.dest not in NO_KEYS}
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, yaml.BaseLoader)  # all values stay text: a layer 0.10 is not 0.1
+            values = yaml.load(file, TextLoader)
         tuned = values.pop("fast", {}) if isinstance(values, dict) else None
         if not (isinstance(values, dict) and isinstance(tuned, dict)):
             raise UserError("should have lines of `key: value`, and such lines under `fast:`, if any")
@@ -247,31 +264,30 @@ def read_config(path, parser, fast=False):
             {key: as_flags(key, found[key], actions) for key in found} for found in (values, tuned)
         )
         parser.parse_args([*sum(flags.values(), []), *sum(tuned.values(), [])])
-    except (yaml.YAMLError, OSError, RecursionError, ValueError, TypeError, UserError) as error:
+    except (yaml.YAMLError, OSError, RecursionError, ValueError, UserError) as error:
         raise UserError(f"--config {path}: {error}") from None
     return sum((flags | tuned if fast else flags).values(), [])
 
 
 def as_flags(name, value, actions):
     """A key of a YAML file and its value as command-line flags. Raises UserError."""
-    if name in GONE and value in ("null", "false", "residual"):
+    if name in GONE and value in (None, "false", "residual"):
         return []
     if name not in actions:
         raise UserError(f"unknown key {reprlib.repr(name)}; the keys are {', '.join(actions)}, fast")
     action, flag = actions[name], name.replace("_", "-")
     if isinstance(value, list) and action.type is three_numbers:
         value = ",".join(map(str, value))
+    if value is None and action.default is None:  # not given
+        return []
     if not isinstance(value, str):
-        raise UserError(f"{name}: {reprlib.repr(value)} should be a number or a word")
+        value = "null" if value is None else reprlib.repr(value)
+        raise UserError(f"{name}: {value} should be a number or a word")
     if isinstance(action, argparse.BooleanOptionalAction):
         if value.lower() not in yaml.SafeLoader.bool_values:
             raise UserError(f"{name}: {reprlib.repr(value)} should be true or false")
         return [f"--{flag}" if yaml.SafeLoader.bool_values[value.lower()] else f"--no-{flag}"]
-    if value not in ("null", "~", ""):
-        return [f"--{flag}={value}"]
-    if action.default is not None:
-        raise UserError(f"{name}: null should be a number or a word")
-    return []
+    return [f"--{flag}={value}"]
 
 
 # --- evaluate.py and invert.py -------------------------------------------------------------------------
@@ -294,9 +310,7 @@ def parse_evaluate(argv=None, doc=None):
     add("--trust-code", **TRUST)
     add("--data", help="folder with test images, or `sample` (default: the checkpoint's)")
     add("--size", choices=["native", "224"], help="of --images: whole (default if possible), or the centre")
-    small = (
-        "of --images: below each reconstruction, the image in as many pixels as the features have positions"
-    )
+    small = "of --images: show below each reconstruction the image at the features' resolution"
     add("--thumbnails", action="store_true", help=small)
     add("--protocol", choices=list(PROTOCOLS), help="of --baselines (default: documented)")
     add("--out", help="folder for the results (default: the checkpoint's, or one inside for other --data)")
@@ -349,8 +363,8 @@ def parse_survey(argv=None, doc=None):
     args = parser.parse_args(argv)
     if len(encoders_of(args.encoder)) > 1:
         raise UserError(f"--encoder {args.encoder}: one at a time; survey each by itself")
-    for layer in args.layers or [None]:
-        check_layer(args.encoder, layer or next(iter(LAYERS.get(args.encoder, [""]))))
+    for layer in args.layers or LAYERS.get(args.encoder, [""]):
+        check_layer(args.encoder, layer)
     check_weights(args)
     args.out = args.out or f"runs/survey_{re.sub('[^A-Za-z0-9.]+', '_', args.encoder)}"
     return args

@@ -166,6 +166,11 @@ def layouts_of(shape, count, orders=()):
     return found
 
 
+def known_layout(output):
+    """The Layout of a layer with a short name: (B, C, H, W), or tokens. Channels may be as many as rows."""
+    return Layout("grid", 2) if output.dim() == 4 else layouts_of(output.shape, 1)[0]
+
+
 def token_orders(net):
     """The orders that sort tokens row by row, from networks of timm that know them, as Hiera."""
     orders = {}
@@ -334,7 +339,7 @@ class Trunk(nn.Module):
         """
         outputs = self.outputs(normalize(moving_spot(size)[: 1 if known else None]))
         if known:
-            found = [layouts_of(output.shape, 1)[0] for output in outputs]
+            found = [known_layout(output) for output in outputs]
         else:
             found = [find_layout(output, size, orders) for output in outputs]
         if None in found and size <= MAX_DOUBLED:

@@ -17,6 +17,7 @@ from encoders import imagenet_weights
 from utils import DOCUMENTED, IMAGENET_MEAN, IMAGENET_STD, METRICS_AND_FEATURE_ERROR, UserError
 
 LPIPS_MIN_SIZE = 31  # pixels
+SCALE_IMAGES = 100  # whose features give the scale of feature errors; more change little
 TERMS = ("loss", "mse", "lpips", "psnr")  # what Loss returns and an epoch averages
 SSIM_POOL = ThreadPoolExecutor()  # one image a core
 INTERMEDIATE_WEIGHT = 0.3  # of the MSE of a feedback decoder's images before its last one
@@ -79,8 +80,7 @@ def feature_scale(encoder, images, batch_size=4):
     If all features are equal it is their norm. images: data.Images or uint8 (N, H, W, 3). Raises UserError.
     """
     device = next(encoder.buffers()).device
-    # 100 images are precise enough
-    crops = (center_crops(part, encoder.input_size) for part in images[:100].split(batch_size))
+    crops = (center_crops(part, encoder.input_size) for part in images[:SCALE_IMAGES].split(batch_size))
     return scale_of(torch.cat([encoder(part.to(device)) for part in crops]))
 
 
@@ -92,9 +92,7 @@ def scale_of(features):
     if distance > 1e-5 * norm:  # more than rounding
         return "mean_pairwise_distance", distance
     if not norm > 0:
-        raise UserError(
-            f"{len(features)} images: their features have norm {norm}, by which errors are divided"
-        )
+        raise UserError(f"{len(features)} images: feature errors are divided by their features' norm, {norm}")
     print("feature errors are relative to ‖φ‖, because there is one image, or all have the same features")
     return "feature_norm", norm
 

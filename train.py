@@ -17,7 +17,6 @@ if __name__ == "__main__":
 
 import copy
 import math
-import os
 import shlex
 import sys
 import time
@@ -47,7 +46,7 @@ from decoders import FeedbackDecoder, Fused
 from encoders import encoder_sha256
 from metrics import LPIPS_MIN_SIZE, TERMS, Loss, Meter, target
 from models import Inverter, count_parameters, encoder_of, inverter_of, load_decoder
-from utils import keep_freed_memory, out_of_memory, processes, select_device, tf32
+from utils import out_of_memory, processes, select_device, set_determinism, tf32
 
 VAL_BATCH = 4
 VAL_CACHE_BYTES = 2**28  # validation features up to this size are computed once
@@ -211,16 +210,6 @@ class Training:
 
 
 # --- Set-up ------------------------------------------------------------------------------------------------
-
-
-def set_determinism(deterministic=True):
-    """Deterministic algorithms, a warning where PyTorch has none (attention on CUDA); or else the fastest."""
-    keep_freed_memory()
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.backends.cudnn.benchmark = not deterministic
 
 
 def steps_of_a_pass(images, batch_size, world):

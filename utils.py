@@ -42,6 +42,7 @@ ITERATIONS = 3  # default of the feedback decoder
 INPUT_FLAGS = ("input_size", "mean", "std")  # describe the encoder's images
 METRICS = {"psnr": "PSNR (dB) ↑", "ssim": "SSIM ↑", "lpips": "LPIPS ↓"}
 METRICS_AND_FEATURE_ERROR = METRICS | {"feature_error": "feature error ↓"}
+FREE_BASELINES = {"mean_colour": "mean colour", "thumbnail": "thumbnail of the features' size"}
 IMAGE_SIZE = 224
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -195,7 +196,7 @@ def locked(path, timeout=-1):
 
     try:
         return FileLock(path).acquire(timeout)
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
         if isinstance(error, Timeout):
             raise
         raise UserError(f"{path}: cannot be locked ({error}); choose another folder") from None
@@ -307,6 +308,18 @@ def keep_freed_memory():
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def set_determinism(deterministic=True):
+    """Deterministic algorithms, a warning where PyTorch has none (attention on CUDA); or else the fastest."""
+    import torch
+
+    keep_freed_memory()
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = not deterministic
 
 
 def select_device(name):

@@ -12,7 +12,7 @@ Windows.
 """
 
 from flags import Parser, parse_train, positive_int
-from utils import UserError, cli_main, select_device, synchronized_time, tf32, write_text
+from utils import UserError, cli_main, select_device, set_determinism, synchronized_time, tf32, write_text
 
 
 def make_parser():
@@ -84,7 +84,7 @@ def bench(args):
             if not args.batch_size:
                 flags = ("--data", folder, "--cache", f"{folder}/cache", "--out", f"{folder}/run", "--quiet")
                 show(training_peak_gib=child_gib("train.py", *flags, "--epochs", 1, "--device", device))
-            train.set_determinism()
+            set_determinism()
             with elsewhere(device) as plain:
                 bench_step(plain, folder, device, args, show)
                 if not args.batch_size:

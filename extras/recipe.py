@@ -9,7 +9,8 @@ import torch.distributed as dist
 from decoders import upsamplings
 from utils import out_of_memory, synchronized_time, timed
 
-# By stride. The rates are the best of three on validation images of VGG16's layers (docs/deeper.md).
+# By stride. The rates are the best of three on validation images of VGG16's block1 to block3, and deeper of
+# AlexNet's features.10 (docs/conclusions.md, docs/deeper.md). Crops were not compared.
 CROPS = {2: 64, 4: 64, 8: 64, 16: 128, 32: 128}
 RATES = {2: 7e-4, 4: 7e-4, 8: 7e-4}
 DEEP_RATE = 2e-3
@@ -32,17 +33,18 @@ def choose_recipe(config, encoder, images):
     """
     size = encoder.input_size
     stride = 2 ** upsamplings(min(height for _, height, _ in encoder.shapes), size)
-    batch_size = config["batch_size"] or min(BATCH_SIZE, images)
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    batch_size = config["batch_size"] or max(min(BATCH_SIZE, images // world), 1)
     epochs = EPOCHS_OF_MINUTES if config["minutes"] else EPOCHS
-    steps_of_a_pass = -(-images // batch_size)
+    steps_of_a_pass = -(-images // (batch_size * world))
     crop = config["crop"] or crop_of(encoder, CROPS.get(stride, size))
     kept_crops, device = 0, next(encoder.buffers()).device
     if stride >= 16 and device.type == "cpu":
         kept_crops = KEPT_CROPS
         if config["minutes"]:
             batch = torch.zeros(batch_size, 3, crop, crop)
-            seconds = steps_of_a_pass * timed(device, lambda: encoder(batch), 1)
-            kept_crops = min(int(KEPT_SHARE * 60 * config["minutes"] / seconds), MOST_KEPT)
+            seconds = -(-images // batch_size) * timed(device, lambda: encoder(batch), 1)
+            kept_crops = of_first(min(int(KEPT_SHARE * 60 * config["minutes"] / seconds), MOST_KEPT))
     chosen = {
         "decoder": "residual",
         "crop": crop,
@@ -86,21 +88,19 @@ def find_steps(training, batches, step):
     """
     config, inverter, device = training.config, training.inverter, training.device
     begun = synchronized_time(device)
-    minutes, state = config["minutes"], copy.deepcopy(inverter.decoder.state_dict())
-    seconds, encoding = [], 0
+    state = copy.deepcopy(inverter.decoder.state_dict())
+    seconds, encoding = [], 0  # of each step; of a batch
     with torch.random.fork_rng(devices=[]):
         for images, features in batches:
             if config["kept_crops"]:  # encoded before the training
                 start = synchronized_time(device)
                 features = inverter.encode(images).float()
-                encoding = (
-                    (synchronized_time(device) - start) * training.steps_per_pass * config["kept_crops"]
-                )
+                encoding = synchronized_time(device) - start
             start = synchronized_time(device)
             step(training, images, features)
             seconds.append(synchronized_time(device) - start)
-            late = synchronized_time(device) - begun > 60 * minutes * PROBE_SHARE
-            if late and len(seconds) > 2:
+            late = synchronized_time(device) - begun > 60 * config["minutes"] * PROBE_SHARE
+            if late and len(seconds) > 2 and training.world == 1:  # several processes take as many steps
                 break
     seconds = median(seconds[min(WARM_UP, len(seconds) // 2) :])
     image = images.new_zeros(1, 3, inverter.size, inverter.size)
@@ -110,8 +110,14 @@ def find_steps(training, batches, step):
     inverter.decoder.load_state_dict(state)
     training.optimizer.state.clear()
     training.optimizer.zero_grad()
-    left = 60 * minutes - (synchronized_time(device) - begun) - encoding
-    steps = [max(int((left / config["epochs"] - validation) / seconds), 1)]
-    if training.world > 1:
-        dist.broadcast_object_list(steps)
-    return steps[0]
+    encoding *= config["kept_crops"] * training.steps_per_pass * training.world
+    left = 60 * config["minutes"] - (synchronized_time(device) - begun) - encoding
+    return of_first(max(int((left / config["epochs"] - validation) / seconds), 1))
+
+
+def of_first(value):
+    """The first process's `value`: each has a clock of its own."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]

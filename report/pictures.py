@@ -13,11 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from utils import METRICS, METRICS_AND_FEATURE_ERROR, atomic, evenly_spaced
 
-LARGEST = 2**30
 MADE_BY = "feature-inversion"  # begins the `Software` text of each PNG
-
-
-ERROR_SCALE = "black ≤ 1, white ≥ 80 of 255"
+ERROR_SCALE = "black ≤ 1, white ≥ 80 of 255"  # of error_image
 
 
 def error_image(a, b):
@@ -29,7 +26,8 @@ def error_image(a, b):
 
 def draw_strip(rows, most=None):
     """A PIL image of `rows`, [[(uint8 image (H, W, 3), [line, line below it])]]; most: height of an image."""
-    height = min(len(rows[0][0][0]), most or LARGEST)
+    height = len(rows[0][0][0])
+    height = min(height, most or height)
     text = ImageFont.load_default(max(height // 18, 11))
     line, gap = int(1.5 * text.size), max(height // 40, 4)
     drawn = []
@@ -37,9 +35,8 @@ def draw_strip(rows, most=None):
         panels = []
         for pixels, lines in row:
             image = Image.fromarray(np.ascontiguousarray(pixels))
-            image = image.resize(
-                (max(round(image.width * height / image.height), 1), height), Image.Resampling.BICUBIC
-            )
+            size = max(round(image.width * height / image.height), 1), height
+            image = image.resize(size, Image.Resampling.BICUBIC)
             width = max(image.width, *(round(text.getlength(words)) for words in lines))
             panel = Image.new("RGB", (width + gap, height + 2 * line + gap), "white")
             panel.paste(image)

@@ -10,9 +10,7 @@ from matplotlib.figure import Figure
 from data import to_pixels
 from metrics import psnr, thumbnail
 from report.pictures import drawable, save_figure
-from utils import METRICS, METRICS_AND_FEATURE_ERROR, write_csv, write_text
-
-KINDS = {"mean_colour": "mean colour", "thumbnail": "thumbnail"}
+from utils import FREE_BASELINES, METRICS, METRICS_AND_FEATURE_ERROR, write_csv, write_text
 
 
 class Row(NamedTuple):
@@ -33,20 +31,19 @@ class Row(NamedTuple):
 
     def cells(self):
         """{heading: text}."""
-        found = {"layer": self.layer}
+        names = [*METRICS_AND_FEATURE_ERROR, *FREE_BASELINES]
+        found = dict.fromkeys(["layer", "features", *names, "note"], "–") | {
+            "layer": self.layer,
+            "note": self.note,
+        }
         if not self.metrics:
-            return (
-                found
-                | {"features": "–"}
-                | dict.fromkeys([*METRICS_AND_FEATURE_ERROR, *KINDS], "–")
-                | {"note": self.note}
-            )
+            return found
         found["features"] = "×".join(map(str, self.shape))
         found |= {name: f"{self.metrics[name]['mean']:.3f}" for name in METRICS_AND_FEATURE_ERROR}
         baselines = self.metrics["baselines"]
-        found |= {kind: f"{baselines[kind]['psnr']['mean']:.3f}" for kind in KINDS}
+        found |= {kind: f"{baselines[kind]['psnr']['mean']:.3f}" for kind in FREE_BASELINES}
         psnr, colour = self.metrics["psnr"]["mean"], baselines["mean_colour"]["psnr"]["mean"]
-        return found | {"note": "below the mean colour" if psnr < colour else ""}
+        return found | ({"note": "below the mean colour"} if psnr < colour else {})
 
 
 def write_survey(rows, out):
@@ -58,7 +55,7 @@ def write_survey(rows, out):
 
 def survey_table(rows):
     """The rows as Markdown, with PSNR of the baselines."""
-    labels = METRICS_AND_FEATURE_ERROR | {kind: f"{label}, PSNR" for kind, label in KINDS.items()}
+    labels = METRICS_AND_FEATURE_ERROR | {kind: f"{label}, PSNR" for kind, label in FREE_BASELINES.items()}
     table = [row.cells() for row in rows]
     heads = [labels.get(name, name) for name in table[0]]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
@@ -86,7 +83,7 @@ def draw_survey(rows, image, found, path):
     names = [drawable(row.layer, 24) for row in rows]
     for axis, name in zip(chart.subplots(1, 2), ("psnr", "lpips"), strict=True):
         axis.plot(names, [row.metrics[name]["mean"] for row in rows], "o-", color="black", label="decoder")
-        for (kind, label), style in zip(KINDS.items(), ("s:", "^--"), strict=True):
+        for (kind, label), style in zip(FREE_BASELINES.items(), ("s:", "^--"), strict=True):
             values = [row.metrics["baselines"][kind][name]["mean"] for row in rows]
             axis.plot(names, values, style, color="grey", label=label)
         axis.set(ylabel=METRICS[name], xlabel="layer, from the image on")

@@ -1,5 +1,8 @@
 """Cheap training: small crops, several passes an epoch, and crops encoded once."""
 
+import errno
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
@@ -150,6 +153,16 @@ def test_disk_too_small_for_kept_crops(tmp_path, run_kept, error_line, monkeypat
     assert run_kept("run", "--kept-crops", 5, "--crop", 224) == 2
     assert "--kept-crops 5 of 8 images take 0.01 GB, the disk has 0.00 GB left" in error_line()
     assert not list((tmp_path / "cache").glob("*features*"))
+
+
+def test_full_disk_leaves_no_half_file(tmp_path, run_kept, capsys, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    some = np.zeros(9, np.float16)
+    monkeypatch.setattr(feature_cache, "encode", Mock(side_effect=[some, some, some, full]))
+    assert run_kept("run", "--kept-crops", 2) == 2
+    last = capsys.readouterr().err.splitlines()[-1]  # after what is going to be written
+    assert last.startswith("error: ") and "No space left on device" in last
+    assert not [path for path in (tmp_path / "cache").glob("*features*") if path.suffix != ".lock"]
 
 
 def test_features_too_large_for_float16(run_kept, error_line, monkeypatch):

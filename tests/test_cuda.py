@@ -17,7 +17,7 @@ from evaluate import evaluate_model
 from extras.muon import Muon
 from layers import resize
 from models import load_inverter
-from utils import select_device, tf32
+from utils import select_device, set_determinism, tf32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 
@@ -38,7 +38,7 @@ DECODERS = {
 
 def gradients_on(device, photos, *flags, fast=False):
     """(terms, gradients as one vector) of a step on `device`, in float64; fast: in TF32."""
-    train.set_determinism()  # else no two steps need be the same
+    set_determinism()  # else no two steps need be the same
     training = training_on(photos, *SHORT, *flags)
     training.inverter.to(device).train()
     training.loss.to(device)

@@ -104,6 +104,16 @@ def test_families_are_listed_and_have_a_picture(name, layer, size, shape):
     assert families.picture_of(name, layer, size) == encoders.layers_of(name, size)[layer][0] == shape
 
 
+def test_channels_as_many_as_rows(image):
+    """Of 128×128 images block1 has 64×64×64 features, in which a shape alone shows no channels."""
+    net = torchvision.models.vgg16().features[:5]
+    state = encoders.imagenet_weights("vgg16")
+    net.load_state_dict({key: state[f"features.{key}"] for key in net.state_dict()})
+    found = Encoder(input_size=128)(image[..., :128, :128])
+    expected = net(normalized(image[..., :128, :128], *IMAGENET))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
 def test_networks_that_normalise_again_get_what_they_make_of_it(name, image):
     """torchvision gives these two, with their weights, a `transform_input` behind ImageNet's own."""

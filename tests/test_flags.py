@@ -73,7 +73,16 @@ def test_text_is_taken_as_on_the_command_line(config):
         ("lr: .nan", "lr: '.nan' is not a number"),
         ("deterministic: 3", "deterministic: '3' should be true or false"),
         ("epochs: 1_000", "epochs: '1_000' is not a whole number"),
+        ("epochs: १०", "epochs: '१०' is not a whole number"),
         ("feedback: gradient", "unknown key 'feedback'"),
+        ("fast: &tuned\n  lr: 0.01\n<<: *tuned", "unknown key '<<'"),
+        ("? [lr]\n: 1", "unhashable key"),
+        ("lr: 1\n---\nlr: 2", "expected a single document"),
+        ("lr: 1e-3\nepochs: 2\nlr: 1e-2", "has the key lr twice"),
+        ("fast:\n  lr: 1e-3\n  lr: 1e-2", "has the key lr twice"),
+        ("fast: 3", "should have lines of `key: value`"),
+        ("data: ''", "--data: is empty"),
+        ("!!python/object/apply:os.system ['true']", "should have lines of `key: value`"),
         ("mean: [0.5, 0.5]", "is not three numbers"),
         ("\tlr: 1", "cannot start any token"),
         ("encoder: vgg19", "--encoder vgg19: not an encoder; choose from vgg16"),
@@ -97,7 +106,9 @@ def test_every_switch_can_be_negated(config, name, yes, no):
     assert getattr(parse("--config", path, "--fast"), name) is False
 
 
-@pytest.mark.parametrize("odd", ["on", "010", "1e3", "1:30", "a: b", "- a", "#a", "é 中", "'", '"', "="])
+@pytest.mark.parametrize(
+    "odd", ["on", "010", "1e3", "null", "1:30", "a: b", "- a", "#a", "é 中", "'", '"', "="]
+)
 def test_a_written_configuration_is_read_back(config, odd):
     """As config.yaml has it, by an independent writer: PyYAML."""
     flags = ["--out", odd, "--data", odd, "--weights", odd, "--lr", 1e-5, "--mean", "0.5,1e-7,3"]

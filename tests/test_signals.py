@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import filelock
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import REPOSITORY
 from training import parse
 
@@ -26,6 +27,9 @@ def test_a_second_signal_ends_at_once_but_not_the_copy_of_the_first():
         "import os, signal, time, torch\n"
         "del signal.SIGUSR1\n"
         "from checkpoint import Interrupted, Signals\n"
+        "with Signals(torch.device('cpu')) as signals:\n"
+        "    signals.received = signal.SIGTERM  # of another process\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "with Signals(torch.device('cpu')) as signals:\n"
         "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)  # as a launcher may\n"
         "    try:\n"
@@ -83,6 +87,27 @@ def test_another_training_after_one_that_failed(photos, tmp_path):
         train.train(parse(*flags, "--crop", 33))
     train.train(parse(*flags))
     assert failed.value and (tmp_path / "best.pt").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_process_group_of_a_training_that_failed(tmp_path, monkeypatch, rank, capsys):
+    """A group of one process, which says that it is this one of two."""
+    for name, value in {"WORLD_SIZE": 2, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    real, group = dist.init_process_group, {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: real("gloo", **group))
+    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(group["store"], rank, 2)]))
+    monkeypatch.setattr(dist, "get_rank", lambda *_: rank)
+    try:
+        with pytest.raises(utils.UserError, match="nowhere"):
+            train.train(parse("--data", tmp_path / "nowhere", "--out", tmp_path, "--device", "cpu"))
+        assert not dist.is_initialized()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    print("heard")
+    assert capsys.readouterr().out == "heard\n"
 
 
 def test_traceback_for_who_asks(tmp_path, run_train, monkeypatch, capsys):

@@ -70,17 +70,19 @@ def test_survey_of_an_own_network(own, photos, tmp_path, run_survey, capsys):
     [
         ("vgg16", ["block1", "block2", "block3", "block4", "block5"]),
         ("vit_small", ["block0", "block2", "block4", "block7", "block9", "block11"]),
-        ("torchvision/resnet18", None),
-        ("timm/test_vit", None),
+        ("torchvision/resnet18", ["relu", "layer1.0", "layer1", "layer2", "layer3", "layer4"]),
     ],
 )
 def test_layers_are_chosen_over_the_depth(encoder, expected):
-    args = parse_survey(["--encoder", encoder])
-    chosen = survey.choose_layers(args)
-    assert chosen == (expected or chosen) and 3 <= len(chosen) <= 6
-    assert survey.choose_layers(args) == chosen
-    if encoder == "torchvision/resnet18":
-        assert {"layer1", "layer2", "layer3"} <= {*chosen}
+    assert survey.choose_layers(parse_survey(["--encoder", encoder])) == expected
+
+
+def test_layers_between_are_chosen_where_all_shapes_are_alike():
+    args = parse_survey(["--encoder", "timm/test_vit"])
+    first, *blocks, last = survey.choose_layers(args)
+    assert first.startswith("patch_embed") and last == "norm" and len(blocks) == 4
+    assert all(name.startswith("blocks.") for name in blocks)
+    assert survey.choose_layers(args) == [first, *blocks, last]
 
 
 def test_hub_in_a_process_of_its_own(tmp_path):
