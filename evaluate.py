@@ -69,7 +69,8 @@ PICTURES = 1000  # at most, of all images, are kept to be drawn: 300 MB
 class Evaluation(NamedTuple):
     """What evaluate_model measured, image by image."""
 
-    iterates: list  # {"psnr" (dB), "ssim", "lpips", "feature_error": (N,)} after each iteration, or one
+    iterates: list  # {"psnr" (dB), "ssim", "lpips", "feature_error": (N,)} after each iteration, or one;
+    # the last has "same_label", (N,), where there is a classifier
     baselines: dict  # {kind of FREE_BASELINES: the same without "feature_error"}
     pictures: dict  # {number of an image: [target, reconstruction], uint8 (H, W, 3)}
     features: torch.Tensor | None = None  # of the first images, (SCALE_IMAGES, C, H, W)
@@ -144,6 +145,12 @@ def evaluate_checkpoint(args, bars, rank, world, device):
         make_folder(out)  # or an error, before anything is computed
     part = data.subset(images, np.array_split(np.arange(len(images)), world)[rank])
     options = {"bars": bars, "protocol": protocol, "pictures": PICTURES // world}
+    if find_spec("extras"):
+        from extras.classifier import classifier_of
+
+        moved = {"encoder": args.encoder or config["encoder"], "weights": args.weights or config["weights"]}
+        classifier = classifier_of(config | moved)
+        options["classifier"] = classifier and classifier.to(device)
     found = evaluate_model(inverter, part, args.batch_size, **options)
     if world > 1:
         found = gather(found._replace(features=None))
@@ -162,11 +169,14 @@ def evaluate_checkpoint(args, bars, rank, world, device):
 
 
 @torch.no_grad()
-def evaluate_model(inverter, images, batch_size=4, *, bars=None, protocol=DOCUMENTED, pictures=PICTURES):
+def evaluate_model(
+    inverter, images, batch_size=4, *, bars=None, protocol=DOCUMENTED, pictures=PICTURES, classifier=None
+):
     """Reconstruct and measure the centres of `images`, at the inverter's size.
 
     images: data.Images, read a batch at a time, or uint8 (N, 256, 256, 3). pictures: number of images whose
-    pixels are kept, evenly spaced. Returns an Evaluation, whose feature errors are not divided yet.
+    pixels are kept, evenly spaced. classifier: images → logits (B, N, 1, 1), if there is one. Returns an
+    Evaluation, whose feature errors are not divided yet.
     """
     lpips = LPIPS().to(inverter.device)
     most = 1 if inverter.device.type == "cpu" else SSIM_WAITS
@@ -187,6 +197,9 @@ def evaluate_model(inverter, images, batch_size=4, *, bars=None, protocol=DOCUME
             found = [measure(image, wanted, lpips, protocol, seen) for image in (*outputs, colour, small)]
             for values, image in zip(found[:-2], iterates, strict=True):
                 values["feature_error"] = feature_error(inverter.reencode, image, features, 1).tolist()
+            if classifier:
+                labels = [classifier(image).argmax(1).flatten() for image in (wanted, outputs[-1])]
+                found[-3]["same_label"] = torch.eq(*labels).int().tolist()
             measured.append(found)
             for values in measured[-most] if len(measured) >= most else ():
                 values["ssim"] = list(values["ssim"])  # waits for the CPU
@@ -243,8 +256,12 @@ def write_evaluation(found, inverter, checkpoint, about, out):
         labels = METRICS_AND_FEATURE_ERROR
         about["iterates"] = [{name: summary(after[name]) for name in labels} for after in found.iterates]
     (out / "metrics.json").unlink(missing_ok=True)
-    rows = zip(found.names, *(values[name].tolist() for name in METRICS_AND_FEATURE_ERROR), strict=True)
-    write_csv(out / "per_image.csv", ("image", *METRICS_AND_FEATURE_ERROR), rows)
+    columns = [*METRICS_AND_FEATURE_ERROR]
+    if "same_label" in values:
+        about["top1_agreement"] = float(values["same_label"].mean())
+        columns.append("same_label")
+    rows = zip(found.names, *(values[name].tolist() for name in columns), strict=True)
+    write_csv(out / "per_image.csv", ("image", *columns), rows)
     if find_spec("report"):
         from report.pictures import draw_evaluation
 
@@ -264,6 +281,9 @@ def write_evaluation(found, inverter, checkpoint, about, out):
     for kind, label in FREE_BASELINES.items():
         means = [f"{METRICS[name]} {part['mean']:.4f}" for name, part in baselines[kind].items()]
         print(f"{label}: {', '.join(means)}")
+    if "top1_agreement" in about:
+        same = about["top1_agreement"]
+        print(f"top-1 agreement: {same:.0%} of the reconstructions get their image's label")
     if metrics["psnr"]["mean"] < baselines["mean_colour"]["psnr"]["mean"]:
         print("below the mean colour of the images: the decoder has failed; train longer, or at another --lr")
     for number, after in enumerate(found.iterates if len(found.iterates) > 1 else ()):

@@ -6,6 +6,7 @@ import re
 import reprlib
 import sys
 from functools import partial
+from pathlib import Path
 
 import yaml
 
@@ -334,8 +335,26 @@ def parse_evaluate(argv=None, doc=None):
         raise UserError("--protocol: only with --baselines; a checkpoint knows its own")
     args.ckpts = args.ckpt or ["runs/best.pt"]
     args.ckpt = args.ckpts[0]
+    if not (args.data or args.images or args.baselines or args.report or args.compare):
+        check_data_of(Path(args.ckpt))
     args.protocol = args.protocol or "documented"
     return args
+
+
+def check_data_of(ckpt):
+    """Raise UserError if the data that a checkpoint was trained on are gone, before it takes time to load it.
+
+    They stand in the run's config.yaml, or in NAME.json beside NAME.pt.
+    """
+    for file in (ckpt.with_name("config.yaml"), ckpt.with_suffix(".json")):
+        try:
+            content = yaml.load(file.read_text(encoding="utf-8"), TextLoader)  # JSON is YAML
+            data = content.get("config", content).get("data")
+        except (OSError, ValueError, AttributeError, yaml.YAMLError, UserError):
+            continue
+        if data and data != "sample" and not Path(data).is_dir():
+            what = f"{ckpt}: was trained on {data}, which is not here"
+            raise UserError(f"{what}; give --data, a folder with images in test/, or `sample`, or --images")
 
 
 def refuse_ignored(args, flag, ignored):

@@ -281,7 +281,7 @@ def inspect_layers(name, build, size, check=True):
                 layers[path] = tuple(as_map(torch.empty(shape), layout).shape[1:]), cost
         return layers
 
-    return on_meta_or_cpu(inspect, name, build, size, ["cpu"])
+    return on_meta_or_cpu(inspect, name, build, size, ["cpu"] if check else ["meta", "cpu"])
 
 
 def resize(x, size):

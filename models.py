@@ -5,7 +5,10 @@ python models.py --encoder timm/convnext_tiny   every layer of another
 """
 
 import math
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
+from string import ascii_lowercase
 
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ from utils import (
     ENCODERS,
     IMAGE_SIZE,
     INPUT_FLAGS,
+    ITERATIONS,
     LAYERS,
     PROTOCOLS,
     UserError,
@@ -239,33 +243,51 @@ def count_parameters(module):
 def describe(layers, size=IMAGE_SIZE, decoding=True):
     """Print a table of `layers`: features, multiply-adds up to there, and each decoder's parameters.
 
-    layers: layers_of's, for size×size images. decoding: print multiply-adds of encoder and decoder, too.
+    layers: {name: (features' shape, multiply-adds or their range as text)}, for size×size images. decoding:
+    print each decoder's own multiply-adds, too.
     """
     longest = max(map(len, layers))
-    of_decoder = f"{'parameters':>13}" + f"{'GMAC':>7}" * decoding
-    print(f"{'':<{longest + 17}}{'encoder':>9}" + "".join(f"{name:>{len(of_decoder)}}" for name in BUILDERS))
-    print(f"{'layer':<{longest}} {'features':<16}{'GMAC':>9}" + of_decoder * len(BUILDERS))
-    built = {}  # {shape: each decoder's parameters and cost}
+    each = f"{'params':>7}{'GMAC':>6}" if decoding else f"{'params':>10}"
+    print(f"{'':<{longest + 12}}{'encoder':>9}" + "".join(f"{name:>{len(each)}}" for name in BUILDERS))
+    print(f"{'layer':<{longest}} {'features':<11}{'GMAC':>9}" + each * len(BUILDERS))
+    built = {}  # {shape: each decoder's columns}
     for name, (shape, encoding) in layers.items():
         if shape not in built:
             with torch.device("meta"):
                 nets = [build(shape, size=size).eval() for build in BUILDERS.values()]
-            built[shape] = [(count_parameters(net), decoding and decoder_cost(net, shape)) for net in nets]
-        line = f"{name:<{longest}} {' × '.join(map(str, shape)):<16}{encoding / 1e9:>9.2f}"
-        for parameters, cost in built[shape]:
-            line += f"{parameters:>13,}"
-            if cost:
-                line += f"{(cost[0] + cost[1] * encoding) / 1e9:>7.2f}"
-        print(line)
+            built[shape] = ""
+            for net in nets:
+                parameters, cost = compact(count_parameters(net)), decoding and decoder_cost(net, shape) / 1e9
+                built[shape] += f"{parameters:>7}{cost:>6.3g}" if decoding else f"{parameters:>10}"
+        print(f"{name:<{longest}} {'×'.join(map(str, shape)):<11}{encoding:>9}{built[shape]}")
+
+
+def compact(count):
+    """`count` as 33.7K or 2.8M."""
+    return f"{count / 1e3:.1f}K" if count < 1e6 else f"{count / 1e6:.1f}M"
 
 
 def decoder_cost(decoder, shape):
-    """(multiply-adds of a decoder on the meta device, passes of the encoder with the first)."""
+    """Multiply-adds of a decoder on the meta device, without the encoder that a FeedbackDecoder calls."""
     features = torch.empty(1, *shape, device="meta")
     feedback = isinstance(decoder, FeedbackDecoder)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         decoder(features, None, *[lambda images: features] * feedback)
-    return counter.get_total_flops() / 2, 1 + (decoder.iterations if feedback else 0)
+    return counter.get_total_flops() / 2
+
+
+def study_layers():
+    """The rows of `describe` for the study's encoders. Layers of one shape in a row, as a ViT's, are one."""
+    rows = {}
+    for encoder, names in LAYERS.items():
+        found = layers_of(encoder, check=False)
+        layers = [(found[path][0], layer, f"{found[path][1] / 1e9:.2f}") for layer, path in names.items()]
+        for shape, group in groupby(layers, itemgetter(0)):
+            (_, name, cost), *others = group
+            if others:
+                name, cost = f"{name}–{others[-1][1].lstrip(ascii_lowercase)}", f"{cost}–{others[-1][2]}"
+            rows[f"{encoder} {name}"] = shape, cost
+    return rows
 
 
 def main():
@@ -278,15 +300,14 @@ def main():
     if args.encoder:
         name = ENCODERS.get(args.encoder, args.encoder)
         size = args.input_size or pretrained_input_config(name)["input_size"]
-        describe(layers_of(args.encoder, size), size, decoding=False)
+        found = layers_of(args.encoder, size)
+        found = {path: (shape, f"{cost / 1e9:.2f}") for path, (shape, cost) in found.items()}
+        describe(found, size, decoding=False)
     elif args.input_size:
         raise UserError("--input-size: of an --encoder; give one")
     else:
-        layers = {}
-        for encoder, names in LAYERS.items():
-            found = layers_of(encoder, check=False)
-            layers |= {f"{encoder} {layer}": found[path] for layer, path in names.items()}
-        describe(layers)
+        describe(study_layers())
+        print(f"GMAC: billions of multiply-adds for an image; feedback encodes {ITERATIONS} images more")
 
 
 if __name__ == "__main__":

@@ -9,21 +9,24 @@ import torch.distributed as dist
 from decoders import upsamplings
 from utils import out_of_memory, synchronized_time, timed
 
-# By stride. The rates are the best of three on validation images of VGG16's block1 to block3, and deeper of
-# AlexNet's features.10 (docs/conclusions.md, docs/deeper.md). Crops were not compared.
-CROPS = {2: 64, 4: 64, 8: 64, 16: 128, 32: 128}
-RATES = {2: 7e-4, 4: 7e-4, 8: 7e-4}
-DEEP_RATE = 2e-3
-BATCH_SIZE = 8
+# {stride: (decoder, crop, batch size, learning rate)}: the best of those tried on validation images, in equal
+# time, at eleven layers of VGG16, ResNet-18, a ViT and a small network (docs/tables/recipes.csv).
+RECIPES = {
+    2: ("feedback", 64, 4, 1.4e-3),
+    4: ("residual", 64, 4, 7e-4),
+    8: ("residual", 64, 4, 7e-4),
+    16: ("residual", 128, 8, 2e-3),
+    32: ("residual", 160, 8, 2e-3),
+}
 KEPT_CROPS = 4  # of an image, from stride 16 on, where the encoder takes most of a step on the CPU
-MOST_KEPT = 16
 KEPT_SHARE = 0.5  # of --minutes, at most, to encode them
-STEPS = 600  # of an epoch without --minutes
+STEPS = 600  # of an epoch without --minutes; if there is time to encode as many batches, no crops are kept
 EPOCHS, EPOCHS_OF_MINUTES = 5, 3
 VAL_IMAGES = 48  # at most; all would take longer than a short training
 WARM_UP, TIMED = 4, 8  # steps, at most
 MOST_STEPS = WARM_UP + TIMED
 PROBE_SHARE = 0.05  # of the time, after which no more steps are timed
+TRAINING_SHARE = 0.25  # of the time, at least, for steps, however long the rest may take
 
 
 def choose_recipe(config, encoder, images):
@@ -34,26 +37,28 @@ def choose_recipe(config, encoder, images):
     size = encoder.input_size
     stride = 2 ** upsamplings(min(height for _, height, _ in encoder.shapes), size)
     world = dist.get_world_size() if dist.is_initialized() else 1
-    batch_size = config["batch_size"] or max(min(BATCH_SIZE, images // world), 1)
+    decoder, wanted, batch_size, rate = RECIPES[min(max(stride, 2), 32)]
+    crop = config["crop"] or crop_of(encoder, wanted)
+    batch_size = min(batch_size, max(round(batch_size * (wanted / crop) ** 2), 2))  # as many pixels
+    batch_size = config["batch_size"] or max(min(batch_size, images // world), 1)
     epochs = EPOCHS_OF_MINUTES if config["minutes"] else EPOCHS
     steps_of_a_pass = -(-images // (batch_size * world))
-    crop = config["crop"] or crop_of(encoder, CROPS.get(stride, size))
     kept_crops, device = 0, next(encoder.buffers()).device
     if stride >= 16 and device.type == "cpu":
         kept_crops = KEPT_CROPS
         if config["minutes"]:
             batch = torch.zeros(batch_size, 3, crop, crop)
-            seconds = -(-images // batch_size) * timed(device, lambda: encoder(batch), 1)
-            kept_crops = of_first(min(int(KEPT_SHARE * 60 * config["minutes"] / seconds), MOST_KEPT))
+            batches = 60 * config["minutes"] / timed(device, lambda: encoder(batch), 1)
+            kept_crops = of_first(int(KEPT_SHARE * batches / steps_of_a_pass) if batches < STEPS else 0)
     chosen = {
-        "decoder": "residual",
+        "decoder": decoder,
         "crop": crop,
         "kept_crops": kept_crops,
         "epochs": epochs,
         "passes": max(round(STEPS / steps_of_a_pass), 1),
         "batch_size": batch_size,
         "optimizer": "muon",
-        "lr": RATES.get(stride, DEEP_RATE),
+        "lr": rate,
         "schedule": "onecycle",
         "clip_grad": 0.05,
         "mse_weight": 1.0,
@@ -89,13 +94,13 @@ def find_steps(training, batches, step):
     config, inverter, device = training.config, training.inverter, training.device
     begun = synchronized_time(device)
     state = copy.deepcopy(inverter.decoder.state_dict())
-    seconds, encoding = [], 0  # of each step; of a batch
+    seconds, encoding = [], []  # of each step; of each batch, if crops are kept
     with torch.random.fork_rng(devices=[]):
         for images, features in batches:
             if config["kept_crops"]:  # encoded before the training
                 start = synchronized_time(device)
                 features = inverter.encode(images).float()
-                encoding = synchronized_time(device) - start
+                encoding.append(synchronized_time(device) - start)
             start = synchronized_time(device)
             step(training, images, features)
             seconds.append(synchronized_time(device) - start)
@@ -104,15 +109,17 @@ def find_steps(training, batches, step):
                 break
     seconds = median(seconds[min(WARM_UP, len(seconds) // 2) :])
     image = images.new_zeros(1, 3, inverter.size, inverter.size)
+    validated = len(training.val_indices) / training.world
+    encoding_validation = validated * timed(device, lambda: inverter.eval().encode(image), 1)  # once
     with torch.no_grad():
-        validation = timed(device, lambda: inverter.eval()(image), 1)
-    validation *= len(training.val_indices) / training.world
+        validation = validated * timed(device, lambda: inverter(image), 1) - encoding_validation
     inverter.decoder.load_state_dict(state)
     training.optimizer.state.clear()
     training.optimizer.zero_grad()
-    encoding *= config["kept_crops"] * training.steps_per_pass * training.world
-    left = 60 * config["minutes"] - (synchronized_time(device) - begun) - encoding
-    return of_first(max(int((left / config["epochs"] - validation) / seconds), 1))
+    kept = config["kept_crops"] * training.steps_per_pass * training.world * median(encoding or [0])
+    spent = synchronized_time(device) - begun + kept + encoding_validation + config["epochs"] * validation
+    left = max(60 * config["minutes"] - spent, TRAINING_SHARE * 60 * config["minutes"])
+    return of_first(max(int(left / config["epochs"] / seconds), 1))
 
 
 def of_first(value):

@@ -140,6 +140,7 @@ def draw_curves(history, path):
         for column in columns:
             axis.plot(epochs, [row[column] for row in history], ".-", label=column.replace("_", " "))
         axis.set(xlabel="epoch", ylabel=label, yscale="linear" if label == "PSNR (dB)" else "log")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
     save_figure(figure, path, dpi=110)

@@ -11,7 +11,7 @@ from scipy.special import stdtrit
 
 from checkpoint import read_result, reading, seed_folders
 from report.pictures import drawable, save_figure
-from utils import METRICS, UserError, make_folder, same_data, write_csv
+from utils import METRICS, METRICS_AND_FEATURE_ERROR, UserError, make_folder, same_data, write_csv
 
 ALL = "over images and seeds"  # only this interval can tell two runs apart
 SAME = ("data", "protocol", "images", "size")  # must be equal in metrics.json
@@ -32,10 +32,10 @@ def compare(folders, out):
     rows = []
     for run in others:
         refuse_other_images(first, run)
-        for metric, label in METRICS.items():
+        for metric in (name for name in first.values if name in run.values):
             a, b = first.values[metric], run.values[metric]
             row = {"run": run.name, "against": first.name, "metric": metric, "seeds": f"{len(b)}, {len(a)}"}
-            rows.append(row | difference(a, b, lower=label.endswith("↓")))
+            rows.append(row | difference(a, b, lower=METRICS_AND_FEATURE_ERROR[metric].endswith("↓")))
     table = make_folder(out) / "compare.csv"
     write_csv(table, list(rows[0]), [row.values() for row in rows])
     draw(rows, table.with_suffix(".png"))
@@ -48,7 +48,8 @@ def read_runs(folder):
     parts = [read_run(seed) for seed in seed_folders(folder)]
     for part in parts[1:]:
         refuse_other_images(parts[0], part)
-    values = {name: np.concatenate([part.values[name] for part in parts]) for name in METRICS}
+    known = [name for name in parts[0].values if all(name in part.values for part in parts)]
+    values = {name: np.concatenate([part.values[name] for part in parts]) for name in known}
     return parts[0]._replace(name=str(folder), values=values)
 
 
@@ -58,7 +59,8 @@ def read_run(folder):
         found = read_result(folder / "metrics.json")
         with open(folder / "per_image.csv", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        values = {name: np.array([[float(row[name]) for row in rows]]) for name in METRICS}
+        known = [name for name in METRICS_AND_FEATURE_ERROR if name in METRICS or name in rows[0]]
+        values = {name: np.array([[float(row[name]) for row in rows]]) for name in known}
         about, images = {key: found[key] for key in SAME}, [row["image"] for row in rows]
         return Measured(str(folder), about, images, values)
 
@@ -101,21 +103,27 @@ def print_table(rows):
     for row in rows:
         sure = "*" if row["interval"] == ALL and (row["low"] > 0 or row["high"] < 0) else " "
         between = f"[{row['low']:+.4f}, {row['high']:+.4f}]".replace("+nan", "–")
-        values = f"{METRICS[row['metric']]:<12}{row['difference']:>+10.4f}{sure} {between}"
+        values = f"{METRICS_AND_FEATURE_ERROR[row['metric']]:<16}{row['difference']:>+10.4f}{sure} {between}"
         print(f"{row['run']:<{longest}}  {values}  {row['won']:>4.0%}  {row['interval']}")
+
+
+def label_of(row):
+    return f"{drawable(row['run'])}\n{row['interval']}"
 
 
 def draw(rows, path):
     """Draw the differences and their intervals, a panel for each metric."""
-    names = list(dict.fromkeys(f"{drawable(row['run'])}\n{row['interval']}" for row in rows))
+    names = list(dict.fromkeys(map(label_of, rows)))
     figure = Figure(figsize=(12, 1.2 + 0.5 * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(METRICS), sharey=True)
-    for axis, (metric, label) in zip(panels, METRICS.items(), strict=True):
-        for place, row in enumerate(row for row in rows if row["metric"] == metric):
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    panels = figure.subplots(1, len(metrics), sharey=True)
+    for axis, metric in zip(panels, metrics, strict=True):
+        for row in (row for row in rows if row["metric"] == metric):
+            place = names.index(label_of(row))
             half = row["high"] - row["difference"]
             axis.errorbar(row["difference"], place, xerr=half, fmt="o", color="black", capsize=3)
         axis.axvline(0, color="grey", linewidth=1)
-        axis.set_xlabel(f"difference of {label}")
+        axis.set_xlabel(f"difference of {METRICS_AND_FEATURE_ERROR[metric]}")
         axis.set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()  # shared
     figure.suptitle(drawable(f"against {rows[0]['against']}"))

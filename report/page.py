@@ -12,15 +12,23 @@ from PIL import Image
 
 from report.pictures import draw_grid, drawable, save_figure, svg
 from report.results import DIGITS, result_rows
-from utils import METRICS, UserError, evenly_spaced, write_csv, write_text
+from utils import METRICS, METRICS_AND_FEATURE_ERROR, UserError, evenly_spaced, write_csv, write_text
 
 PAGE = Path(__file__).with_name("page.html")
-COLUMNS = METRICS | {"parameters": "parameters", "minutes": "training", "inference_ms": "inference"}
+COLUMNS = METRICS_AND_FEATURE_ERROR | {
+    "top1_agreement": "top-1 agreement",
+    "mean_colour": "mean colour (dB)",
+    "thumbnail": "thumbnail (dB)",
+    "parameters": "parameters",
+    "minutes": "training",
+    "inference_ms": "inference",
+}
 CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "val_psnr": "validation PSNR (dB)"}
 ABOUT = (
-    "Each cell: published → measured; protocol documented unless a note says another. training: minutes, "
-    "with validation, without what --kept-crops encodes; inference: milliseconds for an image by itself. "
-    "Published times: an RTX 3090."
+    "Cells: published → measured; protocol documented unless a note says another. Mean colour and thumbnail "
+    "(as many pixels as the features have positions) need no features. training: minutes, with validation, "
+    "without what --kept-crops encodes; inference: milliseconds for an image by itself. Published times: an "
+    "RTX 3090."
 )
 
 
@@ -63,8 +71,9 @@ def cells(row):
     """{heading: text} of a row."""
     found = {"experiment": row["experiment"]}
     for key, label in COLUMNS.items():
-        values = row.get(f"published_{key.removesuffix('_ms')}"), row.get(key)
-        found[label] = " → ".join(cell(value, DIGITS.get(key, 1)) for value in values)
+        published = f"published_{key.removesuffix('_ms')}"
+        names = (published, key) if published in row else (key,)
+        found[label] = " → ".join(cell(row.get(name), DIGITS.get(key, 1)) for name in names)
     return found | {"seed": row.get("seed", "–"), "data": row.get("data", "–"), "note": row["note"]}
 
 
@@ -84,9 +93,13 @@ def results_table(rows):
 
 
 def draw_results(rows, path):
-    """Draw the metrics, published and measured, as bars, and the baselines as dashed lines."""
+    """Draw the metrics of the runs, published and measured, as bars, and the baselines as dashed lines.
+
+    Runs of --protocol published have another target: they are drawn only where there are no others.
+    """
     baselines = [row for row in rows if row["experiment"] in ("constant colour", "mean colour")]
-    rows = [row for row in rows if "published_psnr" in row]
+    rows = [row for row in rows if "psnr" in row and "encoder" in row]
+    rows = [row for row in rows if row["protocol"] == "documented"] or rows
     marks = [" *" if row.get("weights", "imagenet") != "imagenet" else "" for row in rows]
     names = [drawable(row["experiment"]) + mark for row, mark in zip(rows, marks, strict=True)]
     places = np.arange(len(rows))

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from utils import METRICS, METRICS_AND_FEATURE_ERROR, atomic, evenly_spaced
 
 MADE_BY = "feature-inversion"  # begins the `Software` text of each PNG
+FEW = 20  # images, below which a histogram shows nothing
 ERROR_SCALE = "black ≤ 1, white ≥ 80 of 255"  # of error_image
 
 
@@ -119,13 +120,17 @@ def draw_reconstructions(found, path, label="original"):
 
 
 def draw_histograms(values, path):
-    """Draw histograms of {metric: (N,)}."""
+    """Draw histograms of {metric: (N,)}; of a few images a point for each."""
     figure = Figure(figsize=(10, 3), layout="constrained")
     for axis, (name, label) in zip(figure.subplots(1, len(METRICS)), METRICS.items(), strict=True):
-        axis.hist(values[name], bins=20)
-        mean = values[name].mean()
+        mean, few = values[name].mean(), len(values[name]) < FEW
+        if few:
+            axis.plot(np.sort(values[name]), np.arange(1, len(values[name]) + 1), "o")
+        else:
+            axis.hist(values[name], bins=20)
         axis.axvline(mean, color="black", linestyle="--", label=f"mean {mean:.3f}")
-        axis.set(xlabel=label, ylabel="images")
+        axis.set(xlabel=label, ylabel="image, in this order" if few else "images")
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.legend()
     save_figure(figure, path)
 

@@ -11,11 +11,12 @@ import numpy as np
 
 from checkpoint import read_result, reading, seed_folders, seeds_of
 from flags import MAY_DIFFER, parse_train, with_defaults
-from utils import IMAGE_SIZE, METRICS, UserError, same_data
+from utils import FREE_BASELINES, IMAGE_SIZE, METRICS, METRICS_AND_FEATURE_ERROR, UserError, same_data
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXPERIMENT_KEYS = ("encoder", "layer", "decoder", "width", "mse_weight", "lpips_weight")  # define one
-DIGITS = {name: 2 if "dB" in label else 3 for name, label in METRICS.items()}
+DIGITS = {name: 2 if "dB" in label else 3 for name, label in METRICS_AND_FEATURE_ERROR.items()}
+DIGITS |= dict.fromkeys(FREE_BASELINES, 2) | {"top1_agreement": 2}
 
 
 class PublishedResult(NamedTuple):
@@ -68,9 +69,7 @@ def result_rows(runs):
     others = sorted(names - PUBLISHED_RESULTS.keys())
     tried = not others or any((runs / name).exists() for name in PUBLISHED_RESULTS)
     rows = [run_row(runs, name, experiments) for name in [*others, *(PUBLISHED_RESULTS if tried else ())]]
-    baselines = baseline_rows(runs)
-    note_below(rows, baselines)
-    rows += baselines
+    rows += baseline_rows(runs)
     names = {row["data"]: Path(row["data"]).name or row["data"] for row in rows if "data" in row}
     if len(set(names.values())) == len({Path(data).resolve() for data in names}):  # no two folders share one
         for row in (row for row in rows if "data" in row):
@@ -140,22 +139,26 @@ def measured(found):
     """The part of a row that comes from metrics.json; found: its content for each seed."""
     first, config = found[0], found[0]["config"]
     row = means(found) | {key: first[key] for key in COPIED}
-    row |= {"encoder": config["encoder"], "decoder": config["decoder"], "resolution": first["shape"][1]}
+    row |= {"encoder": config["encoder"], "decoder": config["decoder"]}
     row["seed"] = ", ".join(str(results["config"]["seed"]) for results in found)
+    free = {kind: values["psnr"]["mean"] for kind, values in first.get("baselines", {}).items()}
     weights, study = first["weights"], with_defaults({"crop": IMAGE_SIZE})
     others = [key for key in study if key not in ELSEWHERE and config[key] != study[key]]
     notes = [{"imagenet": "", "random": "random weights (control)"}.get(weights, f"weights {weights}")]
+    notes += ["below the mean colour" if row["psnr"] < free.get("mean_colour", 0) else ""]
     notes += [PROTOCOL[first["protocol"]], ", ".join(f"{key} {config[key]}" for key in others)]
     if len(found) > 1:
         psnr, ssim, lpips = (row[f"{name}_seeds"] for name in METRICS)
         notes.append(f"{len(found)} seeds: ± {psnr:.2f} PSNR, ± {ssim:.4f} SSIM, ± {lpips:.4f} LPIPS")
-    return row | {"note": joined(*notes)}
+    if all("top1_agreement" in results for results in found):
+        row["top1_agreement"] = float(np.mean([results["top1_agreement"] for results in found]))
+    return row | free | {"note": joined(*notes)}
 
 
 def means(found):
     """Mean and std of each metric over images, and the std over seeds; found: {metric: summary} of each."""
     row = {}
-    for name in METRICS:
+    for name in (name for name in METRICS_AND_FEATURE_ERROR if all(name in part for part in found)):
         values = [summaries[name]["mean"] for summaries in found]
         row[name] = float(np.mean(values))
         row[f"{name}_std"] = float(np.mean([summaries[name]["std"] for summaries in found]))
@@ -228,13 +231,3 @@ def baseline_rows(runs):
             return [{"experiment": key} | means([value]) | about for key, value in found["baselines"].items()]
     except UserError as error:
         return [{"experiment": path.name, "note": str(error)}]
-
-
-def note_below(rows, baselines):
-    """Say in `note` which rows have less PSNR than mean colours, or thumbnails of their layer's size."""
-    for row in (row for row in rows if row.get("size") == IMAGE_SIZE):
-        names = ("mean colour", f"thumbnail {row['resolution']} × {row['resolution']}")
-        for limit in (other for other in baselines if other["experiment"] in names):
-            same = row["protocol"] == limit["protocol"] and same_data(row["data"], limit["data"])
-            if same and row["psnr"] < limit["psnr"]:
-                row["note"] = joined(row["note"], f"below {limit['experiment']}")

@@ -16,8 +16,11 @@ def write_run(folder, psnr, images=None, **about):
     images = images or [f"{i}.png" for i in range(len(psnr))]
     content = {"data": "natural", "protocol": "documented", "images": len(psnr), "size": 224} | about
     (folder / "metrics.json").write_text(json.dumps(content))
-    rows = [f"{name},{value},{value / 40},{1 / value}" for name, value in zip(images, psnr, strict=True)]
-    (folder / "per_image.csv").write_text("\n".join(["image,psnr,ssim,lpips", *rows]))
+    rows = [
+        f"{name},{value},{value / 40},{1 / value},{2 / value}"
+        for name, value in zip(images, psnr, strict=True)
+    ]
+    (folder / "per_image.csv").write_text("\n".join(["image,psnr,ssim,lpips,feature_error", *rows]))
     return folder
 
 
@@ -46,11 +49,20 @@ def test_interval_is_that_of_a_paired_t_test(draws, tmp_path, figures_of, capsys
     assert float(found["high"]) == pytest.approx(high)
     assert float(found["won"]) == (gain > 0).mean() == float(rows["lpips"]["won"])  # where lower is better
     assert float(rows["lpips"]["difference"]) == pytest.approx((1 / (base + gain) - 1 / base).mean())
+    assert float(rows["feature_error"]["difference"]) == pytest.approx((2 / (base + gain) - 2 / base).mean())
     point, _, (bar,) = figures[0].axes[0].containers[0]
     assert point.get_xdata() == pytest.approx([mean])
     assert bar.get_segments()[0][:, 0] == pytest.approx([float(found["low"]), float(found["high"])])
     screen = capsys.readouterr().out
-    assert screen.count("over images alone") == 3 and "*" not in screen.split("\n", 1)[1]
+    assert screen.count("over images alone") == 4 and "*" not in screen.split("\n", 1)[1]
+
+
+def test_baselines_have_no_feature_error(tmp_path):
+    a, b = (write_run(tmp_path / name, [20.0, 30.0, 25.0]) for name in "ab")
+    table_of_b = (b / "per_image.csv").read_text().splitlines()
+    (b / "per_image.csv").write_text("\n".join(line.rpartition(",")[0] for line in table_of_b))
+    compare.compare([a, b], tmp_path)
+    assert list(table(tmp_path)) == ["psnr", "ssim", "lpips"]
 
 
 def test_interval_of_seeds_is_that_of_welchs_t_test(draws, tmp_path, capsys):

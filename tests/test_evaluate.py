@@ -23,9 +23,11 @@ import data
 import evaluate
 import metrics
 import train
+from extras.classifier import classifier_of
+from flags import parse_evaluate
 from models import load_inverter
 from report import compare, inversion, page, pictures
-from utils import METRICS
+from utils import METRICS, UserError
 
 
 @pytest.fixture
@@ -173,6 +175,57 @@ def test_mean_colour_and_thumbnail_beside_the_results(trained, photos, measure, 
         assert metrics["baselines"][kind]["psnr"]["mean"] == pytest.approx(psnr.item(), abs=1e-3)
     below = metrics["psnr"]["mean"] < metrics["baselines"]["mean_colour"]["psnr"]["mean"]
     assert ("below the mean colour" in capsys.readouterr().out) is below
+
+
+CLASSIFIER = """
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(1)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 9)
+    return nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), nn.ReLU(), *head)
+"""
+
+
+def test_top1_agreement_is_that_of_the_whole_network(photos, tmp_path, run_train, measure, capsys):
+    (tmp_path / "net.py").write_text(CLASSIFIER)
+    net = ("--encoder", f"{tmp_path}/net.py:build")
+    flags = ("--layer", "1", "--input-size", 64, "--recipe", "study", "--epochs", 1, "--quiet")
+    assert run_train(*net, *flags, "--data", photos, "--out", tmp_path / "run") == 0
+    assert measure(tmp_path / "run" / "best.pt", *net) == 0
+    inverter, _ = load_inverter(tmp_path / "run" / "best.pt", net[1])
+    images = data.center_crops(data.load_split(str(photos), "test", size=64)[:], 64)
+    scope = {}
+    exec(CLASSIFIER, scope)
+    with torch.no_grad():
+        pair = [
+            tv.normalize(x, inverter.encoder.mean.flatten(), inverter.encoder.std.flatten())
+            for x in (images, inverter(images).clamp(0, 1))
+        ]
+        same = torch.eq(*(scope["build"]().eval()(x).argmax(1) for x in pair))
+    found = read_json(tmp_path / "run" / "metrics.json")["top1_agreement"]
+    assert found == same.float().mean().item() and f"top-1 agreement: {found:.0%}" in capsys.readouterr().out
+    rows = read_csv(tmp_path / "run" / "per_image.csv")
+    assert [row["same_label"] for row in rows] == [str(int(label)) for label in same]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "weights"), [("OWN:build", "own"), ("timm/test_vit", "random"), ("vgg16+alexnet", "imagenet")]
+)
+def test_no_classifier(own, encoder, weights):
+    config = {"encoder": encoder.replace("OWN", str(own)), "weights": weights, "protocol": "documented"}
+    assert classifier_of(config | {"input_size": 160, "mean": None, "std": None}) is None
+
+
+def test_a_few_images_are_points(figures_of, tmp_path):
+    figures = figures_of(pictures)
+    for count in (3, 100):
+        values = dict.fromkeys(METRICS, np.linspace(30, 20, count))
+        pictures.draw_histograms(values, tmp_path / "histograms.png")
+    few, many = (figure.axes[0] for figure in figures)
+    assert few.lines[0].get_xdata().tolist() == [20, 25, 30] and not few.patches
+    assert sum(bar.get_height() for bar in many.patches) == 100
 
 
 def test_pictures_are_from_worst_to_best_above_their_error(monkeypatch, tmp_path):
@@ -326,6 +379,10 @@ def test_a_checkpoint_whose_folders_are_gone(checkpoint, photos, tmp_path, measu
     config = checkpoint["config"] | {"data": folder, "cache": folder, "out": folder}
     torch.save(checkpoint | {"config": config}, tmp_path / "best.pt")
     assert "gone" in (line := refused(measure, tmp_path / "best.pt")) and "--data" in line
+    for file, text in (("best.json", '{"config": {"data": "wide"}}'), ("config.yaml", f"data: {folder}")):
+        (tmp_path / file).write_text(text)  # what a look beside it can tell before it is read
+        with pytest.raises(UserError, match="best.pt: was trained on (wide|.*gone), which is not here"):
+            parse_evaluate(["--ckpt", str(tmp_path / "best.pt")])
     assert measure(tmp_path / "best.pt", "--data", photos) == 0
     assert (tmp_path / photos.name / "metrics.json").exists() and not (tmp_path / "gone").exists()
 

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import REPOSITORY
 
 import encoders
 import flags
@@ -195,30 +194,30 @@ def test_table_lists_every_layer(capsys, monkeypatch):
     monkeypatch.setattr(models, "BUILDERS", {"tconv": models.BUILDERS["tconv"]})
     monkeypatch.setattr("sys.argv", ["models.py"])
     models.main()
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [line[:2] for line in lines] == [[name, layer] for name in LAYERS for layer in LAYERS[name]]
-    found = {" ".join(line[:2]): "".join(line[2:7]) for line in lines}
-    shapes = {"vgg16 block5": "512×7×7", "resnet34 layer1": "64×56×56", "vit_small block11": "384×14×14"}
+    lines = capsys.readouterr().out.splitlines()[2:-1]
+    found = {name: features for name, features, *_ in (line.rsplit(maxsplit=4) for line in lines)}
+    expected = [f"{name} {layer}" for name in LAYERS for layer in LAYERS[name] if name != "vit_small"]
+    assert [name for name in found if "vit" not in name] == expected
+    shapes = {
+        "vgg16 block5": "512×7×7",
+        "resnet34 layer1": "64×56×56",
+        "vit_small block0–11": "384×14×14",
+    }
     assert shapes.items() <= found.items()
 
 
-def test_table_has_each_decoders_cost_as_the_readme(capsys, monkeypatch):
+def test_table_has_each_decoders_cost(capsys, monkeypatch):
     monkeypatch.setattr(models, "LAYERS", {"vgg16": {"block1": "features.4"}})
     monkeypatch.setattr("sys.argv", ["models.py"])
     models.main()
-    *_, line = capsys.readouterr().out.splitlines()
-    block1 = line.split()
-    assert block1[:7] == ["vgg16", "block1", "64", "×", "112", "×", "112"]
+    lines = capsys.readouterr().out.splitlines()
+    block1 = lines[-2].split()
+    assert block1[:3] == ["vgg16", "block1", "64×112×112"] and max(map(len, lines)) <= 120
     # VGG16 block1 by hand: two 3×3 convolutions at 224², and the decoder's two layers
     encoder = (3 * 64 + 64 * 64) * 9 * 224**2
     decoder = 64 * 32 * 16 * 112**2 + 32 * 3 * 9 * 224**2
-    assert block1[7] == f"{encoder / 1e9:.2f}" and block1[9] == f"{(encoder + decoder) / 1e9:.2f}"
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    said = re.findall(r"^\| `\w+` \| ([\d.,]+M?) \| ([\d.]+) \|", readme, re.M)
-    for (count, cost), parameters, found in zip(said, block1[8::2], block1[9::2], strict=True):
-        number = int(parameters.replace(",", ""))
-        assert count == (f"{number / 1e6:.1f}M" if number >= 1e6 else parameters)
-        assert float(cost) == round(float(found), 1 if float(found) < 100 else None)
+    assert block1[3] == f"{encoder / 1e9:.2f}" and block1[5] == f"{decoder / 1e9:.3g}"
+    assert block1[4] == "33.7K"
 
 
 def test_a_configuration_without_newer_flags_is_read(checkpoint, tmp_path, run_evaluate, monkeypatch):
