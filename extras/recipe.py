@@ -10,7 +10,7 @@ from decoders import upsamplings
 from utils import out_of_memory, synchronized_time, timed
 
 # {stride: (decoder, crop, batch size, learning rate)}: the best of those tried on validation images, in equal
-# time, at eleven layers of VGG16, ResNet-18, a ViT and a small network (docs/tables/recipes.csv).
+# time, at twelve layers of VGG16, ResNet-18, a ViT and a small network (docs/tables/recipes.csv).
 RECIPES = {
     2: ("feedback", 64, 4, 1.4e-3),
     4: ("residual", 64, 4, 7e-4),
