@@ -10,7 +10,7 @@ from decoders import upsamplings
 from utils import out_of_memory, synchronized_time, timed
 
 # By stride. The rates are the best of three on validation images of VGG16's block1 to block3, and deeper of
-# AlexNet's features.10 (docs/conclusions.md, docs/deeper.md). Crops were not compared.
+# AlexNet's features.10 (docs/tables/tuning_other.csv). Crops were not compared.
 CROPS = {2: 64, 4: 64, 8: 64, 16: 128, 32: 128}
 RATES = {2: 7e-4, 4: 7e-4, 8: 7e-4}
 DEEP_RATE = 2e-3
