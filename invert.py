@@ -127,7 +127,7 @@ def total_variation(images):
 
 
 def default_options(encoder, decode):
-    """(learning rate, weight of the total variation), chosen on validation images (docs/inversion.md).
+    """(learning rate, weight of the total variation), chosen on validation images (docs/tables).
 
     Deep features do not restore what a large rate destroys of a decoder's output; the coarser the features,
     the less detail they determine.

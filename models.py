@@ -42,7 +42,7 @@ def build_decoder(decoder, shape, width=None, seed=42, **options):
     """Decoder `decoder` for features of `shape` (C, H, W), initialised from `seed`.
 
     Kaiming initialisation (paper 3.3.4) as in PyTorch's layers, but of transposed convolutions with a fan of
-    16 C (docs/further.md). width: the decoder's main number of channels; options: of FeedbackDecoder; None:
+    16 C (docs/tables). width: the decoder's main number of channels; options: of FeedbackDecoder; None:
     the decoder's own. Raises UserError for an unknown name.
     """
     if decoder not in DECODERS:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The evidence of docs/conclusions.md, deeper.md, inversion.md and erratum.md: trained, evaluated, compared.
+# The evidence of docs/findings.md, erratum.md and tables/: trained, evaluated, compared.
 #
 #   bash docs/evidence.sh                      what is not done yet; on two CPU cores:
 #                                         loss, decoders and weights an hour, feedback another, muon and layers half
@@ -266,7 +266,7 @@ invert() { # NAME FLAGS…: pixels whose features are those of four test images,
 inversion() { # from what pretrained/ makes of the features, and from noise
   local layer start noise
   for layer in vgg16_block{1,2,3,4,5} alexnet_conv{1,3,5}; do
-    start="" noise="" # the default rates, which validation images chose (docs/inversion.md)
+    start="" noise="" # the default rates, which validation images chose (docs/tables/inversion_rates.csv)
     if [[ $layer == vgg16_block1 ]]; then start="--lr 0.002 --tv-weight 0.01"; fi
     if [[ $layer == alexnet_conv1 ]]; then start="--lr 0.02" noise="--lr 0.1"; fi
     invert "$layer" --ckpt "pretrained/$layer.pt" $start

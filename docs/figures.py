@@ -1,4 +1,4 @@
-"""Draw the figures of docs/erratum.md and docs/conclusions.md from what `bash docs/evidence.sh` measured."""
+"""Draw the figures of docs/erratum.md and docs/findings.md from what `bash docs/evidence.sh` measured."""
 
 import argparse
 import csv
