@@ -138,8 +138,8 @@ def test_all_bad_images_are_named_at_once_and_the_others_kept(own_photos, decodi
         assert np.array_equal(pixels, data.decode(own_photos / "train" / name))
 
 
-def test_old_caches_go_by_the_command_of_the_readme(tmp_path):
-    (command,) = re.findall(r"^find .*", (REPOSITORY / "README.md").read_text(), re.M)
+def test_old_caches_go_by_the_command_of_the_guide(tmp_path):
+    (command,) = re.findall(r"^find .*", (REPOSITORY / "docs" / "guide.md").read_text(), re.M)
     cache = tmp_path / ".cache" / "feature-inversion"
     for name, days in (("old", 40), ("new", 20)):
         (cache / name).mkdir(parents=True)

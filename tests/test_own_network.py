@@ -22,9 +22,9 @@ from utils import UserError
 def test_the_readmes_own_network(
     photos, tmp_path, monkeypatch, run_survey, run_train, run_evaluate, run_invert
 ):
-    """As written there: the file, weights of one's own, and the commands."""
-    section = (REPOSITORY / "README.md").read_text(encoding="utf-8").split("#### Your own network")[1]
-    program, commands = (part.split("```")[0] for part in re.split("```python\n|```bash\n", section)[1:3])
+    """As docs/your-network.md has it: the file, weights of one's own, and the commands."""
+    page = (REPOSITORY / "docs" / "your-network.md").read_text(encoding="utf-8")
+    program, commands = (part.split("```")[0] for part in re.split("```python\n|```bash\n", page)[1:3])
     monkeypatch.chdir(tmp_path)
     Path("mynet.py").write_text(program)
     net = user_network.user_network("mynet.py", "build")
