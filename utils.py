@@ -50,7 +50,7 @@ WANG_2004 = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": Fa
 
 
 class Protocol(NamedTuple):
-    """How images are prepared, compared and measured (README, "Protocol"). The defaults are `documented`."""
+    """How images are prepared, compared and measured (docs/guide.md). The defaults are `documented`."""
 
     name: str = "documented"
     squeezed: bool = True  # resize images to 256×256; else their shorter side to 256
