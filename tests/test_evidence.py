@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, status
+from conftest import REPOSITORY, read_csv, status
 from PIL import Image
 
 from docs import figures
@@ -138,7 +138,7 @@ def test_what_is_of_an_earlier_best_is_measured_again(evidence, tmp_path):
 
 
 def test_the_pretrained_decoders_are_what_it_trains(evidence, tmp_path):
-    """Each is of a run that pretrained/README.md names, with the configuration of the command told there."""
+    """Each is of a run that docs/tables/pretrained.csv names, by the command that pretrained/README.md tells."""
     text = (REPOSITORY / "pretrained" / "README.md").read_text()
     calls, _ = evidence("deep")
     written = re.search(r"^python train.py (.*?) *(?:#.*)?$", text, re.M)[1].split()
@@ -147,7 +147,8 @@ def test_the_pretrained_decoders_are_what_it_trains(evidence, tmp_path):
         config = config_of(parse_train(flags))
         config["out"] = config["out"].replace(str(tmp_path / "runs"), "runs/evidence")
         told[config["out"]] = config
-    made = dict(re.findall(r"^half (\S+) (\S+)$", text, re.M))
+    rows = read_csv(REPOSITORY / "docs" / "tables" / "pretrained.csv")
+    made = {row["file"].removesuffix(".pt"): row["run"] for row in rows}
     assert set(made) == {path.stem for path in (REPOSITORY / "pretrained").glob("*.pt")}
     for name, run in made.items():
         checkpoint = load(REPOSITORY / "pretrained" / f"{name}.pt")
