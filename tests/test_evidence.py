@@ -138,7 +138,7 @@ def test_what_is_of_an_earlier_best_is_measured_again(evidence, tmp_path):
 
 
 def test_the_pretrained_decoders_are_what_it_trains(evidence, tmp_path):
-    """Each is of a run that docs/tables/pretrained.csv names, by the command that pretrained/README.md tells."""
+    """Each is of a run in docs/tables/pretrained.csv, by the command that pretrained/README.md tells."""
     text = (REPOSITORY / "pretrained" / "README.md").read_text()
     calls, _ = evidence("deep")
     written = re.search(r"^python train.py (.*?) *(?:#.*)?$", text, re.M)[1].split()
