@@ -9,11 +9,12 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, read_csv, status
 from PIL import Image
 
-from docs import figures
+from docs import collect, figures, published
 from docs.figures import DEPTH, INVERTED, PHOTOGRAPHS, RESOLUTION
 from flags import config_of, parse_evaluate, parse_invert, parse_train, with_defaults
 from utils import load
@@ -184,3 +185,48 @@ def test_figures_of_what_it_measured(tmp_path, monkeypatch, refused):
         with Image.open(tmp_path / name) as figure:
             assert figure.width > 1000
             assert len(figure.convert("RGB").getcolors(10**6)) > 50  # lines, points and letters
+
+
+def test_beside_the_studys_table_and_log(tmp_path, monkeypatch, capsys, refused):
+    """Correlations by numpy's own, of 100 images named as DIV2K's."""
+    draws = np.random.default_rng(0)
+    ours, study = draws.normal(17, 2, (2, 2, 100))  # PSNR and SSIM
+    names = [f"{number:04}.png" for number in range(801, 901)]
+
+    def write(name, head, *columns):
+        lines = [",".join(map(str, row)) for row in zip(*columns, strict=True)]
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n".join([head, *lines]))
+
+    write("run/history.csv", "epoch,val_loss,val_mse,val_lpips", [1, 2], [0.7, 0.5], [1.1, 0.8], [0.3, 0.2])
+    write("study/history.csv", "epoch,val_loss,val_mse,val_lpips", [1, 2], [0.8, 0.6], [1.2, 0.9], [0.4, 0.1])
+    write("div2k/per_image.csv", "image,psnr,ssim", names, *ours)
+    write("study/per_image.csv", "image_idx,psnr,ssim", range(100), *study)
+    write("study/panels.csv", "psnr_to_normalised_clipped,psnr_to_photograph", [30] * 99 + [10], [12] * 100)
+    (tmp_path / "tables").mkdir()
+    monkeypatch.setattr(published, "DOCS", tmp_path)
+    folders = [tmp_path / name for name in ("run", "div2k", "study")]
+    published.compare(*folders)
+    screen = capsys.readouterr().out
+    assert f"psnr: correlation {np.corrcoef(ours[0], study[0])[0, 1]:.3f} over 100 images" in screen
+    assert f"ssim difference: {(ours[1] - study[1]).mean():.3f} ±" in screen
+    assert "MSE, epoch 2: here 0.8000, study 0.9000" in screen
+    assert "panels nearer to the normalised image: 99 of 100" in screen
+    rows = read_csv(tmp_path / "tables" / "published_images.csv")
+    assert [float(row["psnr_study"]) for row in rows] == study[0].tolist() and rows[99]["image"] == "0900"
+    assert (tmp_path / "erratum.png").exists()
+    write("div2k/per_image.csv", "image,psnr,ssim", sorted(names, reverse=True), *ours)
+    assert "should be of DIV2K 0801 to 0900, is of 0900" in refused(
+        lambda *_: status(lambda: published.compare(*folders))
+    )
+
+
+def test_results_of_folders_as_one_table(trained, tmp_path, run_evaluate, monkeypatch):
+    for name in ("a", "b"):
+        assert run_evaluate("--ckpt", trained / "best.pt", "--out", tmp_path / name, "--quiet") == 0
+    flags = [tmp_path / "table.csv", tmp_path / "a", tmp_path / "b"]
+    monkeypatch.setattr(sys, "argv", ["collect.py", *map(str, flags)])
+    assert status(collect.main) == 0
+    found, rows = json.loads((tmp_path / "a" / "metrics.json").read_text()), read_csv(tmp_path / "table.csv")
+    assert [row["run"] for row in rows] == ["a", "b"] and rows[0]["images"] == "3"
+    assert float(rows[0]["psnr"]) == pytest.approx(found["psnr"]["mean"], abs=1e-5)
