@@ -72,7 +72,7 @@ def cells(row):
     found = {"experiment": row["experiment"]}
     for key, label in COLUMNS.items():
         published = f"published_{key.removesuffix('_ms')}"
-        names = (published, key) if published in row else (key,)
+        names = (published, key) if published in row and row["published_psnr"] else (key,)
         found[label] = " → ".join(cell(row.get(name), DIGITS.get(key, 1)) for name in names)
     return found | {"seed": row.get("seed", "–"), "data": row.get("data", "–"), "note": row["note"]}
 

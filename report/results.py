@@ -143,7 +143,7 @@ def measured(found):
     row["seed"] = ", ".join(str(results["config"]["seed"]) for results in found)
     free = {kind: values["psnr"]["mean"] for kind, values in first.get("baselines", {}).items()}
     weights, study = first["weights"], with_defaults({"crop": IMAGE_SIZE})
-    others = [key for key in study if key not in ELSEWHERE and config[key] != study[key]]
+    others = [key for key in study if key not in ELSEWHERE and config[key] not in (study[key], None)]
     notes = [{"imagenet": "", "random": "random weights (control)"}.get(weights, f"weights {weights}")]
     notes += ["below the mean colour" if row["psnr"] < free.get("mean_colour", 0) else ""]
     notes += [PROTOCOL[first["protocol"]], ", ".join(f"{key} {config[key]}" for key in others)]
